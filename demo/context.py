@@ -1,0 +1,74 @@
+"""What the tabs share: the models, the limits, and the state of one visitor.
+
+Each tab is built by one function, called by `page.build` inside `gr.Tabs`:
+
+    def build_<name>_tab(app: App, session: Session) -> gr.Tab
+
+It makes its own `gr.Tab(id="<name>")`, names its components with `elem_id`s that start with "<name>-", and answers:
+- `session.runs.change`: the visitor's runs changed, newest first (`list[Run]`); fires also when a link or the cached
+  example fills the page.
+- `session.names.change`: the models that can be chosen changed (`list[str]`); every picker sets its choices from it.
+
+Events that compute take a lane: `**app.lane(VIEW)` gives `concurrency_id` and `concurrency_limit`, and lanes do not
+wait for one another. Endpoints are `gr.api(..., api_name=...)` functions with typed docstrings; events of the page
+itself are `api_visibility="private"`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from .models import ModelStore
+
+GENERATE, VIEW, MEASURE = "generate", "view", "measure"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps that keep one visitor from taking the machine from the others.
+
+    Attributes:
+        prompt_characters: a longer prompt is refused before it is tokenized.
+        new_tokens: the longest text that can be asked for.
+        models_per_run: columns side by side.
+        seconds: a computation that takes longer ends with what it has.
+        queue: requests that may wait; the next is told that the app is busy.
+        runs: runs that a visitor's history keeps.
+        view_tokens: tokens of a text that a view shows at once; longer texts are windowed.
+    """
+
+    prompt_characters: int = 20_000
+    new_tokens: int = 400
+    models_per_run: int = 6
+    seconds: float = 60.0
+    queue: int = 64
+    runs: int = 8
+    view_tokens: int = 400
+
+
+@dataclass(frozen=True)
+class App:
+    """What every tab builder gets."""
+
+    store: ModelStore
+    limits: Limits = Limits()
+
+    def lane(self, name: str) -> dict[str, Any]:
+        """The queue options of an event that computes: one at a time in each lane."""
+        return {"concurrency_id": name, "concurrency_limit": 1}
+
+
+@dataclass(frozen=True)
+class Session:
+    """State of one visitor, shared by the tabs.
+
+    Attributes:
+        runs: `list[Run]`, newest first.
+        names: `list[str]`, the models that can be chosen; shared by all visitors, refreshed when a page loads.
+    """
+
+    runs: gr.State
+    names: gr.State

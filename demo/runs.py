@@ -1,0 +1,125 @@
+"""A generation run as plain data: what was asked, what came out, how far it is from the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one press of Generate asks for.
+
+    Attributes:
+        models: names in the model store, one column each.
+        top_k: 0 keeps every token.
+        top_p: 1.0 keeps every token.
+        temperature: 0 takes the most probable token.
+    """
+
+    prompt: str
+    models: tuple[str, ...]
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    repetition_penalty: float = 1.1
+    max_new_tokens: int = 60
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a column cost.
+
+    Attributes:
+        prefill_ms: time of the forward pass over the prompt, in milliseconds.
+        ms_per_token: median time of the forward pass over one new token, in milliseconds.
+        tokens_per_second: new tokens over the time spent on them, sampling included.
+        state_bytes: bytes of the decode state after the last token, all layers.
+        peak_bytes: the model's weights, its state, and the most that one forward pass allocated; see `engine`.
+        keys_read: keys that the last token read in one layer.
+    """
+
+    prefill_ms: float
+    ms_per_token: float | None
+    tokens_per_second: float | None
+    state_bytes: int
+    peak_bytes: int
+    keys_read: int
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How a variant and its base saw one generated token, given the same text before it.
+
+    Attributes:
+        kl: KL(base ‖ variant) of the next-token distributions at this point, in nats.
+        probability, rank: the variant's for this token (before any sampling option); rank 1 is the most probable.
+        base_probability, base_rank: the base's.
+        top, base_top: the five most probable tokens of each, with their probabilities.
+    """
+
+    kl: float
+    probability: float
+    rank: int
+    base_probability: float
+    base_rank: int
+    top: tuple[tuple[str, float], ...]
+    base_top: tuple[tuple[str, float], ...]
+
+
+@dataclass
+class Column:
+    """What one model wrote.
+
+    Attributes:
+        name: the model's name in the store.
+        token_ids: prompt and generated tokens.
+        tokens: the text of each token, as it is shown.
+        prompt_length: how many of them are the prompt.
+        stopped: why it ended: "length", "end" (the model's end token), "context", "time", "stopped".
+        scores: one for each generated token, once they are computed.
+        parts_at: index of the first generated token that differs from the base's column, None if there is none.
+    """
+
+    name: str
+    token_ids: list[int]
+    tokens: list[str]
+    prompt_length: int
+    stopped: str | None = None
+    cost: Cost | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    parts_at: int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.tokens)
+
+
+@dataclass
+class Run:
+    """One press of Generate."""
+
+    settings: Settings
+    columns: list[Column]
+
+
+class TokenView(TypedDict, total=False):
+    """One token as a component shows it; plain JSON. Only `text` is required."""
+
+    text: str
+    prompt: bool  # part of the prompt: never coloured
+    score: float | None  # what the colour shows, in [0, 1]; None: no colour
+    parts: bool  # the first token that differs from the base's text
+    details: list[list[str]]  # [label, value] rows of the card under the pointer
+    top: list[list]  # [token, probability] of this model, most probable first
+    base_top: list[list]  # the same of the base
+
+
+class ColumnView(TypedDict, total=False):
+    """One column of tokens as a component shows it; plain JSON."""
+
+    title: str
+    note: str  # one line under the title
+    status: str  # e.g. "42 tokens", "waiting", or why it failed
+    tokens: list[TokenView]
