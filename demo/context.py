@@ -12,6 +12,10 @@ It makes its own `gr.Tab(id="<name>")`, names its components with `elem_id`s tha
 Events that compute take a lane: `**app.lane(VIEW)` gives `concurrency_id` and `concurrency_limit`, and lanes do not
 wait for one another. Endpoints are `gr.api(..., api_name=...)` functions with typed docstrings; events of the page
 itself are `api_visibility="private"`.
+
+Tokens are shown by one component everywhere, `components.tokens.TokenColumns`: its value is `list[ColumnView]`, columns
+side by side in a grid, text only ever set through textContent; it streams (a value that only grew repaints only
+the new tokens), colours by `score`, and shows `details`, `top` and `base_top` in a card for the hovered or focused token.
 """
 
 from __future__ import annotations
