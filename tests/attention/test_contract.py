@@ -1,0 +1,223 @@
+"""What every method promises, over random shapes and configurations."""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attention.mechanism import LayerShape, Mechanism, repeat_heads
+from attention.registry import METHODS, config_from_dict
+
+from .configs import CONFIGS
+
+TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@dataclass
+class Case:
+    """A mechanism in evaluation mode with inputs for it."""
+
+    mechanism: Mechanism
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return self.inputs[0].shape[2]
+
+    def part(self, start: int, stop: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Tokens `start` to `stop` of some rows of q, k, v and x."""
+        *heads, x = self.inputs
+        return (*(t[rows, :, start:stop] for t in heads), x[rows, start:stop])
+
+
+@st.composite
+def cases(draw: st.DrawFn, method: str, max_length: int = 48, max_batch: int = 2) -> Case:
+    kv_heads, groups = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]))
+    heads, width = kv_heads * groups, draw(st.sampled_from([4, 8]))
+    length, batch = draw(st.integers(1, max_length)), draw(st.integers(1, max_batch))
+    layer = LayerShape(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=width, hidden_size=heads * width, max_length=64, layer_idx=1
+    )
+    seed = draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    mechanism = draw(CONFIGS[method]).build(layer).eval()
+    with torch.no_grad():  # away from the start, where gates and weights may hide mistakes
+        for parameter in mechanism.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    q, k, v = (torch.randn(batch, n, length, width, generator=generator) for n in (heads, kv_heads, kv_heads))
+    x = torch.randn(batch, length, layer.hidden_size, generator=generator)
+    return Case(mechanism, (q, k, v, x), seed)
+
+
+every_method = pytest.mark.parametrize("method", sorted(METHODS))
+
+
+def test_every_method_is_tested():
+    assert set(CONFIGS) == set(METHODS)
+
+
+@every_method
+@given(data=st.data())
+def test_config_survives_a_round_trip(method, data):
+    config = data.draw(CONFIGS[method])
+    assert config_from_dict(config.to_dict()) == config
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_strictly_causal(method, data):
+    """What comes after a token changes nothing at it, to the last bit."""
+    case = data.draw(cases(method))
+    cut = data.draw(st.integers(0, case.length))
+    before = case.mechanism(*case.inputs)
+    changed = [t.clone() for t in case.inputs]
+    for tensor in changed[:3]:
+        tensor[:, :, cut:] = 7 * torch.randn_like(tensor[:, :, cut:])
+    changed[3][:, cut:] = torch.randn_like(changed[3][:, cut:])
+    after = case.mechanism(*changed)
+    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_cached_equals_uncached_in_any_split(method, data):
+    case = data.draw(cases(method))
+    expected = case.mechanism(*case.inputs)
+    state, outputs, start = case.mechanism.new_state(), [], 0
+    while start < case.length:
+        stop = min(case.length, start + data.draw(st.sampled_from([1, 1, 2, 5, 16, 40])))
+        outputs.append(case.mechanism(*case.part(start, stop), state))
+        start = stop
+    torch.testing.assert_close(torch.cat(outputs, 2), expected, **TOLERANCE)
+    assert state.seen == case.length
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_rows_of_different_lengths_equal_each_row_alone(method, data):
+    """A prefill with padding behind the rows, another such block, then single tokens."""
+    case = data.draw(cases(method, max_batch=3))
+    batch, total = case.inputs[0].shape[0], case.length
+    blocks = [data.draw(st.integers(1, total)), data.draw(st.integers(1, 6)), 1, 1]
+    state, done = case.mechanism.new_state(), torch.zeros(batch, dtype=torch.long)
+    outputs = [[] for _ in range(batch)]
+    for number, block in enumerate(blocks):
+        take = torch.tensor([data.draw(st.integers(0 if number < 2 else block, block)) for _ in range(batch)])
+        take = torch.minimum(take, total - done)
+        gathered = _ragged(case, done, block)
+        out = case.mechanism(*gathered, state, None if (take == block).all() else take)
+        assert torch.isfinite(out).all()
+        for row in range(batch):
+            outputs[row].append(out[row : row + 1, :, : take[row]])
+        done = done + take
+    for row in range(batch):
+        alone = case.mechanism(*case.part(0, int(done[row]), slice(row, row + 1))) if done[row] else None
+        if alone is not None:
+            torch.testing.assert_close(torch.cat(outputs[row], 2), alone, **TOLERANCE)
+
+
+def _ragged(case: Case, start: Tensor, block: int) -> tuple[Tensor, ...]:
+    """`block` tokens of each row from its own start; past the end, the last token again."""
+    index = (start[:, None] + torch.arange(block)).clamp(max=case.length - 1)
+    *heads, x = case.inputs
+    taken = [t.gather(2, index[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in heads]
+    return (*taken, x.gather(1, index[..., None].expand(-1, -1, x.shape[2])))
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_reordered_states_continue_their_rows(method, data):
+    """Beam search: after reordering, each row goes on as the row it was copied from."""
+    case = data.draw(cases(method, max_batch=3))
+    if case.length < 2:
+        return
+    cut = data.draw(st.integers(1, case.length - 1))
+    batch = case.inputs[0].shape[0]
+    order = torch.tensor([data.draw(st.integers(0, batch - 1)) for _ in range(batch)])
+    expected = case.mechanism(*(t[order] for t in case.inputs))[:, :, cut:]
+    state = case.mechanism.new_state()
+    case.mechanism(*case.part(0, cut), state)
+    state.reorder_cache(order)
+    actual = case.mechanism(*(t[order] for t in case.part(cut, case.length)), state)
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_map_is_causal_and_never_negative(method, data):
+    case = data.draw(cases(method))
+    q, k, _, x = case.inputs
+    weights = case.mechanism.attention_map(q, k, x)
+    assert weights.shape == (*q.shape[:3], q.shape[2])
+    assert (weights >= 0).all()
+    assert torch.equal(weights, weights.tril())
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"nsa"}))  # NSA compresses values: see its own tests
+@given(data=st.data())
+@torch.no_grad()
+def test_map_times_values_is_the_output(method, data):
+    case = data.draw(cases(method))
+    q, k, v, x = case.inputs
+    weights = case.mechanism.attention_map(q, k, x)
+    torch.testing.assert_close(weights @ repeat_heads(v, q.shape[1]), case.mechanism(*case.inputs), **TOLERANCE)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), **TOLERANCE)
+
+
+@every_method
+@given(data=st.data())
+def test_gradients_are_finite_and_reach_every_input(method, data):
+    case = data.draw(cases(method))
+    inputs = [t.clone().requires_grad_() for t in case.inputs]
+    output = case.mechanism(*inputs)
+    (output * torch.randn_like(output)).sum().backward()
+    for name, tensor in zip("qkv", inputs, strict=False):
+        assert tensor.grad is not None, name
+        assert torch.isfinite(tensor.grad).all(), name
+    for name, parameter in case.mechanism.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=10)
+@given(data=st.data())
+@torch.no_grad()
+def test_half_precision_stays_near_float32(method, dtype, data):
+    """Within 8 units in the last place of the largest value (2⁻⁸ for bfloat16, 2⁻¹¹ for float16), on average."""
+    case = data.draw(cases(method))
+    rounded = [t.to(dtype) for t in case.inputs]
+    mechanism = case.mechanism.to(dtype)
+    actual = mechanism(*rounded)
+    assert actual.dtype == dtype
+    expected = mechanism.float()(*(t.float() for t in rounded))
+    unit = torch.finfo(dtype).eps * expected.abs().max()
+    assert (actual.float() - expected).abs().mean() <= 8 * unit
+
+
+@every_method
+@given(data=st.data())
+def test_counts_are_positive_and_grow(method, data):
+    mechanism = data.draw(cases(method)).mechanism
+    reads = [mechanism.keys_read(position) for position in range(64)]
+    assert reads[0] >= 1
+    assert all(a <= b for a, b in itertools.pairwise(reads))
+    assert 0 < mechanism.operations(8) < mechanism.operations(64)
+
+
+@every_method
+@given(data=st.data())
+def test_unknown_branch_is_named(method, data):
+    mechanism = data.draw(cases(method)).mechanism
+    with pytest.raises(ValueError, match="nonsense"):
+        mechanism.disable("nonsense")
