@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,11 +65,23 @@ def _build(base: PreTrainedModel, config: MechanismConfig) -> GPT2VariantLMHeadM
     options = base.config.to_dict()
     for key in ("model_type", "architectures", "attention", "base", "auto_map"):
         options.pop(key, None)
-    variant_config = GPT2VariantConfig(**options, attention=config.to_dict())
+    variant_config = GPT2VariantConfig(**options, attention=config.to_dict(), base=_origin(base))
     with no_init_weights():
         variant = GPT2VariantLMHeadModel(variant_config)
     variant.generation_config = base.generation_config
     return variant
+
+
+def _origin(base: PreTrainedModel) -> dict[str, str | None] | None:
+    """Where the base's weights came from, for `GPT2VariantConfig.base`; None for a model made in memory."""
+    if isinstance(base.config, GPT2VariantConfig):
+        return base.config.base
+    name = base.config.name_or_path
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return {"id": str(Path(name).resolve()), "revision": None}
+    return {"id": name, "revision": getattr(base.config, "_commit_hash", None)}
 
 
 def _clone(weights: dict[str, Tensor]) -> dict[str, Tensor]:

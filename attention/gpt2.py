@@ -194,6 +194,7 @@ class GPT2VariantLMHeadModel(GPT2LMHeadModel):
     def __init__(self, config: GPT2VariantConfig):
         super().__init__(config)
         self.transformer = GPT2VariantModel(config)
+        self.loss_type = "ForCausalLM"  # transformers finds it by the class's name, which it does not know
         self.post_init()
 
     @property
