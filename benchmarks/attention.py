@@ -1,0 +1,233 @@
+"""Speed and memory of every mechanism against PyTorch's softmax attention and the peer libraries.
+
+    python benchmarks/attention.py --lengths 256 512 1024 2048 4096 8192 16384 --peers
+
+Every row's ratio is against `scaled_dot_product_attention(is_causal=True)` timed in the same rounds; for the
+`layer` rows, which include the projections, against the same layer with softmax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from attention.gpt2 import GPT2VariantAttention, GPT2VariantConfig
+from attention.mechanism import LayerShape
+from attention.registry import config_from_dict
+from benchmarks import measure
+
+HEADS, WIDTH = 12, 64
+SHAPE = LayerShape(num_heads=HEADS, num_kv_heads=HEADS, head_dim=WIDTH, hidden_size=HEADS * WIDTH, max_length=1 << 20)
+
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "masks, 5 offsets": {"method": "masks", "candidates": [f"last({i})" for i in range(5)]},
+    "masks, window 64 + 4 first": {"method": "masks", "candidates": ["window(64)", "first(4)"]},
+    "performer, favor m=64": {"method": "performer", "feature_map": "favor", "num_features": 64},
+    "performer, learned m=64": {"method": "performer", "feature_map": "learned", "num_features": 64},
+    "nsa": {"method": "nsa"},
+}
+LAYERS = {"layer, softmax": {"method": "softmax"}, "layer, nsa": {"method": "nsa"}}
+PEER_PERFORMER, PEER_NSA = "performer-pytorch m=64", "layer, native-sparse-attention-pytorch"
+
+
+def make(name: str, length: int, backward: bool) -> Callable[[], Any]:
+    """What is measured under `name`: a forward, or a forward and backward, on seeded random inputs."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if name.startswith("layer, "):
+        module = (_peer_nsa() if name == PEER_NSA else _layer(LAYERS[name])).to(device, dtype)
+        inputs = [torch.randn(1, length, SHAPE.hidden_size, device=device, dtype=dtype)]
+    else:
+        inputs = [torch.randn(1, HEADS, length, WIDTH, device=device, dtype=dtype) for _ in range(3)]
+        module = _mechanism(name, torch.randn(1, length, SHAPE.hidden_size, device=device, dtype=dtype))
+    if not backward:
+        return partial(_forward, module, inputs)
+    return partial(_forward_backward, module, [tensor.requires_grad_() for tensor in inputs])
+
+
+def _mechanism(name: str, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if name == "sdpa":
+        return partial(scaled_dot_product_attention, is_causal=True)
+    if name == PEER_PERFORMER:
+        from performer_pytorch import FastAttention
+
+        return FastAttention(WIDTH, nb_features=64, causal=True).to(x.device, x.dtype)
+    mechanism = config_from_dict(MECHANISMS[name]).build(SHAPE).to(x.device, x.dtype).eval()
+    return lambda q, k, v: mechanism(q, k, v, x)
+
+
+def _layer(options: dict[str, Any]) -> torch.nn.Module:
+    config = GPT2VariantConfig(
+        n_embd=SHAPE.hidden_size, n_head=HEADS, n_positions=SHAPE.max_length, attention=options, resid_pdrop=0.0
+    )
+    return GPT2VariantAttention(config, layer_idx=0).eval()
+
+
+def _peer_nsa() -> torch.nn.Module:
+    """The peer with the sizes of our default NSA; it adds one forced block to those that it selects."""
+    from native_sparse_attention_pytorch import SparseAttention
+
+    ours = config_from_dict(LAYERS["layer, nsa"])
+    return SparseAttention(
+        dim=SHAPE.hidden_size,
+        dim_head=WIDTH,
+        heads=HEADS,
+        sliding_window_size=ours.window,
+        compress_block_size=ours.compress_block,
+        compress_block_sliding_stride=ours.compress_stride,
+        selection_block_size=ours.select_block,
+        num_selected_blocks=ours.num_selected - 1,
+        causal=True,
+    ).eval()
+
+
+@torch.no_grad()
+def _forward(module: Callable, inputs: list[Tensor]) -> Any:
+    return module(*inputs)
+
+
+def _forward_backward(module: Callable, inputs: list[Tensor]) -> Any:
+    output = module(*inputs)
+    output = output[0] if isinstance(output, tuple) else output
+    return torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
+def measure_length(names: list[str], length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a name: milliseconds (median), ratio, peak memory, and rate against the machine's own."""
+    functions = {name: make(name, length, args.backward) for name in names}
+    times = measure.times_in_turn(functions, budget=args.seconds)
+    rows = []
+    for name in names:
+        peer = "layer, softmax" if name.startswith("layer") else "sdpa"
+        seconds = statistics.median(times[name])
+        operations = _operations(name, length)
+        rows.append(
+            {
+                "method": name,
+                "length": length,
+                "ms": 1e3 * seconds,
+                "ratio": measure.median_ratio(times[peer], times[name]),
+                "peak_mb": measure.peak_memory_mb(make, name, length, args.backward) if args.memory else None,
+                "gflops": operations / seconds / 1e9 if operations and not args.backward else None,
+            }
+        )
+    return rows
+
+
+def _operations(name: str, length: int) -> int | None:
+    options = {"sdpa": {"method": "softmax"}, **MECHANISMS}.get(name)
+    return None if options is None else config_from_dict(options).build(SHAPE).operations(length)
+
+
+def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Growth of time with length, as the log-log slope from 4,096 (or the shortest longer) to the longest length."""
+    result = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row["length"], row["ms"]) for row in rows if row["method"] == name and row["length"] >= 4096)
+        if len(points) > 1:
+            (n0, t0), (n1, t1) = points[0], points[-1]
+            result[name] = math.log(t1 / t0) / math.log(n1 / n0)
+    return result
+
+
+def break_even(rows: list[dict[str, Any]]) -> dict[str, int | None]:
+    """The shortest measured length from which on a method is at least as fast as softmax; None if it never is."""
+    result: dict[str, int | None] = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        result[name] = None
+        for row in sorted((r for r in rows if r["method"] == name), key=lambda r: -r["length"]):
+            if row["ratio"] < 1:
+                break
+            result[name] = row["length"]
+    return result
+
+
+def figure(rows: list[dict[str, Any]], path: str, title: str) -> None:
+    """Draws time against length, both logarithmic, into an image file."""
+    from matplotlib.figure import Figure
+
+    axes = (drawing := Figure(figsize=(7.5, 4.6), layout="constrained")).subplots()
+    for name in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row["length"], row["ms"]) for row in rows if row["method"] == name)
+        style = "--" if name in (PEER_PERFORMER, PEER_NSA) else "-"
+        axes.loglog(*zip(*points, strict=True), style, base=2, marker="o", markersize=3, label=name)
+    axes.set(xlabel="tokens", ylabel="milliseconds", title=title)
+    axes.set_yscale("log", base=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    drawing.savefig(path, dpi=130)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--methods", nargs="+", choices=list(MECHANISMS), default=list(MECHANISMS))
+    parser.add_argument("--backward", action="store_true", help="measure forward and backward together")
+    parser.add_argument("--peers", action="store_true", help="measure the peer libraries too (requirements-bench.txt)")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the peak-memory processes")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for the rounds of one length, after five")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--figure", metavar="FILE", help="draw time against length into an image file")
+    args = parser.parse_args(argv)
+    if args.peers and (
+        missing := [
+            m for m in ("performer_pytorch", "native_sparse_attention_pytorch") if not importlib.util.find_spec(m)
+        ]
+    ):
+        parser.error(f"--peers needs {', '.join(missing)}: pip install -r requirements-bench.txt")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = ["sdpa", *args.methods] + ([PEER_PERFORMER, *LAYERS, PEER_NSA] if args.peers else [])
+    report: dict[str, Any] = {"machine": measure.machine(), "backward": args.backward, "rows": []}
+    for length in args.lengths:
+        print(f"measuring length {length} ...", file=sys.stderr)
+        report["rows"] += measure_length(names, length, args)
+    report["slope"], report["break_even"] = slopes(report["rows"]), break_even(report["rows"])
+    if args.figure:
+        kind = "forward + backward" if args.backward else "forward"
+        figure(report["rows"], args.figure, f"{kind}, 1 x {HEADS} heads x {WIDTH}, {report['machine']['device']}")
+    print(json.dumps(report, indent=1) if args.json else render(report))
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text: the machine, the rows, and a row a method with slope and break-even."""
+    rate = report["machine"]["matmul_gflops"]
+    for row in report["rows"]:
+        row["% of matmul"] = None if row["gflops"] is None else 100 * row["gflops"] / rate
+    summary = [
+        {"method": name, "break-even": length, "slope": report["slope"].get(name)}
+        for name, length in report["break_even"].items()
+    ]
+    return "\n\n".join(
+        [
+            json.dumps(report["machine"]),
+            measure.table(report["rows"], ["method", "length", "ms", "ratio", "peak_mb", "% of matmul"]),
+            measure.table(summary, ["method", "break-even", "slope"]),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

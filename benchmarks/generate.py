@@ -1,0 +1,137 @@
+"""Speed of whole models: generation, prefill, and how the time of a token grows with what came before it.
+
+    python benchmarks/generate.py
+
+Three tables, every ratio against softmax attention measured in the same rounds: the bundled checkpoints writing
+`--tokens` tokens with their caches; one token of a mechanism after 100 and after 8,000 tokens; and the prefill of a
+model of GPT-2 small's size with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+import attention
+from attention.mechanism import Mechanism
+from benchmarks import measure
+from benchmarks.attention import MECHANISMS, SHAPE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compare(functions: dict[str, Any], peer: str, seconds: float) -> list[dict[str, Any]]:
+    """Rows with each function's milliseconds (median) and its speed over the peer's, timed in turn."""
+    times = measure.times_in_turn(functions, budget=seconds, min_rounds=3)
+    return [
+        {"method": name, "ms": 1e3 * statistics.median(t), "ratio": measure.median_ratio(times[peer], t)}
+        for name, t in times.items()
+    ]
+
+
+def checkpoints(folder: Path) -> dict[str, PreTrainedModel]:
+    """The bundled models by name, the base first; variants share its tensors."""
+    base, _ = attention.load(str(folder / "base"))
+    names = sorted(path.parent.name for path in folder.glob("*/config.json") if path.parent.name != "base")
+    return {"base": base} | {name: attention.load(str(folder / name), base=base)[0] for name in names}
+
+
+def generation(folder: Path, tokens: int, seconds: float) -> list[dict[str, Any]]:
+    """`generate` of `tokens` tokens after one, greedy, with each model's own cache."""
+    options = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": tokens, "max_new_tokens": tokens}
+    start = torch.zeros(1, 1, dtype=torch.long)
+
+    def run(model: PreTrainedModel) -> Any:
+        return lambda: model.generate(start, attention_mask=torch.ones_like(start), **options)
+
+    return compare({name: run(model.eval()) for name, model in checkpoints(folder).items()}, "base", seconds)
+
+
+@torch.no_grad()
+def decode_growth(near: int = 100, far: int = 8000, rounds: int = 50) -> list[dict[str, Any]]:
+    """Time of one token after `far` tokens over after `near`, and the bytes of the state at both."""
+    rows = []
+    for name, options in {"softmax": {"method": "softmax"}, **MECHANISMS}.items():
+        mechanism = attention.config_from_dict(options).build(SHAPE).eval()
+        states = {length: _filled(mechanism, length) for length in (near, far)}
+        token = _random_inputs(1)
+        times = measure.times_in_turn(
+            {str(length): lambda m=mechanism, s=state: m(*token, s) for length, state in states.items()},
+            budget=0,
+            min_rounds=rounds,
+        )
+        rows.append(
+            {
+                "method": name,
+                "ms": 1e3 * statistics.median(times[str(far)]),
+                "growth": measure.median_ratio(times[str(far)], times[str(near)]),
+                "state_kb_near": states[near].nbytes() / 1024,
+                "state_kb_far": states[far].nbytes() / 1024,
+            }
+        )
+    return rows
+
+
+def _random_inputs(length: int) -> tuple[torch.Tensor, ...]:
+    heads = (1, SHAPE.num_heads, length, SHAPE.head_dim)
+    return *(torch.randn(heads) for _ in range(3)), torch.randn(1, length, SHAPE.hidden_size)
+
+
+def _filled(mechanism: Mechanism, length: int) -> Any:
+    state = mechanism.new_state()
+    mechanism(*_random_inputs(length), state)
+    return state
+
+
+@torch.no_grad()
+def prefill(length: int, seconds: float) -> list[dict[str, Any]]:
+    """A forward of `length` tokens through a model of GPT-2 small's size, with random weights."""
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config()).eval()
+    models = {"softmax": base} | {
+        name: attention.convert(base, attention.config_from_dict(options), share=True)
+        for name, options in MECHANISMS.items()
+    }
+    ids = torch.randint(0, base.config.vocab_size, (1, length))
+    run = {name: lambda m=model: m(ids, use_cache=True, logits_to_keep=1) for name, model in models.items()}
+    return compare(run, "softmax", seconds)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder of the models to time")
+    parser.add_argument("--tokens", type=int, default=1000, help="tokens to generate")
+    parser.add_argument("--prefill", type=int, default=1024, help="tokens of the prefill")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for the rounds of a table, after three")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    args = parser.parse_args(argv)
+    report = {
+        "machine": measure.machine(),
+        "generate": generation(args.checkpoints, args.tokens, args.seconds),
+        "decode": decode_growth(),
+        "prefill": prefill(args.prefill, args.seconds),
+    }
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(json.dumps(report["machine"]))
+    for title, columns in (
+        ("generate", ["method", "ms", "ratio"]),
+        ("decode", ["method", "ms", "growth", "state_kb_near", "state_kb_far"]),
+        ("prefill", ["method", "ms", "ratio"]),
+    ):
+        print(f"\n{title}\n" + measure.table(report[title], columns))
+
+
+if __name__ == "__main__":
+    main()
