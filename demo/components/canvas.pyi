@@ -1,0 +1,55 @@
+"""What the components have in common on the Python side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+_FOLDER = Path(__file__).parent
+TEMPLATE = '<div class="view"></div>'
+
+
+def source(*names: str) -> str:
+    """The text of files beside this one, joined in order: what they declare is shared by those that follow."""
+    return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
+
+from gradio.events import Dependency
+
+class ScriptedHTML(gr.HTML):
+    """A component whose script builds everything inside one empty element.
+
+    Gradio evaluates templates again with every value, so nothing of a value may reach one: the template is constant,
+    and scripts write text through `textContent` or a canvas alone.
+
+    Args:
+        value: plain JSON that the script draws; an output of events, never an input of them.
+        scripts: script files, the ones with shared functions first.
+        styles: style files.
+        kwargs: further arguments of `gr.HTML`, `elem_id` and `visible` among them.
+    """
+
+    def __init__(self, value: Any = None, *, scripts: tuple[str, ...], styles: tuple[str, ...], **kwargs: Any):
+        super().__init__(
+            value,
+            html_template=TEMPLATE,
+            css_template=source("shared.css", *styles),
+            js_on_load=source("shared.js", *scripts),
+            apply_default_css=False,
+            **kwargs,
+        )
+
+    def api_info(self) -> dict[str, Any]:
+        return {"type": "object"}
+
+    def example_payload(self) -> Any:
+        return None
+
+    def example_value(self) -> Any:
+        return None
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
