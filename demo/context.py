@@ -13,9 +13,10 @@ Events that compute take a lane: `**app.lane(VIEW)` gives `concurrency_id` and `
 wait for one another. Endpoints are `gr.api(..., api_name=...)` functions with typed docstrings; events of the page
 itself are `api_visibility="private"`.
 
-Tokens are shown by one component everywhere, `components.tokens.TokenColumns`: its value is `list[ColumnView]`, columns
-side by side in a grid, text only ever set through textContent; it streams (a value that only grew repaints only
-the new tokens), colours by `score`, and shows `details`, `top` and `base_top` in a card for the hovered or focused token.
+Tokens are shown by one component everywhere, `components.tokens.TokenColumns`: its value is `list[ColumnView]`,
+columns side by side in a grid, text only ever set through textContent; it streams (a value that only grew repaints
+only the new tokens), colours by `score`, and shows `details`, `top` and `base_top` in a card for the hovered or focused
+token.
 """
 
 from __future__ import annotations
@@ -25,32 +26,10 @@ from typing import Any
 
 import gradio as gr
 
+from .limits import Limits
 from .models import ModelStore
 
 GENERATE, VIEW, MEASURE = "generate", "view", "measure"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Caps that keep one visitor from taking the machine from the others.
-
-    Attributes:
-        prompt_characters: a longer prompt is refused before it is tokenized.
-        new_tokens: the longest text that can be asked for.
-        models_per_run: columns side by side.
-        seconds: a computation that takes longer ends with what it has.
-        queue: requests that may wait; the next is told that the app is busy.
-        runs: runs that a visitor's history keeps.
-        view_tokens: tokens of a text that a view shows at once; longer texts are windowed.
-    """
-
-    prompt_characters: int = 20_000
-    new_tokens: int = 400
-    models_per_run: int = 6
-    seconds: float = 60.0
-    queue: int = 64
-    runs: int = 8
-    view_tokens: int = 400
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,10 @@ class App:
     """What every tab builder gets."""
 
     store: ModelStore
-    limits: Limits = Limits()
+
+    @property
+    def limits(self) -> Limits:
+        return self.store.limits
 
     def lane(self, name: str) -> dict[str, Any]:
         """The queue options of an event that computes: one at a time in each lane."""

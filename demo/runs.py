@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Literal, TypedDict
+
+Stage = Literal["waiting", "loading", "writing", "done", "failed"]
+Ending = Literal["length", "end", "context", "time", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -12,9 +15,10 @@ class Settings:
 
     Attributes:
         models: names in the model store, one column each.
+        temperature: 0 takes the most probable token.
         top_k: 0 keeps every token.
         top_p: 1.0 keeps every token.
-        temperature: 0 takes the most probable token.
+        repetition_penalty: 1.0 is none (arXiv 1909.05858, section 4.1).
     """
 
     prompt: str
@@ -33,11 +37,12 @@ class Cost:
 
     Attributes:
         prefill_ms: time of the forward pass over the prompt, in milliseconds.
-        ms_per_token: median time of the forward pass over one new token, in milliseconds.
-        tokens_per_second: new tokens over the time spent on them, sampling included.
+        ms_per_token: median time of the forward pass over one new token, in milliseconds; None after one token.
+        tokens_per_second: new tokens after the first over the time they took, sampling included.
         state_bytes: bytes of the decode state after the last token, all layers.
-        peak_bytes: the model's weights, its state, and the most that one forward pass allocated; see `engine`.
-        keys_read: keys that the last token read in one layer.
+        peak_bytes: bytes of the weights, and of whichever is more: the state after the last token, or all that was
+            alive at once in the forward pass over the prompt.
+        keys_read: keys that the last token read in a layer, mean over layers.
     """
 
     prefill_ms: float
@@ -50,11 +55,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """How a variant and its base saw one generated token, given the same text before it.
+    """How a model and its base saw one generated token, given the same text before it.
 
     Attributes:
-        kl: KL(base ‖ variant) of the next-token distributions at this point, in nats.
-        probability, rank: the variant's for this token (before any sampling option); rank 1 is the most probable.
+        kl: KL(base ‖ model) of the next-token distributions at this point, in nats.
+        probability, rank: the model's for this token, before any sampling option; rank 1 is the most probable.
         base_probability, base_rank: the base's.
         top, base_top: the five most probable tokens of each, with their probabilities.
     """
@@ -74,34 +79,51 @@ class Column:
 
     Attributes:
         name: the model's name in the store.
+        method: the model's method.
         token_ids: prompt and generated tokens.
-        tokens: the text of each token, as it is shown.
+        tokens: the text of each; a character of several tokens belongs to the last of them.
         prompt_length: how many of them are the prompt.
-        stopped: why it ended: "length", "end" (the model's end token), "context", "time", "stopped".
+        stopped: why it ended: the length asked for, the model's end token, the end of the context, the time limit,
+            or Stop.
+        problem: why it failed, in words for the visitor.
         scores: one for each generated token, once they are computed.
-        parts_at: index of the first generated token that differs from the base's column, None if there is none.
+        parts_at: index in `tokens` of the first that differs from the reference column's; None if none does.
     """
 
     name: str
-    token_ids: list[int]
-    tokens: list[str]
-    prompt_length: int
-    stopped: str | None = None
+    method: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    prompt_length: int = 0
+    stage: Stage = "waiting"
+    stopped: Ending | None = None
+    problem: str | None = None
     cost: Cost | None = None
     scores: list[TokenScore] = field(default_factory=list)
     parts_at: int | None = None
 
     @property
+    def generated(self) -> int:
+        """How many tokens the model wrote."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
     def text(self) -> str:
-        return "".join(self.tokens)
+        """What the model wrote, without the prompt."""
+        return "".join(self.tokens[self.prompt_length :])
 
 
 @dataclass
 class Run:
-    """One press of Generate."""
+    """One press of Generate.
+
+    Attributes:
+        reference: name of the column that the others are compared with for `parts_at`: the base, or else the first.
+    """
 
     settings: Settings
     columns: list[Column]
+    reference: str | None = None
 
 
 class TokenView(TypedDict, total=False):
@@ -110,7 +132,7 @@ class TokenView(TypedDict, total=False):
     text: str
     prompt: bool  # part of the prompt: never coloured
     score: float | None  # what the colour shows, in [0, 1]; None: no colour
-    parts: bool  # the first token that differs from the base's text
+    parts: bool  # the first token that differs from the reference's text
     details: list[list[str]]  # [label, value] rows of the card under the pointer
     top: list[list]  # [token, probability] of this model, most probable first
     base_top: list[list]  # the same of the base

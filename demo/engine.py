@@ -1,0 +1,210 @@
+"""Several models continue one prompt side by side, a token each in turn."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import Cache
+
+from attention.gpt2 import GPT2VariantLMHeadModel
+from attention.state import State
+
+from .compare import mark_parting, score
+from .limits import Limits
+from .memory import PeakMemory
+from .models import LoadedModel, LoadError, ModelStore
+from .runs import Column, Cost, Run, Settings
+from .text import PromptError, TokenTexts, encode
+
+logger = logging.getLogger(__name__)
+
+
+def warpers(settings: Settings) -> LogitsProcessorList:
+    """The sampling options as transformers applies them in `generate`, in its order."""
+    processors = LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.temperature not in (0.0, 1.0):
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k > 0:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    return processors
+
+
+def new_cache(loaded: LoadedModel) -> Cache:
+    """An empty cache: the mechanisms' own states, or for a base the one that transformers gives it."""
+    if isinstance(loaded.model, GPT2VariantLMHeadModel):
+        return loaded.model.transformer.new_cache()
+    return DynamicCache(config=loaded.model.config)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a cache holds, all layers."""
+    return sum(_layer_bytes(layer) for layer in cache.layers)
+
+
+def _layer_bytes(layer: object) -> int:
+    if isinstance(layer, State):
+        return layer.nbytes()
+    return sum(t.numel() * t.element_size() for t in vars(layer).values() if isinstance(t, Tensor))
+
+
+def keys_read(loaded: LoadedModel, position: int) -> int:
+    """Keys that a query at `position` reads in a layer, mean over layers."""
+    if not isinstance(loaded.model, GPT2VariantLMHeadModel):
+        return position + 1
+    return round(statistics.mean(mechanism.keys_read(position) for mechanism in loaded.model.mechanisms))
+
+
+class Decoder:
+    """One model writing one column, a token at each `step`."""
+
+    def __init__(self, loaded: LoadedModel, column: Column, settings: Settings):
+        self.loaded = loaded
+        self.column = column
+        self.settings = settings
+        self._processors = warpers(settings)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._texts = TokenTexts(loaded.tokenizer)
+        self._cache = new_cache(loaded)
+        self._forward_seconds: list[float] = []
+        self._step_seconds: list[float] = []
+        ends = loaded.model.generation_config.eos_token_id
+        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        for token_id in encode(loaded.tokenizer, settings.prompt, loaded.context):
+            self._append(token_id)
+        column.prompt_length = len(column.token_ids)
+        column.method = loaded.method
+        column.stage = "writing"
+
+    def _append(self, token_id: int) -> None:
+        self.column.token_ids.append(token_id)
+        self.column.tokens.append(self._texts.next(token_id))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Appends one token, and says in the column when it was the last."""
+        start = time.perf_counter()
+        new = self.column.token_ids[self._cache.get_seq_length() :]
+        token_id = self._sample(self._forward(new))
+        self._append(token_id)
+        self._step_seconds.append(time.perf_counter() - start)
+        if token_id in self._ends:
+            self.column.stopped = "end"
+        elif self.column.generated >= self.settings.max_new_tokens:
+            self.column.stopped = "length"
+        elif len(self.column.token_ids) >= self.loaded.context:
+            self.column.stopped = "context"
+
+    def _forward(self, token_ids: list[int]) -> Tensor:
+        """Logits (1, V) after `token_ids`, which follow what the cache has seen."""
+        model = self.loaded.model
+        input_ids = torch.tensor([token_ids], device=model.device)
+        with self.loaded.lock:
+            start = time.perf_counter()
+            logits = model(input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = logits.float().cpu()  # waits for a device, so that the time is right
+            self._forward_seconds.append(time.perf_counter() - start)
+        return logits
+
+    def _sample(self, logits: Tensor) -> int:
+        logits = self._processors(torch.tensor([self.column.token_ids]), logits)
+        if self.settings.temperature == 0.0:
+            return int(logits.argmax())
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
+
+    def cost(self) -> Cost:
+        """What it took so far, at least one step; measures memory by a second, untimed pass over the prompt."""
+        later_forward, later_steps = self._forward_seconds[1:], self._step_seconds[1:]
+        state_bytes = cache_bytes(self._cache)
+        weights = {t.data_ptr(): t.numel() * t.element_size() for t in self.loaded.model.state_dict().values()}
+        return Cost(
+            prefill_ms=1e3 * self._forward_seconds[0],
+            ms_per_token=1e3 * statistics.median(later_forward) if later_forward else None,
+            tokens_per_second=len(later_steps) / sum(later_steps) if later_steps else None,
+            state_bytes=state_bytes,
+            peak_bytes=sum(weights.values()) + max(state_bytes, self._prefill_bytes()),
+            keys_read=keys_read(self.loaded, len(self.column.token_ids) - 2),
+        )
+
+    @torch.inference_mode()
+    def _prefill_bytes(self) -> int:
+        model = self.loaded.model
+        input_ids = torch.tensor([self.column.token_ids[: self.column.prompt_length]], device=model.device)
+        with self.loaded.lock, PeakMemory() as memory:
+            model(input_ids, past_key_values=new_cache(self.loaded), use_cache=True, logits_to_keep=1)
+        return memory.bytes
+
+
+def generate(store: ModelStore, settings: Settings, limits: Limits) -> Iterator[Run]:
+    """Runs all of `settings.models`, one token each in turn; the same settings give the same text.
+
+    A model that fails says so in its own column, and the others go on.
+
+    Yields:
+        The same run, growing: as models load, after every token, and at the end with costs and scores.
+    """
+    deadline = time.monotonic() + limits.seconds
+    run = Run(settings, [Column(name) for name in settings.models])
+    decoders: list[Decoder] = []
+    for column in run.columns:
+        column.stage = "loading"
+        yield run
+        if (decoder := _start(store, column, settings)) is not None:
+            decoders.append(decoder)
+    active = list(decoders)
+    while active:
+        for decoder in active:
+            _step(decoder, deadline)
+            yield run
+        active = [decoder for decoder in active if decoder.column.stage == "writing"]
+    _compare(run, decoders)
+    yield run
+
+
+def _start(store: ModelStore, column: Column, settings: Settings) -> Decoder | None:
+    try:
+        return Decoder(store.get(column.name), column, settings)
+    except (PromptError, LoadError) as error:
+        column.problem = str(error)
+    except KeyError:
+        column.problem = f"There is no model {column.name!r} here; choose one of {', '.join(store.names())}."
+    column.stage = "failed"
+    return None
+
+
+def _step(decoder: Decoder, deadline: float) -> None:
+    column = decoder.column
+    try:
+        decoder.step()
+        if column.stopped is None and time.monotonic() > deadline:
+            column.stopped = "time"
+        if column.stopped is not None:
+            column.cost = decoder.cost()
+            column.stage = "done"
+    except Exception as error:
+        logger.exception("%s failed while writing", column.name)
+        column.problem = f"The model failed: {error}"
+        column.stage = "failed"
+
+
+def _compare(run: Run, decoders: list[Decoder]) -> None:
+    done = [decoder for decoder in decoders if decoder.column.stage == "done"]
+    for decoder in done:
+        decoder.column.scores = score(decoder.loaded, decoder.column)
+    mark_parting(run, {decoder.column.name: decoder.loaded for decoder in done})
