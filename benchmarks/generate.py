@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,16 @@ def checkpoints(folder: Path) -> dict[str, PreTrainedModel]:
 
 def generation(folder: Path, tokens: int, seconds: float) -> list[dict[str, Any]]:
     """`generate` of `tokens` tokens after one, greedy, with each model's own cache."""
-    options = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": tokens, "max_new_tokens": tokens}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "pad_token_id": 0,
+        "min_new_tokens": tokens,
+        "max_new_tokens": tokens,
+    }
     start = torch.zeros(1, 1, dtype=torch.long)
-
-    def run(model: PreTrainedModel) -> Any:
-        return lambda: model.generate(start, attention_mask=torch.ones_like(start), **options)
-
-    return compare({name: run(model.eval()) for name, model in checkpoints(folder).items()}, "base", seconds)
+    options["attention_mask"] = torch.ones_like(start)
+    runs = {name: partial(model.eval().generate, start, **options) for name, model in checkpoints(folder).items()}
+    return compare(runs, "base", seconds)
 
 
 @torch.no_grad()
@@ -65,11 +69,8 @@ def decode_growth(near: int = 100, far: int = 8000, rounds: int = 50) -> list[di
         mechanism = attention.config_from_dict(options).build(SHAPE).eval()
         states = {length: _filled(mechanism, length) for length in (near, far)}
         token = _random_inputs(1)
-        times = measure.times_in_turn(
-            {str(length): lambda m=mechanism, s=state: m(*token, s) for length, state in states.items()},
-            budget=0,
-            min_rounds=rounds,
-        )
+        steps = {str(length): partial(mechanism, *token, state) for length, state in states.items()}
+        times = measure.times_in_turn(steps, budget=0, min_rounds=rounds)
         rows.append(
             {
                 "method": name,
@@ -103,8 +104,8 @@ def prefill(length: int, seconds: float) -> list[dict[str, Any]]:
         for name, options in MECHANISMS.items()
     }
     ids = torch.randint(0, base.config.vocab_size, (1, length))
-    run = {name: lambda m=model: m(ids, use_cache=True, logits_to_keep=1) for name, model in models.items()}
-    return compare(run, "softmax", seconds)
+    runs = {name: partial(model, ids, use_cache=True, logits_to_keep=1) for name, model in models.items()}
+    return compare(runs, "softmax", seconds)
 
 
 def main(argv: list[str] | None = None) -> None:
