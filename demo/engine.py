@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 
@@ -23,7 +24,6 @@ from attention.gpt2 import GPT2VariantLMHeadModel
 from attention.state import State
 
 from .compare import mark_parting, score
-from .limits import Limits
 from .memory import PeakMemory
 from .models import LoadedModel, LoadError, ModelStore
 from .runs import Column, Cost, Run, Settings
@@ -151,60 +151,78 @@ class Decoder:
         return memory.bytes
 
 
-def generate(store: ModelStore, settings: Settings, limits: Limits) -> Iterator[Run]:
-    """Runs all of `settings.models`, one token each in turn; the same settings give the same text.
+class Generation:
+    """All of a run's models, one token each in turn; the same settings give the same text.
 
     A model that fails says so in its own column, and the others go on.
 
-    Yields:
-        The same run, growing: as models load, after every token, and at the end with costs and scores.
+    Attributes:
+        run: what there is so far; it grows.
     """
-    deadline = time.monotonic() + limits.seconds
-    run = Run(settings, [Column(name) for name in settings.models])
-    decoders: list[Decoder] = []
-    for column in run.columns:
-        column.stage = "loading"
-        yield run
-        if (decoder := _start(store, column, settings)) is not None:
-            decoders.append(decoder)
-    active = list(decoders)
-    while active:
-        for decoder in active:
-            _step(decoder, deadline)
-            yield run
-        active = [decoder for decoder in active if decoder.column.stage == "writing"]
-    _compare(run, decoders)
-    yield run
 
+    def __init__(self, store: ModelStore, settings: Settings):
+        self.store = store
+        self.run = Run(settings, [Column(name) for name in settings.models])
+        self._decoders: list[Decoder] = []
+        self._deadline = time.monotonic() + store.limits.seconds
+        self._lock = threading.Lock()
+        self._finished = False
 
-def _start(store: ModelStore, column: Column, settings: Settings) -> Decoder | None:
-    try:
-        return Decoder(store.get(column.name), column, settings)
-    except (PromptError, LoadError) as error:
-        column.problem = str(error)
-    except KeyError:
-        column.problem = f"There is no model {column.name!r} here; choose one of {', '.join(store.names())}."
-    column.stage = "failed"
-    return None
+    def stream(self) -> Iterator[Run]:
+        """Yields the same run as models load, after every token, and at the end with costs and scores."""
+        for column in self.run.columns:
+            column.stage = "loading"
+            yield self.run
+            self._start(column)
+        while active := [decoder for decoder in self._decoders if decoder.column.stage == "writing"]:
+            for decoder in active:
+                self._step(decoder)
+                yield self.run
+        yield self.finish()
 
+    def finish(self) -> Run:
+        """Ends what still runs, then fills in costs and scores; safe to call while another thread streams."""
+        with self._lock:
+            if not self._finished:
+                self._finished = True
+                for column in self.run.columns:
+                    if column.stage != "failed":
+                        column.stopped = column.stopped or "stopped"
+                        column.stage = "done"
+                self._compare()
+        return self.run
 
-def _step(decoder: Decoder, deadline: float) -> None:
-    column = decoder.column
-    try:
-        decoder.step()
-        if column.stopped is None and time.monotonic() > deadline:
-            column.stopped = "time"
-        if column.stopped is not None:
-            column.cost = decoder.cost()
-            column.stage = "done"
-    except Exception as error:
-        logger.exception("%s failed while writing", column.name)
-        column.problem = f"The model failed: {error}"
-        column.stage = "failed"
+    def _start(self, column: Column) -> None:
+        try:
+            loaded = self.store.get(column.name)
+            with self._lock:
+                if not self._finished:
+                    self._decoders.append(Decoder(loaded, column, self.run.settings))
+        except (PromptError, LoadError) as error:
+            column.problem, column.stage = str(error), "failed"
+        except KeyError:
+            choices = ", ".join(self.store.names())
+            column.problem, column.stage = f"There is no model {column.name!r} here; there are: {choices}.", "failed"
 
+    def _step(self, decoder: Decoder) -> None:
+        column = decoder.column
+        with self._lock:
+            if self._finished:
+                return
+            try:
+                decoder.step()
+            except Exception as error:
+                logger.exception("%s failed while writing", column.name)
+                column.problem, column.stage = f"The model failed: {error}", "failed"
+                return
+            if column.stopped is None and time.monotonic() > self._deadline:
+                column.stopped = "time"
+            if column.stopped is not None:
+                column.stage = "done"
 
-def _compare(run: Run, decoders: list[Decoder]) -> None:
-    done = [decoder for decoder in decoders if decoder.column.stage == "done"]
-    for decoder in done:
-        decoder.column.scores = score(decoder.loaded, decoder.column)
-    mark_parting(run, {decoder.column.name: decoder.loaded for decoder in done})
+    def _compare(self) -> None:
+        written = [decoder for decoder in self._decoders if decoder.column.stage == "done" and decoder.column.generated]
+        for decoder in written:
+            decoder.column.cost = decoder.cost()
+            decoder.column.scores = score(decoder.loaded, decoder.column)
+        mark_parting(self.run, {decoder.column.name: decoder.loaded for decoder in written})
