@@ -10,12 +10,9 @@ import gradio as gr
 _FOLDER = Path(__file__).parent
 TEMPLATE = '<div class="view"></div>'
 
-
 def source(*names: str) -> str:
     """The text of files beside this one, joined in order: what they declare is shared by those that follow."""
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
-
-from gradio.events import Dependency
 
 class ScriptedHTML(gr.HTML):
     """A component whose script builds everything inside one empty element.

@@ -41,6 +41,7 @@ function formatNumber(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
   if (size >= 1e15 || size < 1e-4) return value.toExponential(1);
+  if (Number.isInteger(value) && size < 1e5) return value.toLocaleString("en");
   if (size >= 1000) {
     const step = Math.min(Math.floor(Math.log10(size) / 3), 4);
     return Number((value / 1000 ** step).toPrecision(3)) + ["", "k", "M", "G", "T"][step];

@@ -7,8 +7,6 @@ from typing import Any
 from ..runs import ColumnView
 from .canvas import ScriptedHTML
 
-from gradio.events import Dependency
-
 class TokenColumns(ScriptedHTML):
     """Columns of tokens in a grid; see `runs.ColumnView` for the value.
 

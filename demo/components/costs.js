@@ -1,0 +1,36 @@
+// A table of costs; see costs.py.
+const root = element.querySelector(".view");
+
+function headerCell([label, explanation]) {
+  const cell = el("th", null, null, el("div", null, label));
+  cell.scope = "col";
+  if (explanation) cell.append(el("div", "muted small", explanation));
+  return cell;
+}
+
+function numberCell(number, reference) {
+  const cell = el("td", "number", formatNumber(number));
+  const comparable = typeof number === "number" && typeof reference === "number" && reference > 0;
+  cell.append(el("span", "ratio muted small", comparable ? formatRatio(number / reference) : ""));
+  return cell;
+}
+
+function formatRatio(ratio) {
+  return (ratio >= 10 ? Math.round(ratio) : ratio.toFixed(ratio < 1 ? 2 : 1)) + "×";
+}
+
+function draw() {
+  const { headers = [], rows = [], reference = null } = props.value || {};
+  const head = el("thead", null, null, el("tr", null, null, ...headers.map(headerCell)));
+  const body = el("tbody");
+  rows.forEach(([name, ...numbers], index) => {
+    const first = el("th", null, name);
+    first.scope = "row";
+    const base = reference === null || reference === index ? [] : rows[reference].slice(1);
+    body.append(el("tr", null, null, first, ...numbers.map((number, i) => numberCell(number, base[i]))));
+  });
+  root.replaceChildren(el("div", "scroll", null, el("table", "costs", null, head, body)));
+}
+
+watch("value", draw);
+draw();

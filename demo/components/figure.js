@@ -1,0 +1,171 @@
+// One attention map on a canvas, with token labels and the cell that is pointed at. `board` is what the maps share:
+// tokens, start, zoom {row, column, size}, contrast, focus(), colors, and what to call when the pointer moves.
+
+const LABEL = 11; // pixels that a label needs
+const SMALLEST_ZOOM = 8;
+
+class MapFigure {
+  constructor(map, board) {
+    this.map = map;
+    this.board = board;
+    this.canvas = el("canvas");
+    this.canvas.tabIndex = 0;
+    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("aria-label", `${map.title}: attention map. Arrow keys move the kept cell, Escape lets it go, + and − zoom.`);
+    this.canvas.dataset.map = map.key;
+    this.ramp = el("span", "ramp");
+    this.low = el("span", "muted");
+    this.high = el("span", "muted");
+    const scale = el("div", "scale", null, this.low, this.ramp, this.high);
+    this.node = el("figure", "figure", null, el("h4", null, map.title), el("div", "note muted", map.note), this.canvas, scale);
+    this.node.style.margin = 0;
+    this.listen();
+    this.paint();
+    new ResizeObserver(() => this.draw()).observe(this.canvas);
+  }
+
+  get size() {
+    return this.board.tokens.length;
+  }
+
+  value(row, column) {
+    return column <= row ? this.map.values[triangleIndex(row, column)] : undefined;
+  }
+
+  paint() {
+    const { map, board } = this;
+    this.image = paintTriangle(map.values, this.size, map.largest, map.kind, board.contrast);
+    const colors = rampColors(map.kind);
+    const stops = [0, 51, 102, 153, 204, 255].map((k) => cssColor(colors[k]));
+    this.ramp.style.background = `linear-gradient(90deg, ${stops.join(", ")})`;
+    const limit = formatNumber(map.largest);
+    const signed = map.kind === "difference";
+    this.low.textContent = signed ? `${map.lowLabel || "less"} −${limit}` : "0";
+    this.high.textContent = signed ? `+${limit} ${map.highLabel || "more"}` : limit;
+  }
+
+  // Where the map lies on the canvas, in CSS pixels.
+  layout() {
+    const width = this.canvas.clientWidth;
+    const gutter = Math.round(clamp(width * 0.17, 46, 84));
+    return { width, gutter, side: width - gutter - 1, cell: (width - gutter - 1) / this.board.zoom.size };
+  }
+
+  cellAt(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const { gutter, cell } = this.layout();
+    const { zoom } = this.board;
+    const row = Math.floor((event.clientY - box.top - gutter) / cell);
+    const column = Math.floor((event.clientX - box.left - gutter) / cell);
+    if (row < 0 || column < 0 || row >= zoom.size || column >= zoom.size) return null;
+    return { row: row + zoom.row, column: column + zoom.column };
+  }
+
+  draw() {
+    const { width, gutter, side, cell } = this.layout();
+    if (width < 60) return; // in a tab that is not open
+    const density = window.devicePixelRatio || 1;
+    const pixels = Math.round(width * density);
+    if (this.canvas.width !== pixels) this.canvas.width = this.canvas.height = pixels;
+    const context = this.canvas.getContext("2d");
+    const { zoom } = this.board;
+    context.setTransform(density, 0, 0, density, 0, 0);
+    context.clearRect(0, 0, width, width);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(this.image, zoom.column, zoom.row, zoom.size, zoom.size, gutter, gutter, side, side);
+    context.strokeStyle = this.board.colors.line;
+    context.strokeRect(gutter - 0.5, gutter - 0.5, side + 1, side + 1);
+    const focus = this.board.focus();
+    this.drawLabels(context, gutter, cell, focus);
+    if (focus) this.drawFocus(context, gutter, side, cell, focus);
+  }
+
+  drawLabels(context, gutter, cell, focus) {
+    const { zoom, labels, colors } = this.board;
+    const every = Math.ceil(LABEL / cell);
+    const far = (index, chosen) => chosen === undefined || Math.abs(index - chosen) * cell >= LABEL;
+    context.font = `${LABEL}px ${this.board.font}`;
+    for (let k = 0; k < zoom.size; k++) {
+      const row = zoom.row + k;
+      const column = zoom.column + k;
+      const place = gutter + (k + 0.5) * cell;
+      const isRow = focus?.row === row;
+      const isColumn = focus?.column === column;
+      if (isRow || (row % every === 0 && far(row, focus?.row))) {
+        context.fillStyle = isRow ? colors.ink : colors.muted;
+        this.drawLabel(context, labels[row], gutter - 5, place, 0, gutter);
+      }
+      if (isColumn || (column % every === 0 && far(column, focus?.column))) {
+        context.fillStyle = isColumn ? colors.ink : colors.muted;
+        this.drawLabel(context, labels[column], place, gutter - 5, Math.PI / 2, gutter);
+      }
+    }
+  }
+
+  // A label that ends at (x, y); turned by a quarter it ends at the bottom.
+  drawLabel(context, text, x, y, turn, gutter) {
+    context.save();
+    context.translate(x, y);
+    context.rotate(turn);
+    context.textAlign = "right";
+    context.textBaseline = "middle";
+    context.fillText(text, 0, 0, gutter - 7);
+    context.restore();
+  }
+
+  drawFocus(context, gutter, side, cell, focus) {
+    const { zoom, colors } = this.board;
+    const y = gutter + (focus.row - zoom.row) * cell;
+    const x = gutter + (focus.column - zoom.column) * cell;
+    const rowSeen = focus.row >= zoom.row && focus.row < zoom.row + zoom.size;
+    const columnSeen = focus.column >= zoom.column && focus.column < zoom.column + zoom.size;
+    const thick = Math.max(cell, 1.5);
+    context.save();
+    context.fillStyle = colors.ink;
+    context.globalAlpha = 0.14;
+    if (rowSeen) context.fillRect(gutter, y, side, thick);
+    if (columnSeen) context.fillRect(x, gutter, thick, side);
+    context.restore();
+    if (!rowSeen || !columnSeen) return;
+    const pad = Math.max(0, (7 - cell) / 2);
+    context.lineWidth = 2;
+    context.strokeStyle = colors.accent;
+    context.strokeRect(x - pad, y - pad, cell + 2 * pad, cell + 2 * pad);
+    context.lineWidth = 1;
+  }
+
+  listen() {
+    const { canvas, board } = this;
+    let drag = null;
+    canvas.addEventListener("pointerdown", (event) => {
+      drag = event.pointerType === "mouse" ? { x: event.clientX, y: event.clientY, zoom: { ...board.zoom }, moved: false } : null;
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      if (drag && event.buttons === 1 && board.zoom.size < this.size) {
+        const { cell } = this.layout();
+        const columns = Math.round((drag.x - event.clientX) / cell);
+        const rows = Math.round((drag.y - event.clientY) / cell);
+        drag.moved ||= Math.hypot(drag.x - event.clientX, drag.y - event.clientY) > 4;
+        if (drag.moved) board.scrollTo(drag.zoom.row + rows, drag.zoom.column + columns);
+      }
+      board.hover(this.cellAt(event), this, event);
+    });
+    canvas.addEventListener("pointerleave", () => board.hover(null));
+    canvas.addEventListener("click", (event) => {
+      if (!drag?.moved) board.toggle(this.cellAt(event));
+      drag = null;
+    });
+    canvas.addEventListener(
+      "wheel",
+      (event) => {
+        if (!event.ctrlKey) return;
+        event.preventDefault();
+        board.zoomBy(event.deltaY < 0 ? 1.25 : 0.8, this.cellAt(event));
+      },
+      { passive: false },
+    );
+    canvas.addEventListener("keydown", (event) => {
+      if (board.key(event.key, this)) event.preventDefault();
+    });
+  }
+}

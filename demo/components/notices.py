@@ -1,0 +1,19 @@
+"""Short messages on top of the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .canvas import ScriptedHTML
+
+
+class Notices(ScriptedHTML):
+    """Messages one below the other; takes no room while there are none.
+
+    Args:
+        value: `[{"level": "info" or "warning", "text": ...}, ...]`.
+        kwargs: further arguments of `gr.HTML`.
+    """
+
+    def __init__(self, value: list[dict[str, str]] | None = None, **kwargs: Any):
+        super().__init__(value, scripts=("notices.js",), styles=("notices.css",), **kwargs)
