@@ -1,75 +1,92 @@
-"""Saving and loading variants: a folder that holds only what differs from the base."""
+"""Looks at variants, pulls them from the Hub and pushes them to it."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-from pathlib import Path
-from typing import Any
+import sys
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from .convert import convert, load_weights
-from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
-from .registry import config_from_dict
+from .errors import CheckpointError
+from .hub import HubOptions
+from .loading import describe, hub_size
+from .pushing import push
 
 
-def load(
-    spec: str | Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    base: PreTrainedModel | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer from a folder: a variant, or a plain model."""
-    folder = Path(spec)
-    dtype = torch.float32 if dtype is None else dtype
-    config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] != GPT2VariantConfig.model_type:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
-        return model, AutoTokenizer.from_pretrained(folder)
-    if base is None:
-        base, _ = load(folder / config["base"]["id"], device=device, dtype=dtype)
-    variant = convert(base, config_from_dict(config["attention"]), share=True)
-    weights = load_file(folder / "model.safetensors")
-    load_weights(
-        variant, {**variant.state_dict(), **{name: t.to(base.device, base.dtype) for name, t in weights.items()}}
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 1 for a checkpoint that could not be read or moved."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m attention.checkpoint", description="Look at, pull and push variants."
     )
-    return variant.eval(), AutoTokenizer.from_pretrained(folder)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="check a variant's files and say what it is, as JSON")
+    info.set_defaults(run=_info)
+    pull = commands.add_parser("pull", help="download a variant and its base; print the folder")
+    pull.set_defaults(run=_pull)
+    for command in (info, pull):
+        command.add_argument("spec", help="a folder, or user/repo[/subfolder][@revision]")
+        command.add_argument("--offline", action="store_true", help="use the cache alone")
+
+    command = commands.add_parser("push", help="upload a variant in one commit")
+    command.set_defaults(run=_push)
+    command.add_argument("folder", help="what attention.save wrote")
+    command.add_argument("to", help="user/repo[/subfolder]; the repository is made if there is none")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--revision", help="a branch; made if there is none")
+    command.add_argument(
+        "--include_base",
+        action=argparse.BooleanOptionalAction,
+        help="upload all weights, not only those that differ from the base; by default if the base is a local folder",
+    )
+    command.add_argument("--dry_run", action="store_true", help="list the files and do nothing")
+    return parser
 
 
-def save(
-    variant: GPT2VariantLMHeadModel,
-    folder: str | Path,
-    *,
-    base: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | None = torch.float16,
-    card: str | None = None,
-    history: list[dict[str, Any]] | None = None,
-) -> None:
-    """Writes a variant."""
-    folder = Path(folder)
-    origin = variant.config.base["id"]
-    base = base or load(origin)[0]
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(origin)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = base.state_dict()
-    delta: dict[str, Tensor] = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in variant.state_dict().items()
-        if name not in known or not torch.equal(tensor.cpu(), known[name].to("cpu", tensor.dtype))
+def _info(options: argparse.Namespace) -> None:
+    found = describe(options.spec, HubOptions(local_files_only=options.offline))
+    description = {
+        "folder": str(found.folder),
+        "method": found.method,
+        "options": found.options,
+        "base": found.base,
+        "bytes": sum(path.stat().st_size for path in found.folder.iterdir() if path.is_file()),
     }
-    delta.pop("lm_head.weight", None)
-    save_file(delta, folder / "model.safetensors")
-    config = variant.config.to_dict()
-    config["base"] = {"id": os.path.relpath(origin, folder)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer.save_pretrained(folder)
-    if card is not None:
-        (folder / "README.md").write_text(card)
-    if history is not None:
-        (folder / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    print(json.dumps(description, indent=2))
+
+
+def _pull(options: argparse.Namespace) -> None:
+    hub = HubOptions(local_files_only=options.offline)
+    print(f"{hub_size(options.spec, hub) / 1e6:.1f} MB to download", file=sys.stderr)
+    found = describe(options.spec, hub)
+    if found.base is not None:
+        describe(found.base, hub)
+    print(found.folder)
+
+
+def _push(options: argparse.Namespace) -> None:
+    done = push(
+        options.folder,
+        options.to,
+        private=options.private,
+        revision=options.revision,
+        include_base=options.include_base,
+        dry_run=options.dry_run,
+    )
+    for path, size in done.files.items():
+        print(f"{size:>12,}  {path}")
+    total = sum(done.files.values()) / 1e6
+    print(f"{len(done.files)} files, {total:.1f} MB" + (f": {done.url}" if done.url else " would go to " + done.spec))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
+from .hub import cached_origin
 from .mechanism import Mechanism, MechanismConfig
 from .softmax import SoftmaxConfig
 
@@ -65,23 +67,30 @@ def _build(base: PreTrainedModel, config: MechanismConfig) -> GPT2VariantLMHeadM
     options = base.config.to_dict()
     for key in ("model_type", "architectures", "attention", "base", "auto_map"):
         options.pop(key, None)
-    variant_config = GPT2VariantConfig(**options, attention=config.to_dict(), base=_origin(base))
+    variant_config = GPT2VariantConfig(**options, attention=config.to_dict(), base=origin(base))
     with no_init_weights():
         variant = GPT2VariantLMHeadModel(variant_config)
     variant.generation_config = base.generation_config
     return variant
 
 
-def _origin(base: PreTrainedModel) -> dict[str, str | None] | None:
-    """Where the base's weights came from, for `GPT2VariantConfig.base`; None for a model made in memory."""
-    if isinstance(base.config, GPT2VariantConfig):
-        return base.config.base
-    name = base.config.name_or_path
+def origin(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Where a base's weights came from, as `GPT2VariantConfig.base` says it; None for a model made in memory.
+
+    For a variant, the base that it was made from.
+    """
+    if isinstance(model.config, GPT2VariantConfig):
+        return model.config.base
+    name = model.config.name_or_path
     if not name:
         return None
-    if Path(name).is_dir():
-        return {"id": str(Path(name).resolve()), "revision": None}
-    return {"id": name, "revision": getattr(base.config, "_commit_hash", None)}
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return {"id": name, "revision": None}
+    place = cached_origin(folder.resolve())
+    if place is None:
+        return {"id": str(folder.resolve()), "revision": None}
+    return {"id": place.name, "revision": place.revision}
 
 
 def _clone(weights: dict[str, Tensor]) -> dict[str, Tensor]:

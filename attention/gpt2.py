@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -23,13 +24,16 @@ class GPT2VariantConfig(GPT2Config):
 
     Attributes:
         attention: `MechanismConfig.to_dict` of the mechanism in every layer.
-        base: where the base's weights come from; see `attention.checkpoint`.
+        base: {"id", "revision", "sha256"} of the base's weights; the id is a folder or a name on the Hub. None if
+            the variant's own files hold all weights.
+        versions: of the libraries that wrote the variant.
     """
 
     model_type = "gpt2-variant"
 
     attention: dict | None = None
     base: dict | None = None
+    versions: dict | None = None
 
 
 class GPT2VariantAttention(GPT2Attention):
@@ -206,12 +210,59 @@ class GPT2VariantLMHeadModel(GPT2LMHeadModel):
     def new_parameters(self) -> tuple[str, ...]:
         return tuple(name for name in self.state_dict() if ".mechanism." in name)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> GPT2VariantLMHeadModel:
+        """As in transformers, with the base's weights put under the variant's own.
+
+        Raises:
+            attention.errors.CheckpointError: if the variant is damaged, or its base is missing or another.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        from .loading import pretrained_arguments, read_generation_config
+
+        folder, arguments = pretrained_arguments(pretrained_model_name_or_path, config, kwargs)
+        loaded = super().from_pretrained(None, *model_args, **arguments)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        if kwargs.get("generation_config") is None:
+            read_generation_config(model, folder)
+        return loaded
+
+    @classmethod
+    def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        # On the meta device a mechanism could not compute its starting values.
+        return [context for context in super().get_init_context(*args, **kwargs) if context != torch.device("meta")]
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Config and weights as `attention.save` writes them, in the model's dtype.
+
+        Raises:
+            ValueError: for `push_to_hub`, which `attention.push` does.
+        """
+        if push_to_hub:
+            raise ValueError("save_pretrained does not push a variant; use attention.push(folder, 'user/repo')")
+        from .saving import SHARD_SIZE, save_model
+
+        if is_main_process:
+            save_model(self, save_directory, state_dict, max_shard_size or SHARD_SIZE)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.transformer.new_cache()
-
-
-AutoConfig.register(GPT2VariantConfig.model_type, GPT2VariantConfig)
-AutoModelForCausalLM.register(GPT2VariantConfig, GPT2VariantLMHeadModel)

@@ -1,0 +1,57 @@
+"""What can go wrong with a checkpoint, on disk or on the Hub."""
+
+from __future__ import annotations
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be read, written or moved; the message says what to do.
+
+    An `OSError`, as transformers raises where a model cannot be loaded.
+    """
+
+
+class MissingCheckpointError(CheckpointError):
+    """There is no such folder, repository or subfolder, or no permission to see it."""
+
+
+class MissingRevisionError(CheckpointError):
+    """The repository has no such branch, tag or commit."""
+
+
+class NotAModelError(CheckpointError):
+    """What was found is neither a variant nor a causal language model in safetensors."""
+
+
+class BrokenCheckpointError(CheckpointError):
+    """Files of a variant are missing, cut short or changed since they were written.
+
+    Attributes:
+        problems: one sentence a file.
+    """
+
+    def __init__(self, folder: object, problems: list[str]):
+        self.problems = problems
+        advice = "Copy or download it again; a change made on purpose needs attention.save."
+        super().__init__("\n  - ".join([f"{folder} is damaged. {advice}", *problems]))
+
+
+class WrongBaseError(CheckpointError):
+    """The base is missing, or its weights are not those that the variant was made from."""
+
+
+class NetworkError(CheckpointError):
+    """The Hub did not answer as it should, and the cache does not hold what was asked for."""
+
+
+class PushError(CheckpointError):
+    """A variant did not reach the Hub; the local folder is as it was.
+
+    Attributes:
+        retry: whether the same push may succeed later, with nothing changed.
+        command: the shell command that pushes it.
+    """
+
+    def __init__(self, message: str, *, retry: bool, command: str):
+        self.retry = retry
+        self.command = command
+        super().__init__(f"{message} Nothing is lost: {'try later' if retry else 'then run'}\n  {command}")

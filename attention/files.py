@@ -1,0 +1,266 @@
+"""Checkpoint folders: weights in shards, a manifest that detects damage, and replacement in one step."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import BrokenCheckpointError, CheckpointError, NotAModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+HISTORY = "training.jsonl"
+SHARD_SIZE = "8MB"  # a Space refuses plain files of more than 10 MB
+
+# What is read of a checkpoint: neither code nor pickles, so nothing of it can run.
+PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", "merges.txt", "tokenizer.model", "*.jinja", "README.md")
+OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights.
+
+    Raises:
+        NotAModelError: if there are none.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise NotAModelError(f"{folder} has no {WEIGHTS}; weights in other formats, such as pickles, are not read")
+    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    if any(Path(name).name != name for name in names):
+        raise NotAModelError(f"{folder / INDEX} points outside its folder")
+    return [folder / name for name in names]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, on the CPU, as stored; pages are read when they are used.
+
+    Raises:
+        BrokenCheckpointError: if a file is not a safetensors file, or is missing.
+        NotAModelError: if there are no weights.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no iterator)
+        except (SafetensorError, OSError) as error:
+            raise BrokenCheckpointError(folder, [f"{path.name} cannot be read: {error}"]) from error
+    return tensors
+
+
+def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str = SHARD_SIZE) -> None:
+    """Writes tensors as transformers would: one file, or shards with an index.
+
+    A tensor larger than `max_shard_size` (bytes, or a string such as "8MB") gets a file of its own.
+    """
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        (folder / filename).write_bytes(save(shard, metadata={"format": "pt"}))
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes; the same however the tensors are spread over files."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, files: Mapping[str, Path] | None = None) -> None:
+    """Records which files make up a variant, and size and SHA-256 of those that are read when it is loaded.
+
+    Args:
+        files: where each file is now, by name; by default all files in `folder`.
+    """
+    if files is None:
+        files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    entries = {name: _measure(files[name]) if _is_checked(name) else None for name in sorted(files) if name != MANIFEST}
+    (folder / MANIFEST).write_bytes(_dump_manifest(entries))
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any] | None]:
+    """What `write_manifest` recorded, by file name.
+
+    Raises:
+        BrokenCheckpointError: if it is missing, or is not what `write_manifest` writes.
+    """
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError:
+        raise BrokenCheckpointError(folder, [f"{MANIFEST} is missing"]) from None
+    try:
+        files = json.loads(content)["files"]
+        intact = content == _dump_manifest(files)  # so that no single bit of it can change unnoticed
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise BrokenCheckpointError(folder, [f"{MANIFEST} was changed or cut short"])
+    return files
+
+
+def check(folder: Path) -> None:
+    """Compares every file of a variant with its manifest.
+
+    Raises:
+        BrokenCheckpointError: naming all files that are missing, cut short or changed.
+    """
+    problems = []
+    for name, expected in read_manifest(folder).items():
+        if expected is None:
+            continue
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != expected["size"]:
+            problems.append(f"{name} has {size} bytes instead of {expected['size']}")
+        elif _measure(path) != expected:
+            problems.append(f"{name} has other content than when it was written (SHA-256 differs)")
+    if problems:
+        raise BrokenCheckpointError(folder, problems)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        BrokenCheckpointError: if it is not one.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
+    if not isinstance(data, dict):
+        raise BrokenCheckpointError(path.parent, [f"{path.name} holds no JSON object"])
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes a JSON object, readable, with a newline at the end."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place when the block ends well, and vanishes otherwise.
+
+    Files in `folder` that its manifest does not name are copied over. A crash between the two renames leaves the old
+    folder beside, where `restore` finds it. One process at a time may replace a folder.
+
+    Raises:
+        CheckpointError: if `folder` holds something else than a variant, or the disk refuses.
+    """
+    restore(folder)
+    if folder.exists() and not _may_replace(folder):
+        raise CheckpointError(f"{folder} exists and is not a variant; choose a new folder, or delete it first")
+    for stale in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    new = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        _keep_foreign_files(folder, new)
+        for path in [*new.iterdir(), new]:
+            _flush(path)
+        if folder.exists():
+            folder.rename(_backup(folder))
+        new.rename(folder)
+        _flush(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        restore(folder)
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            kept = " What was there before is untouched." if folder.exists() else ""
+            raise CheckpointError(f"{folder} could not be written: {error}.{kept}") from error
+        raise
+    shutil.rmtree(_backup(folder), ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Puts a variant back whose replacement was interrupted."""
+    backup = _backup(folder)
+    if not backup.is_dir():
+        return
+    if folder.exists():
+        shutil.rmtree(backup, ignore_errors=True)
+    else:
+        backup.rename(folder)
+
+
+def _may_replace(folder: Path) -> bool:
+    """True for a variant, and for a folder of loose files, such as a tokenizer saved before its model."""
+    if not folder.is_dir():
+        return False
+    other_model = (folder / "config.json").exists() or any(path.is_dir() for path in folder.iterdir())
+    return (folder / MANIFEST).is_file() or not other_model
+
+
+def _backup(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _keep_foreign_files(old: Path, new: Path) -> None:
+    if not old.exists():
+        return
+    own = {MANIFEST}
+    if (old / MANIFEST).is_file():
+        try:
+            own |= set(read_manifest(old))
+        except BrokenCheckpointError:  # then go by what such files look like
+            own |= {path.name for path in old.iterdir() if path.suffix in (".json", ".safetensors")}
+    for path in old.iterdir():
+        if path.name in own or (new / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _flush(path: Path) -> None:
+    """Has the disk hold what was written, before a rename makes it count."""
+    if path.is_symlink() or (os.name == "nt" and path.is_dir()):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_checked(name: str) -> bool:
+    return name != CARD and any(fnmatch(name, pattern) for pattern in PATTERNS)  # people may edit the card
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _dump_manifest(files: dict[str, dict[str, Any] | None]) -> bytes:
+    return (json.dumps({"files": files}, indent=2) + "\n").encode()

@@ -1,0 +1,223 @@
+"""Checkpoints on the Hub: naming, measuring and pulling them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    DryRunError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm
+
+from .errors import MissingCheckpointError, MissingRevisionError, NetworkError
+from .files import PATTERNS
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class HubSpec:
+    """Where a checkpoint lies on the Hub: "repo", "user/repo", "user/repo/sub/folder", each with "@revision" or not."""
+
+    repo_id: str
+    subfolder: str = ""
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubSpec:
+        """Reads a spec.
+
+        Raises:
+            MissingCheckpointError: if it cannot be the name of a repository.
+        """
+        name, _, revision = text.partition("@")
+        parts = name.split("/")
+        if not all(re.fullmatch(r"[\w][\w.\-]*", part) for part in parts):
+            raise MissingCheckpointError(
+                f"{text!r} is neither a folder nor a name on the Hub (user/repo[/subfolder][@revision])"
+            )
+        return cls("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
+
+    @property
+    def name(self) -> str:
+        """The spec without its revision."""
+        return f"{self.repo_id}/{self.subfolder}" if self.subfolder else self.repo_id
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    def path(self, name: str) -> str:
+        """A file's path in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to reach the Hub.
+
+    Attributes:
+        api: endpoint and token; by default those of the environment.
+        cache_dir: where pulled files are kept; by default the Hub's cache.
+        local_files_only: use the cache alone.
+        force_download: pull files again that the cache holds.
+    """
+
+    api: HfApi | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @property
+    def client(self) -> HfApi:
+        return self.api or HfApi()
+
+
+HUB = HubOptions()
+
+
+def pull(spec: HubSpec, hub: HubOptions = HUB, progress: Progress | None = None) -> Path:
+    """Downloads a checkpoint unless the cache has it; by commit, the cache is enough.
+
+    Args:
+        progress: called with the bytes that have arrived and the bytes expected, instead of a progress bar.
+
+    Returns:
+        Its folder in the cache.
+
+    Raises:
+        MissingCheckpointError, MissingRevisionError, NetworkError: each saying what to do.
+    """
+    with _translated(spec):
+        root = hub.client.snapshot_download(
+            **_selection(spec),
+            cache_dir=hub.cache_dir,
+            local_files_only=hub.local_files_only,
+            force_download=hub.force_download,
+            tqdm_class=_reporting(progress) if progress else None,
+        )
+    folder = Path(root, spec.subfolder)
+    if not (folder / "config.json").is_file():
+        where = f"no folder {spec.subfolder!r} with a config.json" if spec.subfolder else "no config.json"
+        raise MissingCheckpointError(f"{spec.repo_id} on the Hub has {where} at revision {spec.revision or 'main'}")
+    return folder
+
+
+def pull_file(spec: HubSpec, name: str, hub: HubOptions = HUB) -> Path:
+    """Downloads one file of a checkpoint's folder unless the cache has it; raises what `pull` raises."""
+    with _translated(spec):
+        path = hub.client.hf_hub_download(
+            spec.repo_id,
+            spec.path(name),
+            revision=spec.revision,
+            cache_dir=hub.cache_dir,
+            local_files_only=hub.local_files_only,
+            force_download=hub.force_download,
+        )
+    return Path(path)
+
+
+def download_size(spec: HubSpec, hub: HubOptions = HUB) -> int:
+    """Bytes that `pull` would download now; 0 where the cache has everything.
+
+    Raises:
+        MissingCheckpointError, MissingRevisionError, NetworkError.
+    """
+    if hub.local_files_only:
+        return 0
+    with _translated(spec):
+        files = hub.client.snapshot_download(
+            **_selection(spec),
+            cache_dir=hub.cache_dir,
+            force_download=hub.force_download,
+            dry_run=True,
+            tqdm_class=_Silent,
+        )
+    return sum(file.file_size for file in files if file.will_download)
+
+
+def cached_origin(folder: Path) -> HubSpec | None:
+    """The spec that a folder in the Hub's cache was pulled from, by commit; None for other folders."""
+    parts = folder.parts
+    for at in range(len(parts) - 2, 0, -1):
+        if parts[at] == "snapshots" and parts[at - 1].startswith("models--"):
+            repo_id = "/".join(parts[at - 1].split("--")[1:])
+            return HubSpec(repo_id, "/".join(parts[at + 2 :]), parts[at + 1])
+    return None
+
+
+def _selection(spec: HubSpec) -> dict[str, object]:
+    """What of a repository to download: this folder's files, not those of folders below."""
+    return {
+        "repo_id": spec.repo_id,
+        "revision": spec.revision,
+        "allow_patterns": [spec.path(pattern) for pattern in PATTERNS],
+        "ignore_patterns": [spec.path("*/*")],
+    }
+
+
+@contextmanager
+def _translated(spec: HubSpec) -> Iterator[None]:
+    """Says in this project's errors what the Hub's client says in its own."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise MissingRevisionError(f"{spec.repo_id} has no branch, tag or commit {spec.revision!r}") from error
+    except GatedRepoError as error:
+        raise MissingCheckpointError(
+            f"{spec.repo_id} is gated: ask for access on its page, then log in with `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise MissingCheckpointError(
+            f"there is no folder {str(spec)!r} here, and no repository {spec.repo_id!r} on the Hub that you may read; "
+            "for a private one log in with `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, DryRunError, OfflineModeIsEnabled, httpx2.TransportError) as error:
+        raise NetworkError(
+            f"{spec} is not in the cache, and the Hub cannot be reached ({reason(error)}). Check the network, or "
+            "HF_HUB_OFFLINE; a local folder works without either"
+        ) from error
+    except HfHubHTTPError as error:
+        raise NetworkError(f"the Hub answered {error.response.status_code} for {spec}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause of a client's error, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+class _Silent(tqdm):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def _reporting(progress: Progress) -> type[tqdm]:
+    """A progress bar that shows nothing and tells `progress` of the one bar that counts bytes written."""
+
+    class Reporting(tqdm):
+        def __init__(self, *args, name: str | None = None, **kwargs):
+            self.counts = name == "huggingface_hub.snapshot_download"
+            self.done = 0
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if self.counts:
+                self.done += int(n or 0)
+                progress(self.done, int(self.total or 0))
+
+    return Reporting

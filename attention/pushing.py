@@ -1,0 +1,252 @@
+"""Pushing variants to the Hub: one commit, with the code that loads them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import posixpath
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .errors import CheckpointError, PushError
+from .files import (
+    CARD,
+    MANIFEST,
+    OWN_WEIGHTS,
+    check,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+    write_weights,
+)
+from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
+from .hub import HUB, HubSpec, reason
+from .loading import full_weights
+
+logger = logging.getLogger(__name__)
+
+IMAGES = (".png", ".svg")
+LONGEST_WAIT = 60.0
+
+
+@dataclass(frozen=True)
+class Push:
+    """What was pushed, or would be.
+
+    Attributes:
+        spec: what `attention.load` takes to get it; by commit, once it is there.
+        files: bytes by path in the repository.
+        url: of the commit; None for a dry run.
+    """
+
+    spec: str
+    files: dict[str, int]
+    url: str | None = None
+
+
+def push(
+    folder: str | Path,
+    to: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    include_base: bool | None = None,
+    dry_run: bool = False,
+    message: str | None = None,
+    api: HfApi | None = None,
+    tries: int = 4,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Push:
+    """Pushes a variant in one commit; files of the repository that are not its own stay as they are.
+
+    With it goes the code of this package that it needs, so that `AutoModelForCausalLM.from_pretrained(...,
+    trust_remote_code=True)` works without the package. `attention.load` never runs that code.
+
+    Args:
+        folder: what `save` wrote. Images in it go along, for the card.
+        to: "user/repo[/subfolder][@revision]"; the repository is made if there is none.
+        private: whether a new repository is.
+        revision: a branch; made if there is none.
+        include_base: push all weights instead of those that differ from the base. By default for a base in a local
+            folder, which others do not have. False is possible for such a base if it lies in the same repository:
+            "../base" for a variant in "user/repo/masks" is "user/repo/base".
+        dry_run: only say what would be pushed; the network is not used.
+        message: of the commit.
+        api: endpoint and token; by default those of the environment.
+        tries: how often to try where it may help, with growing pauses.
+        sleep: waits some seconds.
+
+    Raises:
+        PushError: whatever happened on the way; it says whether a retry may help, and the command for it.
+        CheckpointError: if the folder is no intact variant.
+    """
+    folder = Path(folder).expanduser().resolve()
+    spec = HubSpec.parse(to)
+    spec = replace(spec, revision=revision or spec.revision)
+    command = _command(folder, spec, private, include_base)
+    check(folder)
+    _check_card(folder / CARD, command)
+    message = message or f"Upload a {read_json(folder / 'config.json')['attention']['method']} variant"
+    with tempfile.TemporaryDirectory() as work:
+        files = published(folder, Path(work), spec, include_base)
+        sizes = {spec.path(name): path.stat().st_size for name, path in sorted(files.items())}
+        if dry_run:
+            return Push(str(spec), sizes)
+        client = api or HfApi()
+        done = _persistently(lambda: commit(client, spec, files, message, private=private), command, tries, sleep)
+    return Push(str(replace(spec, revision=done.oid)), sizes, done.commit_url)
+
+
+def published(folder: Path, work: Path, spec: HubSpec, include_base: bool | None) -> dict[str, Path]:
+    """The files that stand for a variant on the Hub, by name; those that differ from its own are made in `work`."""
+    files = {name: folder / name for name in read_manifest(folder) if (folder / name).is_file()}
+    files |= {path.name: path for path in folder.iterdir() if path.suffix in IMAGES}
+    config = read_json(folder / "config.json")
+    if _includes_base(config.get("base"), spec, include_base):
+        config.pop("base")
+        files = {name: path for name, path in files.items() if not OWN_WEIGHTS.fullmatch(name)}
+        weights = full_weights(folder, HUB)
+        if config.get("tie_word_embeddings", True):
+            weights.pop("lm_head.weight")
+        write_weights(work, weights)
+    module = Path(inspect.getfile(GPT2VariantLMHeadModel))
+    for source in {module, *map(Path, get_relative_import_files(module))}:
+        shutil.copyfile(source, work / source.name)
+    config["auto_map"] = {
+        auto: f"{spec.path(module.stem)}.{cls.__name__}"
+        for auto, cls in (("AutoConfig", GPT2VariantConfig), ("AutoModelForCausalLM", GPT2VariantLMHeadModel))
+    }
+    write_json(work / "config.json", config)
+    files |= {path.name: path for path in work.iterdir()}
+    write_manifest(work, files)
+    return files | {MANIFEST: work / MANIFEST}
+
+
+def commit(api: HfApi, spec: HubSpec, files: dict[str, Path], message: str, *, private: bool) -> CommitInfo:
+    """Adds files to a repository in one commit on top of its newest one; makes the repository and branch if needed.
+
+    Weights that an earlier version left in the same folder are deleted; all other files stay.
+
+    Args:
+        files: what to add, by name inside the spec's folder.
+        private: only for a repository that does not exist yet.
+    """
+    api.create_repo(spec.repo_id, private=private or None, exist_ok=True)
+    if spec.revision is not None:
+        api.create_branch(spec.repo_id, branch=spec.revision, exist_ok=True)
+    head = api.model_info(spec.repo_id, revision=spec.revision)
+    added = {spec.path(name): path for name, path in files.items()}
+    stale = [
+        sibling.rfilename
+        for sibling in head.siblings or []
+        if sibling.rfilename not in added and _is_own_weights(sibling.rfilename, spec)
+    ]
+    return api.create_commit(
+        spec.repo_id,
+        [
+            *(CommitOperationAdd(name, path) for name, path in added.items()),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
+        commit_message=message,
+        revision=spec.revision,
+        parent_commit=head.sha,
+    )
+
+
+def _is_own_weights(path: str, spec: HubSpec) -> bool:
+    name = posixpath.basename(path)
+    return path == spec.path(name) and OWN_WEIGHTS.fullmatch(name) is not None
+
+
+def _includes_base(base: dict[str, Any] | None, spec: HubSpec, include_base: bool | None) -> bool:
+    if base is None:
+        return False
+    local = base["id"].startswith(".")
+    if include_base is None:
+        return local
+    if local and not include_base and posixpath.normpath(posixpath.join(spec.subfolder, base["id"])).startswith(".."):
+        raise CheckpointError(
+            f"the base {base['id']} would lie outside the repository {spec.repo_id}; push the variant to a subfolder "
+            "beside its base, or with the base (include_base=True)"
+        )
+    return include_base
+
+
+def _check_card(path: Path, command: str) -> None:
+    """Parses the card's metadata, `model-index` included, as the Hub's client does."""
+    if not path.is_file():
+        logger.warning("%s has no %s, so the Hub will show an empty page", path.parent, path.name)
+        return
+    try:
+        ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    except Exception as error:  # yaml's errors have no common class with the others
+        raise PushError(f"The metadata of {path} is not valid: {error}.", retry=False, command=command) from error
+
+
+def _persistently(
+    attempt: Callable[[], CommitInfo], command: str, tries: int, sleep: Callable[[float], object]
+) -> CommitInfo:
+    """Runs `attempt` until it succeeds, cannot, or was tried often enough."""
+    for number in range(1, tries + 1):
+        try:
+            return attempt()
+        except (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled, ValueError) as error:
+            what, retry = _explain(error)
+            if not retry or number == tries or isinstance(error, OfflineModeIsEnabled):
+                raise PushError(what, retry=retry, command=command) from error
+            wait = _wait(error, number)
+            logger.warning("%s Trying again in %.0f s (%d of %d).", what, wait, number + 1, tries)
+            sleep(wait)
+    raise ValueError(f"tries must be at least 1; got {tries}")
+
+
+def _explain(error: Exception) -> tuple[str, bool]:
+    """What went wrong, in a sentence or two, and whether trying again may help."""
+    if isinstance(error, httpx2.TransportError | OfflineModeIsEnabled):
+        return f"The Hub could not be reached, or stopped answering ({reason(error)}).", True
+    if not isinstance(error, HfHubHTTPError):
+        return f"The Hub's client refuses the commit: {error}.", False
+    status = error.response.status_code
+    said = error.server_message or reason(error)
+    if status == 401:
+        return f"The Hub does not know who you are ({said}). Log in with `hf auth login`.", False
+    if status == 403:
+        return f"Your token may not write there ({said}). Log in with one that may.", False
+    if status == 404:
+        return f"The Hub finds no such repository or branch ({said}).", False
+    if status in (409, 412):
+        return "Somebody else changed the repository at the same time.", True
+    if status == 429:
+        return f"The Hub asks for fewer requests ({said}).", True
+    if status >= 500 or status == 408:
+        return f"The Hub has a problem of its own ({status}: {said}).", True
+    return f"The Hub refuses the commit ({status}: {said}).", False
+
+
+def _wait(error: Exception, number: int) -> float:
+    """Seconds before the next try: what the Hub asks for, or twice as many every time; a minute at most."""
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return min(LONGEST_WAIT, float(asked) if asked.isdigit() else 2.0**number)
+
+
+def _command(folder: Path, spec: HubSpec, private: bool, include_base: bool | None) -> str:
+    parts = ["python", "-m", "attention.checkpoint", "push", str(folder), spec.name]
+    if private:
+        parts.append("--private")
+    if spec.revision is not None:
+        parts += ["--revision", spec.revision]
+    if include_base is not None:
+        parts.append("--include_base" if include_base else "--no-include_base")
+    return shlex.join(parts)

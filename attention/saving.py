@@ -1,0 +1,181 @@
+"""Writing variants to folders."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .convert import origin
+from .errors import CheckpointError
+from .files import (
+    CARD,
+    HISTORY,
+    SHARD_SIZE,
+    fingerprint,
+    read_weights,
+    replaced,
+    write_json,
+    write_manifest,
+    write_weights,
+)
+from .gpt2 import GPT2VariantLMHeadModel
+from .hub import HUB, HubOptions, cached_origin
+from .loading import gpt2_names, locate, read_tokenizer, spec_of
+
+logger = logging.getLogger(__name__)
+
+
+def save(
+    variant: GPT2VariantLMHeadModel,
+    folder: str | Path,
+    *,
+    base: PreTrainedModel | str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = torch.float16,
+    card: object | None = None,
+    history: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    self_contained: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    hub: HubOptions = HUB,
+) -> None:
+    """Writes a variant to a folder, complete or not at all; an older one in its place is lost only after that.
+
+    Only tensors that differ from the base's files are written, and the mechanism's. A variant whose base has no
+    files, or has them no longer, is written with all of its weights.
+
+    Args:
+        base: where the base is (a folder, a name on the Hub, or the model loaded from there), if not where
+            `convert` found it.
+        tokenizer: the base's own by default.
+        dtype: what float32 weights are rounded to on disk, unless they exceed its range; None keeps float32. What
+            is loaded again differs from `variant` by that rounding: in float16 by at most 2^-11 of each weight,
+            or 2^-25 where that is more.
+        card: the model card, any object whose text is one.
+        history: of the training: a file with a JSON object a line, or the objects.
+        self_contained: write all weights, so that no base is needed.
+        state_dict: the variant's weights where `variant` holds only a part of them, as under FSDP or ZeRO.
+        max_shard_size: of a weights file, in bytes or as a string; a larger tensor gets a file of its own.
+        hub: how to find a base on the Hub.
+
+    Raises:
+        CheckpointError: if the folder holds something else, or the disk refuses.
+    """
+    folder = Path(folder).expanduser().absolute()
+    source = _find_base(variant, base, hub)
+    if tokenizer is None and source is not None:
+        tokenizer = read_tokenizer(source)
+    with replaced(folder) as new:
+        write_model(new, variant, None if self_contained else source, folder, dtype, state_dict, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        if card is not None:
+            (new / CARD).write_text(str(card), encoding="utf-8")
+        if history is not None:
+            _write_history(new / HISTORY, history)
+        write_manifest(new)
+
+
+def save_model(
+    variant: GPT2VariantLMHeadModel,
+    folder: str | Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+) -> None:
+    """What `save_pretrained` does: config and weights, in the variant's own dtype; the tokenizer saves itself."""
+    folder = Path(folder).expanduser().absolute()
+    with replaced(folder) as new:
+        write_model(new, variant, _find_base(variant, None, HUB), folder, None, state_dict, max_shard_size)
+        write_manifest(new)
+
+
+def write_model(
+    target: Path,
+    variant: GPT2VariantLMHeadModel,
+    source: Path | None,
+    home: Path,
+    dtype: torch.dtype | None,
+    state_dict: Mapping[str, Tensor] | None,
+    max_shard_size: int | str,
+) -> None:
+    """Writes weights and configs into `target`, as a folder that will lie at `home`; `source` is the base's folder."""
+    weights = dict(variant.state_dict() if state_dict is None else state_dict)
+    if variant.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    config = copy.deepcopy(variant.config)
+    config.base = None
+    if source is not None:
+        stored = read_weights(source)
+        config.base = {**_base_name(source, home), "sha256": fingerprint(stored)}
+        weights = difference(weights, gpt2_names(stored))
+    write_weights(target, {name: _stored(tensor, dtype) for name, tensor in weights.items()}, max_shard_size)
+    config.architectures = [type(variant).__name__]
+    config.dtype = str(variant.dtype).removeprefix("torch.")
+    config.versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
+    write_json(target / "config.json", json.loads(config.to_json_string()))
+    variant.generation_config.save_pretrained(target)
+
+
+def difference(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `base` lacks or has with other values, compared in the dtype of `weights`."""
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if name not in base or not torch.equal(tensor.cpu(), base[name].to(tensor.dtype))
+    }
+
+
+def _find_base(
+    variant: GPT2VariantLMHeadModel, base: PreTrainedModel | str | Path | None, hub: HubOptions
+) -> Path | None:
+    """The folder with the base's files; None, with a warning where one was expected, if there is none."""
+    if isinstance(base, PreTrainedModel):
+        place = origin(base)
+        spec = None if place is None else spec_of(place)
+    elif base is not None:
+        spec = base
+    else:
+        spec = None if variant.config.base is None else spec_of(variant.config.base)
+    if spec is None:
+        return None
+    try:
+        return locate(spec, hub)
+    except CheckpointError as error:
+        logger.warning("the base of the variant cannot be read, so all weights are saved: %s", error)
+        return None
+
+
+def _base_name(source: Path, home: Path) -> dict[str, str | None]:
+    """How a variant that lies at `home` names the base in the folder `source`."""
+    place = cached_origin(source)
+    if place is not None:
+        return {"id": place.name, "revision": place.revision}
+    path = Path(os.path.relpath(source, home.resolve())).as_posix()
+    return {"id": path if path.startswith(".") else f"./{path}", "revision": None}
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy as it goes to disk: float32 in `dtype`, unless that makes a finite number infinite."""
+    tensor = tensor.detach().to("cpu", copy=True)
+    if dtype is None or tensor.dtype != torch.float32:
+        return tensor
+    rounded = tensor.to(dtype)
+    return tensor if (tensor.isfinite() & ~rounded.isfinite()).any() else rounded
+
+
+def _write_history(path: Path, history: str | Path | Iterable[Mapping[str, Any]]) -> None:
+    if isinstance(history, str | Path):
+        shutil.copyfile(history, path)
+    else:
+        path.write_text("".join(json.dumps(dict(row)) + "\n" for row in history), encoding="utf-8", newline="\n")
