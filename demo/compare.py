@@ -15,7 +15,9 @@ CHUNK = 64  # positions whose full distributions are compared at once
 
 @torch.inference_mode()
 def score(loaded: LoadedModel, column: Column) -> list[TokenScore]:
-    """One score for each generated token; both models read the column's own text."""
+    """One score for each generated token, none if the base is not known; both models read the column's own text."""
+    if loaded.base is None:
+        return []
     model_logits = _logits(loaded, column)
     base_logits = model_logits if loaded.base is loaded else _logits(loaded.base, column)
     scores: list[TokenScore] = []
@@ -55,21 +57,17 @@ def _top(loaded: LoadedModel, log_probabilities: Tensor) -> list[tuple[tuple[str
     ]
 
 
-def mark_parting(run: Run, models: dict[str, LoadedModel]) -> None:
-    """Names the reference column, the first base or else the first, and marks where the others part from it.
-
-    Columns whose tokens mean something else, because they come from another base, are not compared.
-    """
-    done = [column for column in run.columns if column.name in models]
-    if not done:
+def mark_parting(run: Run) -> None:
+    """Names the reference column, the first plain model or else the first, and marks where the others part from it."""
+    written = [column for column in run.columns if column.generated > 0]
+    if not written:
         return
-    reference = next((column for column in done if models[column.name].entry.is_base), done[0])
+    reference = next((column for column in written if column.method == "softmax"), written[0])
     run.reference = reference.name
-    for column in done:
-        if models[column.name].base is models[reference.name].base:
-            column.parts_at = parting(reference.token_ids, column.token_ids)
+    for column in written:
+        column.parts_at = parting(reference.tokens, column.tokens)
 
 
-def parting(reference: list[int], other: list[int]) -> int | None:
+def parting(reference: list[str], other: list[str]) -> int | None:
     """The first index at which two texts differ, or None; where one only ends before the other they do not part."""
     return next((i for i, (a, b) in enumerate(zip(reference, other, strict=False)) if a != b), None)

@@ -52,9 +52,11 @@ class Session:
     """State of one visitor, shared by the tabs.
 
     Attributes:
+        blocks: the page, for what happens when it is opened: `session.blocks.load(...)`.
         runs: `list[Run]`, newest first.
         names: `list[str]`, the models that can be chosen; shared by all visitors, refreshed when a page loads.
     """
 
+    blocks: gr.Blocks
     runs: gr.State
     names: gr.State

@@ -225,4 +225,4 @@ class Generation:
         for decoder in written:
             decoder.column.cost = decoder.cost()
             decoder.column.scores = score(decoder.loaded, decoder.column)
-        mark_parting(self.run, {decoder.column.name: decoder.loaded for decoder in written})
+        mark_parting(self.run)

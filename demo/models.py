@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.gpt2 import GPT2VariantConfig
+from attention.hub import HubSpec
 
 from .limits import Limits
 
 logger = logging.getLogger(__name__)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+Progress = Callable[[int, int], None]
 
 
 class LoadError(ValueError):
@@ -34,13 +37,14 @@ class Entry:
 
     Attributes:
         name: unique, short; what pickers, links and endpoints say.
-        source: what it was asked for by: a folder or a Hub id.
+        source: what it was asked for by: a folder or a name on the Hub.
         folder: where its files lie.
-        method: a key of `attention.METHODS`; "softmax" for a base.
+        method: a key of `attention.METHODS`; "softmax" for a plain model.
         description: the method in one line.
         size: bytes of its weights on disk; a variant's are only what differs from its base.
-        base: the entry that it was made from, None for a base.
-        options: the method's options, empty for a base.
+        is_base: whether it is a plain model.
+        base: the entry that it was made from; None for a plain model, and for a variant that needs none.
+        options: the method's options, empty for a plain model.
     """
 
     name: str
@@ -49,19 +53,17 @@ class Entry:
     method: str
     description: str
     size: int
+    is_base: bool
     base: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_base(self) -> bool:
-        return self.base is None
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in memory, in evaluation mode and float32.
+    """A model in memory, in evaluation mode.
 
     Attributes:
+        base: the model that it was made from; itself for a plain model, None for a variant whose base is not known.
         lock: hold it while the model runs; hooks and switched-off branches are seen by every thread.
     """
 
@@ -72,9 +74,8 @@ class LoadedModel:
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
-    def base(self) -> LoadedModel:
-        """The model that it was made from; itself for a base."""
-        return self.made_from or self
+    def base(self) -> LoadedModel | None:
+        return self if self.entry.is_base else self.made_from
 
     @property
     def name(self) -> str:
@@ -90,29 +91,89 @@ class LoadedModel:
         return self.model.config.n_positions
 
 
+@dataclass(frozen=True)
+class Access:
+    """Which models a visitor may add; whoever starts the app may name any.
+
+    Attributes:
+        repositories: names on the Hub, None for all.
+        folders: local folders below which models may lie.
+    """
+
+    repositories: frozenset[str] | None = None
+    folders: tuple[Path, ...] = ()
+
+    @classmethod
+    def from_environment(cls) -> Access:
+        """On a Space what ALLOWED_MODELS names ("*" for any), and no folder; elsewhere the Hub and the folder
+        in which the app was started."""
+        if "SPACE_ID" not in os.environ:
+            return cls(None, (Path.cwd(),))
+        allowed = os.environ.get("ALLOWED_MODELS", "").split()
+        return cls(None if "*" in allowed else frozenset(allowed))
+
+    def check(self, source: str) -> None:
+        """Lets a source through.
+
+        Raises:
+            LoadError: if it may not be added.
+        """
+        if is_local(source):
+            folder = Path(source).expanduser().resolve()
+            if not any(folder.is_relative_to(root.resolve()) for root in self.folders):
+                raise LoadError(
+                    f"{source}: this folder may not be read here; start the app with --checkpoints {source}."
+                )
+            return
+        try:
+            repository = HubSpec.parse(source).repo_id
+        except attention.CheckpointError as error:
+            raise LoadError(str(error)) from None
+        if self.repositories is not None and repository not in self.repositories:
+            allowed = ", ".join(sorted(self.repositories)) or "none"
+            raise LoadError(f"{repository} may not be loaded here; the owner allows: {allowed}.")
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a folder rather than a name on the Hub."""
+    return source.startswith((".", "/", "~")) or Path(source).is_dir()
+
+
 class ModelStore:
     """Models by name. Thread-safe; loading one does not stop others from being used.
 
+    Sources on the Hub are pulled in the background.
+
     Attributes:
         problems: for each source that could not be used, why.
+        pulling: for each source that is being pulled, bytes done and bytes expected.
     """
 
-    def __init__(self, sources: Iterable[str | Path] = (), limits: Limits | None = None):
+    def __init__(self, sources: Iterable[str | Path] = (), limits: Limits | None = None, access: Access | None = None):
         self.limits = limits or Limits()
+        self.access = access or Access.from_environment()
         self.problems: dict[str, str] = {}
+        self.pulling: dict[str, tuple[int, int]] = {}
         self._entries: dict[str, Entry] = {}
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.RLock()
+        sources = [str(source) for source in sources]
+        self._add_all([source for source in sources if is_local(source)])
+        if remote := [source for source in sources if not is_local(source)]:
+            self.pulling = dict.fromkeys(remote, (0, 0))
+            threading.Thread(target=self._add_all, args=(remote,), name="pull", daemon=True).start()
+
+    def _add_all(self, sources: list[str]) -> None:
         for source in sources:
             try:
-                self.add(str(source))
+                self._add(source)
             except LoadError as error:
                 logger.warning("%s", error)
-                self.problems[str(source)] = str(error)
+                self.problems[source] = str(error)
 
     def names(self) -> list[str]:
-        """Every model that can be chosen, bases first."""
+        """Every model that can be chosen, plain ones first."""
         with self._lock:
             return sorted(self._entries, key=lambda name: not self._entries[name].is_base)
 
@@ -129,45 +190,77 @@ class ModelStore:
         with self._lock:
             return list(self._loaded)
 
-    def add(self, source: str) -> Entry:
-        """Makes a model choosable, and its base with it; nothing is loaded.
+    def download_size(self, source: str) -> int:
+        """Bytes that adding a source would download, its base included; 0 for what is here.
 
         Raises:
-            LoadError: if the source is not a model that can be used here.
+            LoadError: if a visitor may not add it, or it does not exist.
         """
-        folder = Path(source).expanduser()
-        return self._add_folder(source, folder)
+        self.access.check(source)
+        with _explained(source):
+            return attention.hub_size(source)
 
-    def _add_folder(self, source: str, folder: Path) -> Entry:
-        folder = folder.resolve()
-        known = next((entry for entry in self._entries.values() if entry.folder == folder), None)
-        if known is not None:
-            return known
-        config = read_config(folder)
-        base = None
-        if config["model_type"] == GPT2VariantConfig.model_type:
-            base = self._add_folder(config["base"]["id"], folder / config["base"]["id"]).name
-        options = dict(config.get("attention") or {"method": "softmax"})
+    def add(self, source: str, progress: Progress | None = None) -> Entry:
+        """Makes a model that a visitor asks for choosable, and its base with it; weights are not loaded yet.
+
+        Raises:
+            LoadError: if it may not be added, is too large, or is not a model that can be used here.
+        """
+        self.access.check(source)
+        return self._add(source, progress, visitor=True)
+
+    def _add(self, source: str, progress: Progress | None = None, *, visitor: bool = False) -> Entry:
+        def report(done: int, total: int) -> None:
+            self.pulling[source] = done, total
+            if progress is not None:
+                progress(done, total)
+
         try:
-            description = attention.config_from_dict(options).description
-        except attention.ConfigError as error:
-            raise LoadError(f"{source}: its config.json cannot be used. {error}") from None
+            with _explained(source):
+                size = 0 if is_local(source) else attention.hub_size(source)
+                if size > self.limits.download_bytes:
+                    limit = self.limits.download_bytes
+                    raise LoadError(f"{source} is {size / 1e6:,.0f} MB to download; at most {limit / 1e6:,.0f} are.")
+                return self._register(source, attention.describe(source, progress=report), report, visitor)
+        finally:
+            self.pulling.pop(source, None)
+
+    def _register(self, source: str, found: attention.Checkpoint, report: Progress, visitor: bool) -> Entry:
+        base = None
+        if found.base is not None:
+            base = self._known(found.base) or self._register_base(found.base, report, visitor)
+        elif not found.is_variant and found.config["model_type"] != "gpt2":
+            raise LoadError(
+                f"{source} is a {found.config['model_type']!r} model; the app shows GPT-2 and its variants."
+            )
         with self._lock:
+            if (known := self._known(str(found.folder))) is not None:
+                return known
             if len(self._entries) >= self.limits.listed_models:
                 raise LoadError(f"{source}: the list is full with {len(self._entries)} models.")
             entry = Entry(
-                name=self._free_name(folder.name),
+                name=self._free_name(found.folder.name if is_local(source) else source),
                 source=source,
-                folder=folder,
-                method=options.pop("method"),
-                description=description,
-                size=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-                base=base,
-                options=options,
+                folder=found.folder,
+                method=found.method,
+                description=attention.METHODS[found.method].description,
+                size=sum(file.stat().st_size for file in found.folder.glob("*.safetensors")),
+                is_base=not found.is_variant,
+                base=base and base.name,
+                options=found.options,
             )
             self._entries[entry.name] = entry
             self._loading[entry.name] = threading.Lock()
         return entry
+
+    def _register_base(self, source: str, report: Progress, visitor: bool) -> Entry:
+        if visitor:
+            self.access.check(source)
+        return self._register(source, attention.describe(source, progress=report), report, visitor)
+
+    def _known(self, source: str) -> Entry | None:
+        with self._lock:
+            return next((e for e in self._entries.values() if source in (e.source, str(e.folder))), None)
 
     def _free_name(self, wanted: str) -> str:
         name, count = wanted, 1
@@ -203,40 +296,31 @@ class ModelStore:
     @staticmethod
     def _load(entry: Entry, base: LoadedModel | None) -> LoadedModel:
         logger.info("loading %s from %s", entry.name, entry.folder)
-        try:
-            model, tokenizer = attention.load(entry.folder, device=DEVICE, base=None if base is None else base.model)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise LoadError(f"{entry.name} cannot be loaded from {entry.source}: {error}") from error
+        with _explained(entry.name):
+            shared = None if base is None else base.model
+            model, tokenizer = attention.load(entry.folder, device=DEVICE, base=shared)
+        if tokenizer is None:
+            raise LoadError(f"{entry.name} has no tokenizer; save it with one.")
         return LoadedModel(entry, model.eval(), tokenizer, base)
 
     def _evict(self) -> None:
         """Drops the least recently used models over the limit; a base stays while a variant of it is loaded."""
-        needed = {loaded.entry.base for loaded in self._loaded.values()}
         for name in list(self._loaded)[:-1]:
             if len(self._loaded) <= self.limits.loaded_models:
                 return
-            if name not in needed:
+            if name not in {loaded.entry.base for loaded in self._loaded.values()}:
                 del self._loaded[name]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json.
-
-    Raises:
-        LoadError: if the folder holds no model of a family that the app knows.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise LoadError(f"{folder}: no model there; a model folder holds a config.json and .safetensors files.")
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turns what can go wrong with a checkpoint into a `LoadError` that names it."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        family = config["model_type"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise LoadError(f"{file}: not the config of a model ({type(error).__name__}: {error}).") from None
-    families = ("gpt2", GPT2VariantConfig.model_type)
-    if family not in families:
-        raise LoadError(f"{folder}: a model of type {family!r}; the app shows {' and '.join(families)}.")
-    return config
+        yield
+    except LoadError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise LoadError(f"{source} cannot be used: {error}") from error
 
 
 def bundled(folder: Path) -> list[Path]:
@@ -245,10 +329,9 @@ def bundled(folder: Path) -> list[Path]:
 
     def key(model_folder: Path) -> tuple[int, str]:
         try:
-            options = read_config(model_folder).get("attention") or {}
-        except LoadError:
+            method = attention.describe(model_folder).method
+        except (OSError, ValueError):
             return len(order), model_folder.name
-        method = options.get("method", "softmax")
-        return (order.index(method) if method in order else len(order)), model_folder.name
+        return order.index(method), model_folder.name
 
     return sorted((path.parent for path in folder.glob("*/config.json")), key=key)

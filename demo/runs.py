@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
+
+from pydantic import Field
 
 Stage = Literal["waiting", "loading", "writing", "done", "failed"]
 Ending = Literal["length", "end", "context", "time", "stopped"]
@@ -11,7 +13,7 @@ Ending = Literal["length", "end", "context", "time", "stopped"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one press of Generate asks for.
+    """What one press of Generate asks for; the bounds are checked by `request.read_settings`.
 
     Attributes:
         models: names in the model store, one column each.
@@ -23,12 +25,12 @@ class Settings:
 
     prompt: str
     models: tuple[str, ...]
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    repetition_penalty: float = 1.1
-    max_new_tokens: int = 60
-    seed: int = 0
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.8
+    top_k: Annotated[int, Field(ge=0, le=1000)] = 40
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    repetition_penalty: Annotated[float, Field(ge=1, le=2)] = 1.1
+    max_new_tokens: Annotated[int, Field(ge=1)] = 60
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""The finished run that a visitor sees before pressing anything; `python -m demo.example` makes it anew."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from .engine import Generation
+from .models import ModelStore, bundled
+from .runs import Run, Settings
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+FILE = Path(__file__).with_name("examples") / "first.json"
+PROMPTS = {
+    "A house": "The old house stood at the end of the lane, and",
+    "A ship": "It was a dark night when the ship left the harbour. The captain",
+    "A detective": '"My dear fellow," said the detective, lighting his pipe, "there is one thing that you have',
+    "A little girl": "Once upon a time there was a little girl who lived with her grandmother in a",
+}
+EXAMPLE_PROMPT = PROMPTS["A house"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A run and the models that it was made with.
+
+    Attributes:
+        fingerprints: SHA-256 of each model's files, by name.
+    """
+
+    fingerprints: dict[str, str]
+    run: Run
+
+
+_EXAMPLE = TypeAdapter(Example)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a model's config and weights."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def make(store: ModelStore) -> Example:
+    """Runs the example prompt with one model of each method."""
+    by_method: dict[str, str] = {}
+    for name in store.names():
+        by_method.setdefault(store.entry(name).method, name)
+    names = tuple(by_method.values())[: store.limits.models_per_run]
+    generation = Generation(store, Settings(EXAMPLE_PROMPT, names))
+    for _ in generation.stream():
+        pass
+    return Example({name: fingerprint(store.entry(name).folder) for name in names}, generation.run)
+
+
+def stored(store: ModelStore, file: Path = FILE) -> Run | None:
+    """The run in `file`, if it was made with exactly the models that are there now."""
+    try:
+        example = _EXAMPLE.validate_json(file.read_bytes())
+        current = {name: fingerprint(store.entry(name).folder) for name in example.fingerprints}
+    except (OSError, ValidationError, KeyError) as error:
+        logger.info("no stored example: %s", error)
+        return None
+    methods = {store.entry(name).method for name in store.names()}
+    complete = methods == {store.entry(name).method for name in current}
+    return example.run if complete and current == example.fingerprints else None
+
+
+def write(example: Example, file: Path = FILE) -> None:
+    """Stores an example as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(_EXAMPLE.dump_json(example) + b"\n")
+
+
+class FirstRun:
+    """The example of one app: the stored one, or one made in the background where that is not of these models."""
+
+    def __init__(self, store: ModelStore):
+        self._run = stored(store)
+        self._thread: threading.Thread | None = None
+        if self._run is None and store.names():
+            self._thread = threading.Thread(target=self._make, args=(store,), name="first-run", daemon=True)
+            self._thread.start()
+
+    def _make(self, store: ModelStore) -> None:
+        self._run = make(store).run
+
+    def get(self, seconds: float = 0.0) -> Run | None:
+        """The run, waiting for it up to `seconds`; None if there is none yet."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._run
+
+
+if __name__ == "__main__":
+    write(make(ModelStore(bundled(CHECKPOINTS))))

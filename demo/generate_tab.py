@@ -1,0 +1,308 @@
+"""The tab where several models continue one prompt side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from pydantic import TypeAdapter
+
+from .components.costs import CostTable
+from .components.tokens import TokenColumns
+from .context import GENERATE, App, Session
+from .engine import Generation
+from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun
+from .models import ModelStore
+from .request import OPTIONS, RequestError, from_query, read_settings
+from .runs import Run, Settings
+from .views import columns_view, cost_table, history_label
+
+FRAME_SECONDS = 0.04  # the page is not sent more often than it can be read
+FIELDS = ("prompt", "models", *OPTIONS)
+_RUNS = TypeAdapter(list[Run])
+
+# The address always shows the settings of the last run; what else is in it, such as the theme, stays.
+SHOW_IN_ADDRESS = """(...values) => {
+  const query = new URLSearchParams(location.search);
+  const fields = FIELDS;
+  fields.forEach((name, i) => {
+    query.delete(name);
+    for (const value of [values[i]].flat()) query.append(name, value);
+  });
+  const address = location.pathname + "?" + query;
+  history.replaceState(null, "", address.length < 8000 ? address : location.pathname);
+  return values;
+}""".replace("FIELDS", str(list(FIELDS)))
+
+COPY_ADDRESS = """async () => {
+  try { await navigator.clipboard.writeText(location.href); }
+  catch { window.prompt("Link to this run", location.href); }
+}"""
+
+SAVE_FILE = """(text) => {
+  if (!text) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  link.download = "runs.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}"""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a visitor sets, in the order of `FIELDS`."""
+
+    fields: list[gr.components.Component]
+
+    @property
+    def prompt(self) -> gr.Textbox:
+        return self.fields[0]
+
+    @property
+    def models(self) -> gr.CheckboxGroup:
+        return self.fields[1]
+
+
+def build_generate_tab(app: App, session: Session) -> gr.Tab:
+    """Settings, the models' texts as they are written, what they cost, and the runs before."""
+    handlers = Handlers(app.store, FirstRun(app.store))
+    with gr.Tab("Generate", id="generate", elem_id="generate-tab") as tab:
+        controls = _controls(app)
+        with gr.Row(elem_classes="actions"):
+            start = gr.Button("Generate", variant="primary", scale=3, elem_id="generate-start")
+            stop = gr.Button("Stop", scale=1, elem_id="generate-stop")
+            link = gr.Button("Copy link", scale=1, elem_id="generate-link")
+            save = gr.Button("Download JSON", scale=1, elem_id="generate-save")
+        columns = TokenColumns(elem_id="generate-columns", legend="Colour: KL to the base at this token")
+        costs = CostTable(elem_id="generate-costs")
+        with gr.Accordion("Earlier runs", open=False, elem_id="generate-history"):
+            earlier = gr.Radio(
+                [], label="Compare with", info="Shown below the newest one.", type="index", elem_id="generate-earlier"
+            )
+            earlier_columns = TokenColumns(elem_id="generate-earlier-columns", legend="Colour: KL to the base")
+            earlier_costs = CostTable(elem_id="generate-earlier-costs")
+        gr.api(handlers.generate, api_name="generate", **app.lane(GENERATE))
+        current, linked = gr.State(), gr.State()
+        file = gr.Textbox(visible=False)
+
+    page = [columns, costs, current, session.runs]
+    running = gr.on(
+        [start.click, controls.prompt.submit, linked.change],
+        handlers.stream,
+        [*controls.fields, session.runs],
+        page,
+        js=SHOW_IN_ADDRESS,
+        validator=handlers.validate,
+        show_progress="minimal",
+        show_progress_on=start,
+        api_visibility="private",
+        trigger_mode="once",
+        **app.lane(GENERATE),
+    )
+    private: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    stop.click(handlers.stop, [current, session.runs], page, cancels=[running], **private)
+    link.click(None, js=COPY_ADDRESS, **private)
+    save.click(handlers.dump, session.runs, file, **private).then(None, file, js=SAVE_FILE, **private)
+    session.runs.change(handlers.list_earlier, session.runs, earlier, **private)
+    earlier.change(handlers.show_earlier, [earlier, session.runs], [earlier_columns, earlier_costs], **private)
+    session.names.change(handlers.offer, [session.names, controls.models], controls.models, **private)
+    session.blocks.load(handlers.open_link, None, [*controls.fields, linked], **private)
+    session.blocks.load(handlers.open_example, None, [columns, costs, session.runs], **private)
+    return tab
+
+
+def _controls(app: App) -> Controls:
+    default = Settings("", ())
+    limits = app.limits
+    names = app.store.names()
+    with gr.Row(elem_classes="ask"):
+        with gr.Column(scale=3, min_width=320):
+            prompt = gr.Textbox(
+                EXAMPLE_PROMPT,
+                label="Prompt",
+                info="The models continue it. Shift + Enter generates.",
+                lines=3,
+                max_lines=10,
+                elem_id="generate-prompt",
+            )
+            gr.Examples(
+                [[text] for text in PROMPTS.values()],
+                [prompt],
+                label="Examples",
+                example_labels=list(PROMPTS),
+                api_visibility="private",
+            )
+        with gr.Column(scale=2, min_width=320):
+            models = gr.CheckboxGroup(
+                model_choices(app.store, names),
+                value=names[:4],
+                label="Attention methods",
+                info="The same network, but another way for its tokens to look at one another.",
+                elem_id="generate-models",
+                elem_classes="choices",
+            )
+    with gr.Accordion("Sampling", open=False, elem_id="generate-sampling"), gr.Row():
+        options = [
+            gr.Slider(
+                0, 2, default.temperature, step=0.05, label="Temperature", info="0 takes the most probable token."
+            ),
+            gr.Slider(0, 200, default.top_k, step=1, label="Top-k", info="Draw among the k most probable; 0: all."),
+            gr.Slider(
+                0.05, 1, default.top_p, step=0.05, label="Top-p", info="Draw among the fewest that hold this share."
+            ),
+            gr.Slider(
+                1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty", info="1 is none."
+            ),
+            gr.Slider(
+                1, limits.new_tokens, min(default.max_new_tokens, limits.new_tokens), step=1, label="Length",
+                info="New tokens; a text may end by itself before.",
+            ),
+            gr.Number(default.seed, precision=0, minimum=0, label="Seed", info="Same seed and settings, same text."),
+        ]  # fmt: skip
+    return Controls([prompt, models, *options])
+
+
+def model_choices(store: ModelStore, names: list[str]) -> list[tuple[str, str]]:
+    """Names for a picker, each with its method in one line."""
+    return [(f"{name}: {store.entry(name).description}", name) for name in names]
+
+
+class Handlers:
+    """What happens on the generate tab; knows nothing of its layout but the order of inputs and outputs."""
+
+    def __init__(self, store: ModelStore, example: FirstRun):
+        self.store = store
+        self.example = example
+
+    def validate(self, *values: Any) -> list[dict[str, Any]]:
+        """Says before queueing what is wrong, at the field where it is."""
+        given = dict(zip(FIELDS, values, strict=False))
+        valid = {"prompt": "x", "models": self.store.names()[:1]}
+        verdicts = []
+        for name in FIELDS:
+            try:
+                read_settings({**valid, name: given[name]}, self.store)
+                verdicts.append(gr.validate(True, ""))
+            except RequestError as error:
+                verdicts.append(gr.validate(False, str(error)))
+        return [*verdicts, gr.validate(True, "")]  # the runs
+
+    def stream(self, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Yields (columns, costs, generation, runs) while the models write."""
+        *fields, runs = values
+        try:
+            settings = read_settings(dict(zip(FIELDS, fields, strict=True)), self.store)
+        except RequestError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        generation = Generation(self.store, settings)
+        for run in frames(generation):
+            yield columns_view(run, self.store), cost_table(run), generation, gr.skip()
+        yield self._finished(generation, runs)
+
+    def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
+        """Ends a run where it is and compares what there is."""
+        if generation is None:
+            return (gr.skip(),) * 4
+        generation.finish()
+        return self._finished(generation, runs)
+
+    def _finished(self, generation: Generation, runs: list[Run]) -> tuple[Any, ...]:
+        run = generation.run
+        runs = [run, *(each for each in runs if each is not run)][: self.store.limits.runs]
+        return columns_view(run, self.store), cost_table(run), None, runs
+
+    def dump(self, runs: list[Run]) -> str:
+        """The visitor's runs as JSON."""
+        return _RUNS.dump_json(runs, indent=1).decode() if runs else ""
+
+    def list_earlier(self, runs: list[Run]) -> dict[str, Any]:
+        """All runs but the newest, which is on the page."""
+        return gr.Radio(choices=[f"{i}. {history_label(run)}" for i, run in enumerate(runs[1:], 1)], value=None)
+
+    def show_earlier(self, index: int | None, runs: list[Run]) -> tuple[Any, Any]:
+        """One of the earlier runs."""
+        if index is None or index + 1 >= len(runs):
+            return None, None
+        run = runs[index + 1]
+        return columns_view(run, self.store), cost_table(run)
+
+    def offer(self, names: list[str], chosen: list[str]) -> dict[str, Any]:
+        """The models that can be chosen; what was chosen stays so."""
+        return gr.CheckboxGroup(choices=model_choices(self.store, names), value=[n for n in chosen if n in names])
+
+    def open_link(self, request: gr.Request) -> tuple[Any, ...]:
+        """The settings in the page's address; a link with a prompt also runs it."""
+        given, run_it = from_query(request.query_params, self.store)
+        return *[given.get(name, gr.skip()) for name in FIELDS], time.time() if run_it else gr.skip()
+
+    def open_example(self, request: gr.Request) -> tuple[Any, ...]:
+        """A finished run for a page that was opened without a link to one."""
+        run = None if "prompt" in request.query_params else self.example.get(seconds=10)
+        if run is None:
+            return (gr.skip(),) * 3
+        return columns_view(run, self.store), cost_table(run), [run]
+
+    def generate(
+        self,
+        prompt: str,
+        models: list[str] | None = None,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.1,
+        max_new_tokens: int = 60,
+        seed: int = 0,
+        scores: bool = False,
+    ) -> Iterator[dict]:
+        """Continue a prompt with several attention methods side by side; the same seed and settings give the same text.
+
+        Streams the run as it grows; the last message is the whole of it.
+
+        Args:
+            prompt: the text to continue.
+            models: names of models, see /models; by default all of them, up to the limit of one run.
+            temperature: 0 takes the most probable token.
+            top_k: draw among the k most probable tokens; 0 keeps all.
+            top_p: draw among the fewest tokens that hold this share of the probability.
+            repetition_penalty: 1 is none.
+            max_new_tokens: how many tokens to write at most.
+            seed: of the random draws.
+            scores: also give, for each new token, the KL to the base and the five most probable tokens of both.
+
+        Returns:
+            The run: its settings, and for each model a column with its text, tokens, cost, and why it stopped.
+        """
+        values = {name: value for name, value in locals().items() if name in FIELDS}
+        values["models"] = self.store.names()[: self.store.limits.models_per_run] if models is None else models
+        try:
+            settings = read_settings(values, self.store)
+        except RequestError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        for run in frames(Generation(self.store, settings)):
+            yield plain(run, scores)
+
+
+def frames(generation: Generation) -> Iterator[Run]:
+    """A generation's states, not more often than every `FRAME_SECONDS`, and always the last."""
+    shown = 0.0
+    run = None
+    for run in generation.stream():
+        if time.monotonic() - shown >= FRAME_SECONDS:
+            yield run
+            shown = time.monotonic()
+    if run is not None:
+        yield run
+
+
+def plain(run: Run, scores: bool) -> dict[str, Any]:
+    """A run as plain JSON data, each column with its text."""
+    data = TypeAdapter(Run).dump_python(run, mode="json")
+    for column, view in zip(run.columns, data["columns"], strict=True):
+        view["text"] = column.text
+        if not scores:
+            del view["scores"]
+    return data

@@ -1,0 +1,80 @@
+"""The page: a header, and one tab a subject."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from .components.notices import Notices
+from .context import App, Session
+from .generate_tab import build_generate_tab
+from .models import ModelStore
+
+TITLE = "Efficient attention, side by side"
+STYLE = Path(__file__).with_name("page.css")
+TABS = (build_generate_tab,)
+SESSIONS = 200  # visitors whose state is kept; the one who was away longest goes
+UPLOAD_LIMIT = "1mb"  # the page takes no files, but Gradio's route for them is there
+
+
+def build(app: App) -> gr.Blocks:
+    """The page with all its tabs and endpoints."""
+    with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.Markdown(f"# {TITLE}\nOne language model, several ways to attend: what each writes, sees and costs.")
+        notices = Notices(elem_id="notices")
+        session = Session(blocks, runs=gr.State([]), names=gr.State([]))
+        with gr.Tabs(elem_id="tabs"):
+            for build_tab in TABS:
+                build_tab(app, session)
+        blocks.load(
+            lambda: (app.store.names(), problems(app.store)),
+            outputs=[session.names, notices],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    return blocks.queue(max_size=app.limits.queue, default_concurrency_limit=8)
+
+
+def problems(store: ModelStore) -> list[dict[str, str]]:
+    """A notice for every model that was asked for and cannot be used."""
+    return [{"level": "warning", "text": text} for text in store.problems.values()]
+
+
+def theme() -> gr.Theme:
+    """Fonts of the visitor's own system, so that nothing is fetched from elsewhere."""
+    return gr.themes.Default(
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    )
+
+
+def launch(app: App, host: str | None = None, port: int | None = None, **options: Any) -> tuple[Any, str, str]:
+    """Serves the page; `options` go to `gr.Blocks.launch`.
+
+    Args:
+        host: default 127.0.0.1, or what GRADIO_SERVER_NAME says.
+        port: default the first free one from 7860, or what GRADIO_SERVER_PORT says.
+    """
+    settings: dict[str, Any] = {
+        "theme": theme(),
+        "css_paths": STYLE,
+        "mcp_server": importlib.util.find_spec("mcp") is not None,
+        "ssr_mode": False,
+        "run_history": False,
+        "state_session_capacity": SESSIONS,
+        "max_file_size": UPLOAD_LIMIT,
+        "footer_links": ["api", "settings"],
+    }
+    return build(app).launch(server_name=host, server_port=port, **{**settings, **options})
+
+
+def is_space() -> bool:
+    """Whether this is a Hugging Face Space, where everyone may come."""
+    return "SPACE_ID" in os.environ

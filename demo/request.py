@@ -1,0 +1,91 @@
+"""What a visitor, a link or an endpoint asks for, checked and turned into settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import QueryParams
+
+from .models import ModelStore
+from .runs import Settings
+from .text import clean
+
+_SETTINGS = TypeAdapter(Settings)
+OPTIONS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+
+
+class RequestError(ValueError):
+    """Something asked for that cannot be done; the message lists all that is wrong."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def read_settings(values: Mapping[str, Any], store: ModelStore) -> Settings:
+    """Settings from untrusted values, by field name; what is not given takes its default.
+
+    Raises:
+        RequestError: naming everything that is wrong with them.
+    """
+    values = {name: _cleaned(value) for name, value in values.items()}
+    problems = _prompt_problems(values.get("prompt"), store) + _model_problems(values.get("models"), store)
+    settings = None
+    try:
+        settings = _SETTINGS.validate_python({"prompt": "", "models": (), **values})
+    except ValidationError as error:
+        problems += [_explain(detail) for detail in error.errors() if detail["loc"][0] in OPTIONS]
+    if settings and settings.max_new_tokens > store.limits.new_tokens:
+        problems.append(f"Length: at most {store.limits.new_tokens} tokens here.")
+    if problems:
+        raise RequestError(problems)
+    return settings
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    return [_cleaned(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _prompt_problems(prompt: Any, store: ModelStore) -> list[str]:
+    limit = store.limits.prompt_characters
+    if not isinstance(prompt, str) or not prompt:
+        return ["The prompt is empty: write a few words for the models to continue."]
+    if len(prompt) > limit:
+        return [f"The prompt has {len(prompt):,} characters; at most {limit:,} are read. Shorten it."]
+    return []
+
+
+def _model_problems(models: Any, store: ModelStore) -> list[str]:
+    if not isinstance(models, list | tuple) or not models:
+        return ["No model is chosen: tick at least one."]
+    if len(models) > store.limits.models_per_run or len(set(map(str, models))) < len(models):
+        return [f"Choose up to {store.limits.models_per_run} different models."]
+    unknown = [str(name)[:80] for name in models if name not in store.names()]
+    return [f"No model {', '.join(unknown)}; there are: {', '.join(store.names())}."] if unknown else []
+
+
+def _explain(detail: Any) -> str:
+    name = str(detail["loc"][0]).replace("_", " ").capitalize()
+    return f"{name}: {detail['msg'].replace('Input should', 'should')}."
+
+
+def from_query(query: QueryParams, store: ModelStore) -> tuple[dict[str, Any], bool]:
+    """Settings out of a link: what is usable of it, and whether it asks for a run.
+
+    A link is written by anyone, so what is wrong in it is left out rather than shown.
+    """
+    values = {name: query[name] for name in OPTIONS if name in query}
+    models = tuple(name for name in query.getlist("models") if name in store.names())
+    usable: dict[str, Any] = {}
+    filler = {"prompt": "x", "models": store.names()[:1]}
+    for name, value in [*values.items(), ("prompt", query.get("prompt")), ("models", models)]:
+        try:
+            usable[name] = asdict(read_settings({**filler, name: value}, store))[name]
+        except RequestError:
+            continue
+    return usable, "prompt" in usable
