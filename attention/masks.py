@@ -1,0 +1,707 @@
+"""Attention through a learned linear combination of masks.
+
+With scores s and candidate masks C_c ∈ {0, 1}, a layer computes p ∝ exp(s) · M with M = Σ_c σ(α_c) C_c. That is
+softmax(s + log M): the denominators cancel, so only the support of M is ever computed. Every candidate depends on
+the distance i − j alone or on the key j alone, hence M_ij = f(i − j) + g(j): a few distances and a few first keys
+("sinks"). A key that is both is listed twice, once with weight f and once with weight g, which adds the two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import inf, isfinite
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
+from .reference import effective_mask, masked_softmax_weights
+from .softmax import SoftmaxAttention, SoftmaxConfig
+from .state import KeyValueState, State
+
+FARTHEST = 65_536  # the largest number in a candidate: bounds what a typo can allocate
+SMALLEST = {"last": (0,), "window": (1,), "first": (1,), "dilated": (1, 1), "causal": ()}
+SYNTAX = "last(i), window(w), first(k), dilated(w, s) or causal"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One mask: which keys j a query i may read.
+
+    Attributes:
+        kind: `last(i)`: the key exactly i back; `window(w)`: the last w keys, the query's own among them;
+            `first(k)`: the first k keys; `dilated(w, s)`: w keys, every s-th back from the query's own; `causal`: all.
+        numbers: what stands between the parentheses.
+    """
+
+    kind: str
+    numbers: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Candidate:
+        """Reads the syntax of `MasksConfig.candidates`.
+
+        Raises:
+            ValueError: saying what is wrong with the text.
+        """
+        match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
+        if not match or match[1] not in SMALLEST:
+            raise ValueError(f"candidate {text!r} is unknown; write {SYNTAX}")
+        kind, inside = match.groups()
+        smallest = SMALLEST[kind]
+        parts = [part.strip() for part in inside.split(",")] if inside and inside.strip() else []
+        if len(parts) != len(smallest) or not all(re.fullmatch(r"-?\d+", part) for part in parts):
+            raise ValueError(f"candidate {text!r} needs {len(smallest) or 'no'} whole number(s); write {SYNTAX}")
+        numbers = tuple(map(int, parts))
+        for number, least in zip(numbers, smallest, strict=True):
+            if not least <= number <= FARTHEST:
+                raise ValueError(f"candidate {text!r}: {number} must lie between {least} and {FARTHEST}")
+        return cls(kind, numbers)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}({', '.join(map(str, self.numbers))})" if self.numbers else self.kind
+
+    @property
+    def reach(self) -> int:
+        """One more than the largest distance at which this mask holds; 0 where distance does not matter."""
+        match self.kind, self.numbers:
+            case "last", (back,):
+                return back + 1
+            case "window", (width,):
+                return width
+            case "dilated", (width, step):
+                return (width - 1) * step + 1
+        return 0
+
+    @property
+    def sinks(self) -> int:
+        """How many first keys this mask holds for."""
+        return self.numbers[0] if self.kind == "first" else 0
+
+    def at_distance(self, distance: Tensor) -> Tensor:
+        """Whether the mask holds at a distance i − j (integers of any shape), by distance alone."""
+        if self.kind == "causal":
+            return distance >= 0
+        near = (distance >= 0) & (distance < self.reach)
+        if self.kind == "last":
+            return near & (distance == self.reach - 1)
+        return near & (distance % self.numbers[1] == 0) if self.kind == "dilated" else near
+
+    def at_key(self, key: Tensor) -> Tensor:
+        """Whether the mask holds at a key's position j (integers of any shape), by position alone."""
+        return key < self.sinks
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasksConfig(MechanismConfig):
+    """Options of the masks method.
+
+    Attributes:
+        candidates: the masks that are combined, each written last(i), window(w), first(k), dilated(w, s) or causal.
+        per_head: one set of weights for each head, else one for the layer.
+        init: start of α: zero (every weight σ(α) is ½) or random.
+        scale: standard deviation of a random start.
+        seed: of a random start.
+    """
+
+    method: ClassVar[str] = "masks"
+    description: ClassVar[str] = (
+        "Every token looks at a few fixed places, such as the last words and the first ones; how much each place "
+        "counts is learned."
+    )
+
+    candidates: tuple[str, ...] = (
+        *("last(0)", "last(1)", "last(2)", "last(3)"),
+        *("window(8)", "window(16)", "window(32)", "window(64)"),
+        *("first(1)", "first(4)", "first(8)"),
+    )
+    per_head: bool = True
+    init: Literal["zero", "random"] = "zero"
+    scale: int | float = 1.0
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        problems, names = [], []
+        for text in self.candidates:
+            try:
+                names.append(Candidate.parse(text).name)
+            except ValueError as error:
+                problems.append(str(error))
+        if not self.candidates:
+            problems.append(f"candidates is empty; name at least one: {SYNTAX}")
+        problems += [f"candidate {name!r} is listed twice" for name in sorted(set(names)) if names.count(name) > 1]
+        if not (isfinite(self.scale) and self.scale >= 0):
+            problems.append(f"scale is {self.scale}; it must be a finite number, 0 or more")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}; it must be 0 or more")
+        return problems
+
+    def build(self, layer: LayerShape) -> MasksAttention:
+        return MasksAttention(self, layer)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which keys a block of b consecutive queries reads, as columns: the sinks first, then the band.
+
+    Attributes:
+        block: queries b in a block.
+        relative: (U,) the band's keys, counted from the block's first query.
+        candidates: (C, b, S + U) float: 1 where a candidate holds.
+        needed: (b, S + U) the position from which on a query has the key of that column.
+        own: (b, S + U) whether a column of the band is the query's own key.
+    """
+
+    block: int
+    relative: Tensor
+    candidates: Tensor
+    needed: Tensor
+    own: Tensor
+
+    @classmethod
+    def make(cls, candidates: list[Candidate], offsets: list[int], sinks: int, block: int, device) -> Layout:
+        relative = torch.tensor(_band(offsets, block), device=device)
+        key = torch.arange(sinks, device=device).expand(block, -1)
+        distance = torch.arange(block, device=device)[:, None] - relative
+        holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in candidates]
+        needed, own = torch.cat([key, distance], 1), torch.cat([torch.zeros_like(key), distance == 0], 1)
+        return cls(block, relative, torch.stack(holds).float(), needed, own.bool())
+
+    @property
+    def sinks(self) -> int:
+        return self.needed.shape[1] - len(self.relative)
+
+    @cached_property
+    def recent(self) -> Tensor | None:
+        """For b = 1: where the columns stand behind one another in a decode state; None if they are all of it."""
+        first = int(self.relative[0])
+        if len(self.relative) == 1 - first:
+            return None
+        return torch.cat([torch.arange(self.sinks, device=self.relative.device), self.sinks - first + self.relative])
+
+    def index(self, blocks: int, before: int, length: int) -> Tensor:
+        """(blocks, S + U) where each block finds its keys in a buffer of `length` keys, the sinks at its start.
+
+        Args:
+            blocks: how many blocks.
+            before: where in the buffer the key of the first block's first query stands.
+            length: keys in the buffer; an index outside of it, whose column is masked, is clamped.
+        """
+        start = before + self.block * torch.arange(blocks, device=self.relative.device)
+        band = start[:, None] + self.relative
+        sinks = torch.arange(self.sinks, device=band.device).expand(blocks, -1)
+        return torch.cat([sinks, band], 1).clamp(0, length - 1)
+
+
+def _band(offsets: list[int], block: int) -> list[int]:
+    return sorted({row - offset for row in range(block) for offset in offsets})
+
+
+@dataclass
+class Plan:
+    """What the kernel computes for a set of active candidates; made on the host, once for each set.
+
+    Attributes:
+        candidates: all candidates of the config, in its order.
+        active: for each head (or once for all), whether each candidate counts.
+        layouts: those made so far, by block size and device.
+    """
+
+    candidates: list[Candidate]
+    active: list[list[bool]]
+    layouts: dict[tuple[int, torch.device], Layout] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def used(self) -> list[Candidate]:
+        return [c for c, *on in zip(self.candidates, *self.active, strict=True) if any(on)]
+
+    @cached_property
+    def dense(self) -> bool:
+        """Whether some head reads every key."""
+        return any(c.kind == "causal" for c in self.used)
+
+    @cached_property
+    def softmax(self) -> bool:
+        """Whether every head's only candidate is `causal`: its weight cancels."""
+        causal = [c.kind == "causal" for c in self.candidates]
+        return any(causal) and all(on == causal for on in self.active)
+
+    @cached_property
+    def distances(self) -> list[int]:
+        """Distances at which f > 0, of any head."""
+        farthest = torch.arange(max((c.reach for c in self.used), default=0))
+        holds = [c.at_distance(farthest) for c in self.used if c.kind != "causal"]
+        return torch.stack(holds).any(0).nonzero().flatten().tolist() if holds else []
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Distances the kernel reads: a query's own key is among them, for rows whose support is empty."""
+        return sorted({0, *self.distances})
+
+    @cached_property
+    def sinks(self) -> int:
+        return max((c.sinks for c in self.used), default=0)
+
+    @cached_property
+    def reach(self) -> int:
+        return self.offsets[-1] + 1
+
+    @cached_property
+    def depth(self) -> int:
+        """The position from which on every query has all of its keys."""
+        return max(self.reach, self.sinks, 1) - 1
+
+    @cached_property
+    def always_supported(self) -> bool:
+        """Whether every head reads some key at every position, the first included."""
+        zero = torch.zeros((), dtype=torch.long)
+        at_once = [bool(c.at_distance(zero) | c.at_key(zero)) for c in self.candidates]
+        return all(any(a and b for a, b in zip(on, at_once, strict=True)) for on in self.active)
+
+    @cached_property
+    def block(self) -> int:
+        """The block size that costs least: columns computed, plus gathering them at the price of 32 queries."""
+        return min((8, 16, 32, 64, 128), key=lambda b: (self.sinks + len(_band(self.offsets, b))) * (1 + 32 / b))
+
+    def block_for(self, length: int) -> int:
+        """The block size for `length` new queries: no longer than they need."""
+        return 1 if length == 1 else min(self.block, max(8, 1 << (length - 1).bit_length()))
+
+    def columns(self, length: int) -> int:
+        """How many keys every one of `length` queries is multiplied with."""
+        return self.sinks + len(_band(self.offsets, self.block_for(length)))
+
+    def layout(self, length: int, device: torch.device) -> Layout:
+        block = self.block_for(length)
+        key = (block, device)
+        if key not in self.layouts:
+            self.layouts[key] = Layout.make(self.candidates, self.offsets, self.sinks, block, device)
+        return self.layouts[key]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive blocks of `size` queries that are computed together, as slices into what they need."""
+
+    size: int
+    rows: slice
+    blocks: slice
+    bias: slice
+
+    @classmethod
+    def cut(cls, length: int, block: int, biases: int, at_once: int) -> Iterator[Piece]:
+        """Cuts `length` rows into pieces of at most `at_once` blocks, where block i has bias min(i, biases − 1).
+
+        A last block that is shorter comes alone.
+        """
+        whole, start = length // block, 0
+        while start < whole:
+            stop = min(start + at_once, whole, biases - 1 if start < biases - 1 else whole)
+            bias = slice(min(start, biases - 1), min(stop, biases))
+            yield cls(block, slice(start * block, stop * block), slice(start, stop), bias)
+            start = stop
+        if rest := length % block:
+            bias = min(whole, biases - 1)
+            yield cls(rest, slice(whole * block, length), slice(whole, whole + 1), slice(bias, bias + 1))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Rows of (B, H, T, D) as blocks (B·H, blocks, size, D)."""
+        return x[:, :, self.rows].unflatten(2, (-1, self.size)).flatten(0, 1)
+
+    def keys(self, x: Tensor, index: Tensor) -> Tensor:
+        """Keys or values (B, H, S, D), gathered for each block: (B·H, blocks, K, D)."""
+        index = index[self.blocks]
+        return x.index_select(2, index.flatten()).unflatten(2, index.shape).flatten(0, 1)
+
+    def weights(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+        """(B·H, blocks, size, K) attention weights, at least in float32."""
+        scores = (queries @ keys.mT).to(_precise(queries.dtype)).mul_(queries.shape[-1] ** -0.5)
+        return scores.add_(bias[:, self.bias, : self.size]).softmax(-1)
+
+
+class BlockAttention(torch.autograd.Function):
+    """softmax(q kᵀ / √D + bias) v where each block of queries has its own short list of keys.
+
+    It goes a few thousand rows at a time, so that the gathered keys stay in the CPU's cache, and computes the
+    weights again for the gradients: nothing of size T·K is kept, unless weights are dropped.
+
+    Arguments of `apply`: q (B, H, T, D); k and v (B, H, S, D); bias (1 or B·H, N, b, K), where block i reads row
+    min(i, N − 1) of the second dimension; index (⌈T/b⌉, K), which keys each block reads; the dropout probability.
+    """
+
+    @staticmethod
+    def _pieces(q: Tensor, bias: Tensor) -> Iterator[Piece]:
+        batch, heads, length, _ = q.shape
+        rows = 3072 if q.device.type == "cpu" else 1 << 17
+        block = bias.shape[2]
+        return Piece.cut(length, block, bias.shape[1], max(1, rows // (batch * heads * block)))
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, dropout: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias, index)
+        ctx.dropout, ctx.kept = dropout, []
+        bias = bias.detach()  # with a gradient for the bias in sight, SDPA leaves its fast kernels
+        batch, heads, length, width = q.shape
+        out = v.new_empty(batch, length, heads, width).transpose(1, 2)  # heads lie as they are merged next
+        for piece in BlockAttention._pieces(q, bias):
+            queries, keys, values = piece.queries(q), piece.keys(k, index), piece.keys(v, index)
+            if dropout:
+                weights = piece.weights(queries, keys, bias)
+                ctx.kept.append(torch.rand_like(weights) >= dropout)
+                mixed = _drop(weights, ctx.kept[-1], dropout).to(v.dtype) @ values
+            else:
+                mixed = scaled_dot_product_attention(queries, keys, values, bias[:, piece.bias, : piece.size])
+            out[:, :, piece.rows] = mixed.reshape(batch, heads, -1, width)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, index = ctx.saved_tensors
+        dtype, scale = q.dtype, q.shape[-1] ** -0.5
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v, grad_bias = (torch.zeros_like(t, dtype=_precise(dtype)) for t in (k, v, bias))
+        for number, piece in enumerate(BlockAttention._pieces(q, bias)):
+            queries, keys, values = piece.queries(q), piece.keys(k, index), piece.keys(v, index)
+            outer = piece.queries(grad)
+            weights = piece.weights(queries, keys, bias)
+            grad_weights = (outer @ values.mT).to(weights.dtype)
+            used = weights
+            if ctx.dropout:
+                used, grad_weights = (_drop(t, ctx.kept[number], ctx.dropout) for t in (weights, grad_weights))
+            mean = (grad_weights * weights).sum(-1, keepdim=True)
+            grad_scores = grad_weights.sub_(mean).mul_(weights)
+            target = grad_bias[:, piece.bias, : piece.size]
+            target += grad_scores.sum_to_size(target.shape)
+            grad_scores = grad_scores.mul_(scale).to(dtype)
+            grad_q[:, :, piece.rows] = (grad_scores @ keys).reshape(q[:, :, piece.rows].shape)
+            _scatter(grad_k, grad_scores.mT @ queries, index[piece.blocks])
+            _scatter(grad_v, used.to(dtype).mT @ outer, index[piece.blocks])
+        return grad_q, grad_k.to(dtype), grad_v.to(dtype), grad_bias.to(bias.dtype), None, None
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _drop(x: Tensor, kept: Tensor, probability: float) -> Tensor:
+    return x * kept / (1 - probability)
+
+
+def _scatter(total: Tensor, parts: Tensor, index: Tensor) -> None:
+    """Adds (B·H, blocks, K, D) to the rows `index` (blocks, K) of `total` (B, H, S, D)."""
+    batch, heads, _, width = total.shape
+    total.index_add_(2, index.flatten(), parts.reshape(batch, heads, -1, width).to(total.dtype))
+
+
+class MasksState(State):
+    """The first `sinks` keys and values by position, then the last `reach` of them, the latest at the end.
+
+    Attributes:
+        keys: (B, H_kv, sinks + reach, D); what a row has not seen yet is arbitrary and finite.
+        values: like keys.
+        plan: the plan that these sizes belong to.
+        least: tokens that every row is known to have.
+        bias: (B, 1 or H, 1, K) log M for a query that has all of its keys, once one came.
+    """
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self.plan = plan
+        self.least = 0
+        self.bias: Tensor | None = None
+
+    def push(self, k: Tensor, v: Tensor) -> None:
+        """Shifts in one token (B, H_kv, 1, D) that is past the sinks in every row."""
+        sinks = self.plan.sinks
+        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + 1 :], k], 2)
+        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + 1 :], v], 2)
+        self.least += 1
+        self.advance(1, None)
+
+    def absorb(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+        """Takes in T tokens (B, H_kv, T, D), of which the first `lengths` of each row are real."""
+        index = self._survivors(k, lengths)
+        self.keys, self.values = (self._keep(*pair, index, lengths) for pair in ((self.keys, k), (self.values, v)))
+        self.least += k.shape[2] if lengths is None else 0
+        self.advance(k.shape[2], lengths)
+
+    def _survivors(self, new: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B, sinks + reach) what to keep, counted along the buffer and then the new tokens (see `_keep`)."""
+        sinks, size, device = self.plan.sinks, self.plan.sinks + self.plan.reach, new.device
+        start = self.positions(len(new), device)[:, None]
+        count = min(new.shape[2], size) if lengths is None else lengths[:, None]
+        first = torch.arange(sinks, device=device)
+        first = torch.where(first < start, first, first - start + size)
+        last = torch.arange(sinks, size, device=device) + count
+        last = last.expand(len(new), -1)
+        longest = size + (count if lengths is None else new.shape[2])
+        return torch.cat([first, last], 1).clamp(max=longest - 1)
+
+    def _keep(self, old: Tensor | None, new: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
+        sinks, reach = self.plan.sinks, self.plan.reach
+        if lengths is None and new.shape[2] > sinks + reach:  # what lies between is not kept, so not copied either
+            new = torch.cat([new[:, :, :sinks], new[:, :, -reach:]], 2)
+        batch, heads, _, width = new.shape
+        old = new.new_zeros(batch, heads, sinks + reach, width) if old is None else old
+        return torch.cat([old, new], 2).gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
+
+
+class MasksAttention(Mechanism):
+    """softmax(q kᵀ / √D + log M) v with M = Σ_c σ(α_c) C_c, over the support of M; see the module's docstring.
+
+    A query whose support is empty reads its own value. Dropout applies to the attention weights. With `causal` among
+    the active candidates the support is everything: that path is quadratic, and is softmax itself where `causal` is
+    alone.
+
+    Attributes:
+        alpha: (C,) or (H, C), the logits of the weights.
+        active: like alpha; False for candidates that were pruned. Change it with `prune` or by loading only.
+    """
+
+    def __init__(self, config: MasksConfig, layer: LayerShape):
+        super().__init__(config, layer)
+        self.candidates = [Candidate.parse(text) for text in config.candidates]
+        self.branches = tuple(candidate.name for candidate in self.candidates)
+        shape = (layer.num_heads, len(self.candidates)) if config.per_head else (len(self.candidates),)
+        alpha = torch.zeros(shape)
+        if config.init == "random":
+            alpha = config.scale * torch.randn(shape, generator=seeded_generator(config.seed, layer.layer_idx))
+        self.alpha = nn.Parameter(alpha)
+        self.register_buffer("active", torch.ones(shape, dtype=torch.bool))
+        self.softmax = SoftmaxAttention(SoftmaxConfig(), layer)
+        self._planned: tuple[Tensor, frozenset[str], Plan] | None = None
+
+    def plan(self) -> Plan:
+        """What the kernel computes now; made again when the active candidates change."""
+        if self._planned is not None and self._planned[0] is self.active and self._planned[1] == self.disabled:
+            return self._planned[2]
+        enabled = [name not in self.disabled for name in self.branches]
+        active = [[a and b for a, b in zip(on, enabled, strict=True)] for on in self._rows(self.active).tolist()]
+        plan = Plan(self.candidates, active)
+        self._planned = (self.active, self.disabled, plan)
+        return plan
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._planned = None
+
+    @staticmethod
+    def _rows(x: Tensor) -> Tensor:
+        """(C,) or (H, C) as (1 or H, C)."""
+        return x if x.ndim == 2 else x[None]
+
+    def prune(self, threshold: float) -> list[str]:
+        """Drops every candidate whose weight σ(α) is below a threshold; the kernel then reads less.
+
+        Returns:
+            What was dropped: names of candidates, with their head where heads have their own.
+
+        Raises:
+            ValueError: if the threshold does not lie between 0 and 1.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold}; weights lie between 0 and 1, so it must too")
+        keep = self.active & (self.alpha.detach().sigmoid() >= threshold)
+        dropped = self._rows(self.active & ~keep).nonzero().tolist()
+        self.active = keep
+        if not self.config.per_head:
+            return [self.branches[c] for _, c in dropped]
+        return [f"head {head}: {self.branches[c]}" for head, c in dropped]
+
+    def weights(self) -> Tensor:
+        """(1 or H, C) σ(α), at least in float32; 0 for what is pruned or disabled, and for nothing else."""
+        dtype = _precise(self.alpha.dtype)
+        enabled = torch.tensor([name not in self.disabled for name in self.branches], device=self.alpha.device)
+        weights = self.alpha.to(dtype).sigmoid().clamp_min(torch.finfo(dtype).tiny)
+        return self._rows(weights * (self.active & enabled))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        plan = self.plan()
+        self._check(state, plan)
+        if plan.softmax:
+            return self.softmax(q, k, v, x, state, lengths)
+        if plan.dense:
+            return self._dense(q, k, v, state, lengths)
+        if state is None or state.seen == 0:
+            if state is not None:
+                state.absorb(k, v, lengths)
+            return self._from_start(plan, q, k, v)
+        complete = state.least >= plan.depth
+        uniform = state.lengths is None and state.seen >= plan.sinks and plan.always_supported
+        if q.shape[2] == 1 and lengths is None and (complete or uniform):
+            return self._step(plan, q, k, v, state)
+        start = None if complete else state.positions(len(q), q.device)
+        return self._continue(plan, q, k, v, state, start, lengths)
+
+    @staticmethod
+    def _check(state: State | None, plan: Plan) -> None:
+        if state is None:
+            return
+        same = state.plan is plan or state.plan == plan if isinstance(state, MasksState) else plan.dense
+        if not same:
+            raise ValueError("the active candidates changed since this state was made; start with a new one")
+
+    def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rows that start here: only the first blocks can miss keys."""
+        layout = plan.layout(q.shape[2], q.device)
+        early = min(-(-q.shape[2] // layout.block), -(-plan.depth // layout.block) + 1)
+        bias = self._bias(layout, torch.zeros(1, dtype=torch.long, device=q.device), early)
+        return self._blocks(layout, q, k, v, bias, 0)
+
+    def _continue(
+        self,
+        plan: Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: MasksState,
+        start: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """Tokens after what the state has seen; `start` (B,) are their positions, None if no key can be missing."""
+        layout = plan.layout(q.shape[2], q.device)
+        bias = self._bias(layout, start, -(-q.shape[2] // layout.block))
+        tails = state.keys[:, :, plan.sinks :], state.values[:, :, plan.sinks :]
+        state.absorb(k, v, lengths)
+        k = torch.cat([state.keys[:, :, : plan.sinks], tails[0], k], 2)
+        v = torch.cat([state.values[:, :, : plan.sinks], tails[1], v], 2)
+        return self._blocks(layout, q, k, v, bias, plan.sinks + plan.reach)
+
+    def _blocks(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: int) -> Tensor:
+        """Queries (B, H, T, D) whose first has its own key at place `before` of k and v; bias from `_bias`."""
+        batch, heads, length, _ = q.shape
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+        index = layout.index(-(-length // layout.block), before, k.shape[2])
+        bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
+        return BlockAttention.apply(q, k, v, bias.to(q.dtype), index, self._dropout)
+
+    def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:
+        """One token in every row: all of its keys are in the state, or the rows are equally long."""
+        layout = plan.layout(1, q.device)
+        if state.bias is None:
+            bias = self._bias(layout, None, 1).detach().to(q.dtype)
+            state.bias = bias[:, :, 0].expand(len(q), -1, -1, -1)
+        bias = state.bias
+        if state.least < plan.depth:
+            bias = bias.masked_fill(layout.needed > state.seen, -inf)
+        state.push(k, v)
+        k, v = state.keys, state.values
+        if layout.recent is not None:
+            k, v = k.index_select(2, layout.recent), v.index_select(2, layout.recent)
+        grouped = k.shape[1] != q.shape[1]
+        return scaled_dot_product_attention(q, k, v, bias, dropout_p=self._dropout, enable_gqa=grouped)
+
+    @property
+    def _dropout(self) -> float:
+        return self.layer.dropout if self.training else 0.0
+
+    def _bias(self, layout: Layout, start: Tensor | None, blocks: int) -> Tensor:
+        """log M for the queries of a layout.
+
+        Args:
+            start: (B or 1,) the position of the first query; None if no query misses a key, and then one block
+                stands for all.
+            blocks: how many blocks.
+
+        Returns:
+            (B or 1, 1 or H, blocks or 1, b, S + U), at least in float32.
+        """
+        weights = self.weights()
+        with torch.autocast(weights.device.type, enabled=False):
+            mask = weights @ layout.candidates.to(weights.dtype).flatten(1)
+        bias = _log(mask).view(1, len(weights), 1, *layout.needed.shape)
+        if start is not None:
+            rows = torch.arange(blocks * layout.block, device=start.device).view(blocks, layout.block)
+            missing = layout.needed > (start[:, None, None] + rows)[..., None]
+            bias = bias.masked_fill(missing[:, None], -inf)
+        return _fill_empty(bias, layout.own)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, lengths: Tensor | None) -> Tensor:
+        """Softmax over all keys with log M added to the scores."""
+        start = torch.zeros(1, dtype=torch.long, device=q.device)
+        if state is not None:
+            start = state.positions(len(q), q.device)
+            k, v = state.append(k, v, lengths)
+        positions = start[:, None] + torch.arange(q.shape[2], device=q.device)
+        bias = self._dense_bias(positions, k.shape[2]).to(q.dtype)
+        grouped = k.shape[1] != q.shape[1]
+        return scaled_dot_product_attention(q, k, v, bias, dropout_p=self._dropout, enable_gqa=grouped)
+
+    def _dense_bias(self, positions: Tensor, length: int) -> Tensor:
+        """(B, 1 or H, T, S) log M for queries at `positions` (B, T) and keys 0 to S − 1."""
+        weights, key = self.weights(), torch.arange(length, device=positions.device)
+        by_distance, by_key = (
+            torch.stack([getattr(c, rule)(key) for c in self.candidates]).to(weights.dtype)
+            for rule in ("at_distance", "at_key")
+        )
+        distance = positions[..., None] - key
+        with torch.autocast(weights.device.type, enabled=False):
+            mask = (weights @ by_distance)[:, distance.clamp(min=0, max=length - 1)]
+            mask = mask + (weights @ by_key)[:, None, None]
+        bias = _log(mask).masked_fill(distance < 0, -inf).transpose(0, 1)
+        return _fill_empty(bias, (distance == 0)[:, None])
+
+    def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        mask = self.attention_parts(q, k, x)["mask"]
+        return masked_softmax_weights(q, repeat_heads(k, q.shape[1]), mask)
+
+    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """`mask`: M (1, 1 or H, T, T), 1 on the diagonal of rows whose support is empty."""
+        candidates = [(candidate.kind, candidate.numbers) for candidate in self.candidates]
+        return {"mask": effective_mask(candidates, self.weights(), q.shape[2])[None]}
+
+    def new_state(self) -> KeyValueState | MasksState:
+        plan = self.plan()
+        return KeyValueState() if plan.dense else MasksState(plan)
+
+    def keys_read(self, position: int) -> int:
+        """The size of the support at `position`, that of all heads together."""
+        plan = self.plan()
+        if plan.dense:
+            return position + 1
+        keys = {position - distance for distance in plan.distances if distance <= position}
+        return max(1, len(keys.union(range(min(plan.sinks, position + 1)))))
+
+    def operations(self, length: int) -> int:
+        """Counts the whole products of a block's queries and keys, with what the masks then hide."""
+        plan = self.plan()
+        if plan.softmax:
+            return self.softmax.operations(length)
+        width = length if plan.dense else plan.columns(length)
+        return 2 * 2 * self.layer.num_heads * self.layer.head_dim * length * width
+
+    def penalty(self) -> Tensor:
+        """Σ_c σ(α_c) over the active candidates, mean over heads."""
+        weights = self.alpha.to(_precise(self.alpha.dtype)).sigmoid()
+        return self._rows(weights * self.active).sum(-1).mean()
+
+    def summary(self) -> dict[str, list[float]]:
+        """The weight of every candidate by name, one for each head where heads have their own; 0 if pruned."""
+        weights = self._rows(self.alpha.detach().float().sigmoid() * self.active)
+        return dict(zip(self.branches, weights.T.tolist(), strict=True))
+
+
+def _log(mask: Tensor) -> Tensor:
+    """log M, −∞ where M is 0, with gradients that are finite there."""
+    holds = mask > 0
+    return torch.where(holds, mask, 1).log().masked_fill(~holds, -inf)
+
+
+def _fill_empty(bias: Tensor, own: Tensor) -> Tensor:
+    """Lets queries that read nothing, all −∞ along the last dimension, read the column that is their own."""
+    empty = (bias == -inf).all(-1, keepdim=True)
+    return bias.masked_fill(empty & own, 0.0)
