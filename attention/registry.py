@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .masks import MasksConfig
 from .mechanism import ConfigError, MechanismConfig
 from .softmax import SoftmaxConfig
 
-METHODS: dict[str, type[MechanismConfig]] = {config.method: config for config in (SoftmaxConfig,)}
+METHODS: dict[str, type[MechanismConfig]] = {config.method: config for config in (SoftmaxConfig, MasksConfig)}
 
 
 def config_from_dict(data: dict[str, Any]) -> MechanismConfig:
