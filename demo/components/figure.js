@@ -73,7 +73,7 @@ class MapFigure {
     context.clearRect(0, 0, width, width);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.image, zoom.column, zoom.row, zoom.size, zoom.size, gutter, gutter, side, side);
-    context.strokeStyle = this.board.colors.line;
+    context.strokeStyle = this.board.colors.muted;
     context.strokeRect(gutter - 0.5, gutter - 0.5, side + 1, side + 1);
     const focus = this.board.focus();
     this.drawLabels(context, gutter, cell, focus);
@@ -128,9 +128,11 @@ class MapFigure {
     context.restore();
     if (!rowSeen || !columnSeen) return;
     const pad = Math.max(0, (7 - cell) / 2);
-    context.lineWidth = 2;
-    context.strokeStyle = colors.accent;
-    context.strokeRect(x - pad, y - pad, cell + 2 * pad, cell + 2 * pad);
+    for (const [color, thickness] of [[colors.panel, 5], [colors.ink, 2]]) {
+      context.strokeStyle = color;
+      context.lineWidth = thickness;
+      context.strokeRect(x - pad, y - pad, cell + 2 * pad, cell + 2 * pad);
+    }
     context.lineWidth = 1;
   }
 

@@ -3,7 +3,7 @@ const root = element.querySelector(".view");
 const empty = el("div", "empty", props.empty);
 const body = el("div");
 const tip = el("div", "tip");
-const probes = ["ink", "muted", "accent"].map((name) => el("span", `probe ${name}`));
+const probes = ["ink", "muted", "panel"].map((name) => el("span", `probe ${name}`));
 tip.hidden = true;
 root.append(empty, body, tip, ...probes);
 
@@ -112,8 +112,8 @@ function load() {
 }
 
 function readColors() {
-  const [ink, muted, accent] = probes.map((probe) => getComputedStyle(probe).color);
-  board.colors = { ink, muted, accent, line: muted };
+  const [ink, muted, panel] = probes.map((probe) => getComputedStyle(probe).color);
+  board.colors = { ink, muted, panel };
   board.font = getComputedStyle(root).getPropertyValue("--mono").trim() || "monospace";
 }
 

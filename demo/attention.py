@@ -1,0 +1,311 @@
+"""What a model attends to in a text: the data of the attention tab and of its endpoint."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+
+from attention import Mechanism, mechanism_inputs
+
+from .components.heads import HeadsView
+from .components.maps import MapsView, MapView, RowsView, pack_bytes, pack_triangle
+from .models import LoadedModel, ModelStore
+from .parts import Parts, explain, plain, total_variation, weight_tables
+from .text import TokenTexts, clean, token_label
+
+THUMBNAIL = 40  # pixels
+CACHE_BYTES = 256_000_000
+
+
+class ViewError(ValueError):
+    """A view that cannot be made; the message is for the person who asked for it."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Part of a text that is looked at.
+
+    Attributes:
+        token_ids: what the model reads, at most its context, up to the last token shown.
+        tokens: the text of each token shown.
+        start: position of the first token shown in the text.
+        total: tokens of the whole text.
+    """
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    start: int
+    total: int
+
+    @property
+    def shown(self) -> slice:
+        """The tokens shown, among `token_ids`."""
+        return slice(len(self.token_ids) - len(self.tokens), len(self.token_ids))
+
+
+def passage(loaded: LoadedModel, token_ids: list[int], start: int, count: int) -> Passage:
+    """The `count` tokens from `start` on, moved to lie inside the text, and as much before them as the model holds.
+
+    Raises:
+        ViewError: if the text has no tokens.
+    """
+    if not token_ids:
+        raise ViewError("The text is empty: write a few words, or generate some.")
+    count = max(1, min(count, len(token_ids), loaded.context))
+    start = max(0, min(start, len(token_ids) - count))
+    stop = start + count
+    texts = TokenTexts(loaded.tokenizer)
+    tokens = [texts.next(token_id) or token_label(loaded.tokenizer, token_id) for token_id in token_ids[start:stop]]
+    return Passage(tuple(token_ids[max(0, stop - loaded.context) : stop]), tuple(tokens), start, len(token_ids))
+
+
+def encode_text(loaded: LoadedModel, text: str, limit: int) -> list[int]:
+    """Token ids of a text of any number of tokens.
+
+    Raises:
+        ViewError: if it has more than `limit` characters.
+    """
+    if len(text) > limit:
+        raise ViewError(f"The text has {len(text):,} characters; at most {limit:,} are read. Shorten it.")
+    return loaded.tokenizer(clean(text), verbose=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What reaches one layer's mechanism: q (1, H, T, D), k (1, H_kv, T, D), x (1, T, E)."""
+
+    mechanism: Mechanism
+    q: Tensor
+    k: Tensor
+    x: Tensor
+
+    def map(self) -> Tensor:
+        """(H, T, T) the attention map."""
+        return self.mechanism.attention_map(self.q, self.k, self.x)[0].float()
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.q, self.k, self.x))
+
+
+class AttentionViews:
+    """Attention of the models in a store; remembers what reached the layers for the texts looked at last."""
+
+    def __init__(self, store: ModelStore, cache_bytes: int = CACHE_BYTES):
+        self.store = store
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[tuple[Any, ...], list[LayerInputs]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @torch.inference_mode()
+    def heads(self, loaded: LoadedModel, part: Passage, layer: int, head: int) -> HeadsView:
+        """Thumbnails of all layers and heads, with each head's distance from the base's (total variation)."""
+        layers = self._inputs(loaded, part)
+        of_base = None if loaded.entry.is_base else self._inputs(loaded.base, part)
+        pixels, distance = [], []
+        for index, inputs in enumerate(layers):
+            maps = _window(self._map(loaded, inputs), part)
+            pixels.append(_thumbnails(maps))
+            if of_base is not None:
+                base_maps = _window(self._map(loaded.base, of_base[index]), part)
+                distance.append(total_variation(maps, base_maps).mean(-1).tolist())
+        heads = pixels[0].shape[0]
+        view: HeadsView = {
+            "layers": len(layers),
+            "heads": heads,
+            "size": pixels[0].shape[-1],
+            "pixels": pack_bytes(torch.stack(pixels)),
+            "layer": min(layer, len(layers) - 1),
+            "head": min(head, heads - 1),
+        }
+        return {**view, "distance": distance} if distance else view
+
+    @torch.inference_mode()
+    def maps(self, loaded: LoadedModel, part: Passage, layer: int, head: int) -> MapsView:
+        """One layer and head: the maps, what is behind them, and numbers for each token.
+
+        Raises:
+            ViewError: if the model has no such layer or head.
+        """
+        head_maps = self._head_maps(loaded, part, layer, head)
+        layers = self._inputs(loaded, part)
+        inputs = layers[layer]
+        with loaded.lock:
+            parts = explain(inputs.mechanism, inputs.q, inputs.k, inputs.x, head, part.shown)
+        name = loaded.name
+        return {
+            "title": f"{name} · layer {layer} · head {head}" + _range(part),
+            "file": f"{name}-layer{layer}-head{head}",
+            "tokens": list(part.tokens),
+            "start": part.start,
+            "maps": _main_maps(loaded, head_maps),
+            "parts": parts.maps,
+            "rows": [_share_read(loaded, inputs, part), *_comparison(loaded, part, head_maps, parts), *parts.rows],
+            "tables": [*parts.tables, *weight_tables([each.mechanism for each in layers], layer)],
+        }
+
+    def numbers(self, loaded: LoadedModel, part: Passage, layer: int, head: int) -> dict[str, Any]:
+        """The same as plain numbers: for each map a list of rows, row i with i + 1 numbers.
+
+        Raises:
+            ViewError: if the model has no such layer or head.
+        """
+        with torch.inference_mode():
+            head_maps = self._head_maps(loaded, part, layer, head)
+            inputs = self._inputs(loaded, part)[layer]
+        return {
+            "model": loaded.name,
+            "method": loaded.method,
+            "layer": layer,
+            "head": head,
+            "layers": len(self._inputs(loaded, part)),
+            "heads": inputs.q.shape[1],
+            "tokens": list(part.tokens),
+            "start": part.start,
+            "total_tokens": part.total,
+            "keys_read": [inputs.mechanism.keys_read(i) for i in range(part.shown.start, part.shown.stop)],
+            "maps": {name: _triangle(matrix) for name, matrix in head_maps.items()},
+        }
+
+    def _head_maps(self, loaded: LoadedModel, part: Passage, layer: int, head: int) -> dict[str, Tensor]:
+        """(W, W) map of one head, and for a variant the base's map of the same head."""
+        layers = self._inputs(loaded, part)
+        heads = layers[0].q.shape[1]
+        if not (0 <= layer < len(layers) and 0 <= head < heads):
+            raise ViewError(
+                f"{loaded.name} has layers 0 to {len(layers) - 1} and heads 0 to {heads - 1}; "
+                f"layer {layer}, head {head} does not exist."
+            )
+        maps = {"model": _window(self._map(loaded, layers[layer]), part)[head]}
+        if not loaded.entry.is_base:
+            base = self._inputs(loaded.base, part)[layer]
+            maps["base"] = _window(self._map(loaded.base, base), part)[head]
+        return maps
+
+    @staticmethod
+    def _map(loaded: LoadedModel, inputs: LayerInputs) -> Tensor:
+        with loaded.lock:
+            return inputs.map()
+
+    @torch.inference_mode()
+    def _inputs(self, loaded: LoadedModel, part: Passage) -> list[LayerInputs]:
+        """What reaches each layer; computed once for the texts looked at last."""
+        key = (loaded.name, id(loaded.model), part.token_ids)
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        ids = torch.tensor([part.token_ids], device=loaded.model.device)
+        with loaded.lock:
+            layers = [LayerInputs(*inputs) for inputs in mechanism_inputs(loaded.model, ids)]
+        with self._lock:
+            self._cache[key] = layers
+            self._shrink()
+        return layers
+
+    def _shrink(self) -> None:
+        """Forgets the texts looked at longest ago; the newest of a model and of its base stay."""
+        sizes = {key: sum(inputs.nbytes() for inputs in layers) for key, layers in self._cache.items()}
+        while len(self._cache) > 2 and sum(sizes.values()) > self.cache_bytes:
+            key, _ = self._cache.popitem(last=False)
+            del sizes[key]
+
+
+def _window(maps: Tensor, part: Passage) -> Tensor:
+    """The tokens shown out of (H, T, T)."""
+    return maps[..., part.shown, part.shown]
+
+
+def _thumbnails(maps: Tensor) -> Tensor:
+    """(H, S, S) in [0, 1]: the largest weight under each pixel, its square root so that small ones can be seen."""
+    if maps.shape[-1] > THUMBNAIL:
+        maps = adaptive_max_pool2d(maps, THUMBNAIL)
+    return maps.clamp(0, 1).sqrt()
+
+
+def _range(part: Passage) -> str:
+    if len(part.tokens) == part.total:
+        return ""
+    return f" · tokens {part.start:,} to {part.start + len(part.tokens) - 1:,} of {part.total:,}"
+
+
+def _main_maps(loaded: LoadedModel, head_maps: dict[str, Tensor]) -> list[MapView]:
+    name = loaded.name
+    maps: list[MapView] = [
+        {
+            "key": "model",
+            "title": name,
+            "note": loaded.entry.description,
+            "kind": "share",
+            "scale": "attention",
+            "data": pack_triangle(head_maps["model"]),
+        }
+    ]
+    if "base" in head_maps:
+        maps += [
+            {
+                "key": "base",
+                "title": f"{loaded.base.name} (softmax)",
+                "note": "The same layer and head of the base, on the same text.",
+                "kind": "share",
+                "scale": "attention",
+                "data": pack_triangle(head_maps["base"]),
+            },
+            {
+                "key": "difference",
+                "title": f"{name} less {loaded.base.name}",
+                "note": f"Blue: {name} reads more there; orange: {loaded.base.name} does.",
+                "kind": "difference",
+                "of": ["model", "base"],
+                "lowLabel": loaded.base.name,
+                "highLabel": name,
+            },
+        ]
+    return maps
+
+
+def _share_read(loaded: LoadedModel, inputs: LayerInputs, part: Passage) -> RowsView:
+    positions = range(part.shown.start, part.shown.stop)
+    share = [inputs.mechanism.keys_read(position) / (position + 1) for position in positions]
+    return {
+        "title": "Share of the keys read",
+        "note": "Keys, or rows of the state, read for each token over the tokens there are; softmax reads them all.",
+        "min": 0,
+        "series": [{"name": loaded.name, "color": 1, "values": share}],
+    }
+
+
+def _comparison(loaded: LoadedModel, part: Passage, head_maps: dict[str, Tensor], parts: Parts) -> list[RowsView]:
+    rows: list[RowsView] = []
+    if "base" in head_maps:
+        others = {f"than {loaded.base.name}'s": head_maps["base"], "than softmax, same queries and keys": parts.exact}
+        rows.append(
+            {
+                "title": "Attention that lies elsewhere",
+                "note": "Total variation of each row: 0 for the same attention, 1 for no key in common.",
+                "min": 0,
+                "series": [
+                    {"name": name, "color": index, "values": plain(total_variation(head_maps["model"], other))}
+                    for index, (name, other) in enumerate(others.items(), 1)
+                ],
+            }
+        )
+    if part.shown.start:
+        outside = plain(1 - head_maps["model"].sum(-1))
+        rows.append(
+            {
+                "title": "Attention to tokens before the part shown",
+                "min": 0,
+                "series": [{"name": loaded.name, "color": 1, "values": outside}],
+            }
+        )
+    return rows
+
+
+def _triangle(matrix: Tensor) -> list[list[float]]:
+    return [plain(row[: index + 1]) for index, row in enumerate(matrix)]
