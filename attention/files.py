@@ -168,13 +168,14 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place when the block ends well, and vanishes otherwise.
 
-    Files in `folder` that its manifest does not name are copied over. A crash between the two renames leaves the old
-    folder beside, where `restore` finds it. One process at a time may replace a folder.
+    Files of `folder` that are not written anew are copied over, unless they are read when the old variant is loaded.
+    A crash between the two renames leaves the old folder beside, where `existing` and the next call find it. One
+    process at a time may replace a folder.
 
     Raises:
         CheckpointError: if `folder` holds something else than a variant, or the disk refuses.
     """
-    restore(folder)
+    _restore(folder)
     if folder.exists() and not _may_replace(folder):
         raise CheckpointError(f"{folder} exists and is not a variant; choose a new folder, or delete it first")
     for stale in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
@@ -192,7 +193,7 @@ def replaced(folder: Path) -> Iterator[Path]:
         _flush(folder.parent)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
-        restore(folder)
+        _restore(folder)
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             kept = " What was there before is untouched." if folder.exists() else ""
             raise CheckpointError(f"{folder} could not be written: {error}.{kept}") from error
@@ -200,8 +201,13 @@ def replaced(folder: Path) -> Iterator[Path]:
     shutil.rmtree(_backup(folder), ignore_errors=True)
 
 
-def restore(folder: Path) -> None:
-    """Puts a variant back whose replacement was interrupted."""
+def existing(folder: Path) -> Path:
+    """`folder`, or where its content lies if its replacement was interrupted."""
+    backup = _backup(folder)
+    return backup if backup.is_dir() and not folder.exists() else folder
+
+
+def _restore(folder: Path) -> None:
     backup = _backup(folder)
     if not backup.is_dir():
         return
@@ -229,7 +235,7 @@ def _keep_foreign_files(old: Path, new: Path) -> None:
     own = {MANIFEST}
     if (old / MANIFEST).is_file():
         try:
-            own |= set(read_manifest(old))
+            own |= {name for name, entry in read_manifest(old).items() if entry is not None}
         except BrokenCheckpointError:  # then go by what such files look like
             own |= {path.name for path in old.iterdir() if path.suffix in (".json", ".safetensors")}
     for path in old.iterdir():

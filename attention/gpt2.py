@@ -252,14 +252,35 @@ class GPT2VariantLMHeadModel(GPT2LMHeadModel):
         """Config and weights as `attention.save` writes them, in the model's dtype.
 
         Raises:
-            ValueError: for `push_to_hub`, which `attention.push` does.
+            ValueError: for `push_to_hub=True`; the method of that name does it.
         """
         if push_to_hub:
-            raise ValueError("save_pretrained does not push a variant; use attention.push(folder, 'user/repo')")
+            raise ValueError("save_pretrained only saves; use model.push_to_hub(repo) or attention.push(folder, repo)")
         from .saving import SHARD_SIZE, save_model
 
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size or SHARD_SIZE)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Pushes config, weights and code as `attention.push` does; returns the commit's address.
+
+        Raises:
+            TypeError: for options that `attention.push` does not have.
+        """
+        if kwargs:
+            raise TypeError(f"push_to_hub of a variant has no options {sorted(kwargs)}; see attention.push")
+        from .pushing import push_model
+
+        return push_model(self, repo_id, commit_message, bool(private), token, revision)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -12,6 +12,7 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     DryRunError,
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -189,6 +190,8 @@ def _translated(spec: HubSpec) -> Iterator[None]:
             f"{spec} is not in the cache, and the Hub cannot be reached ({reason(error)}). Check the network, or "
             "HF_HUB_OFFLINE; a local folder works without either"
         ) from error
+    except EntryNotFoundError as error:
+        raise MissingCheckpointError(f"{spec} holds no model: {reason(error)}") from error
     except HfHubHTTPError as error:
         raise NetworkError(f"the Hub answered {error.response.status_code} for {spec}: {reason(error)}") from error
 

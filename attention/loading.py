@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,9 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .convert import load_weights, origin
 from .errors import BrokenCheckpointError, MissingCheckpointError, NotAModelError, WrongBaseError
-from .files import HISTORY, check, fingerprint, read_json, read_weights, restore
+from .files import HISTORY, check, existing, fingerprint, read_json, read_weights, weight_files
 from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
 from .hub import HUB, HubOptions, HubSpec, Progress, cached_origin, download_size, pull, pull_file
+from .mechanism import ConfigError, MechanismConfig
 from .registry import config_from_dict
 
 
@@ -70,8 +72,7 @@ def locate(spec: str | Path, hub: HubOptions = HUB, progress: Progress | None = 
     Raises:
         CheckpointError: of the class that says why there is none.
     """
-    folder = Path(spec).expanduser()
-    restore(folder)
+    folder = existing(Path(spec).expanduser().absolute())
     if folder.is_dir():
         return folder.resolve()
     if isinstance(spec, Path) or str(spec).startswith((".", "/", "~")):
@@ -95,8 +96,7 @@ def describe(spec: str | Path, hub: HubOptions = HUB, progress: Progress | None 
     kind = config.get("model_type")
     if kind == GPT2VariantConfig.model_type:
         check(folder)
-        mechanism = config_from_dict(config["attention"])
-        details = mechanism.to_dict()
+        details = _mechanism(folder, config).to_dict()
         base = resolve_base(folder, config.get("base"))
         return Checkpoint(folder, details.pop("method"), details, base and spec_of(base), config)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -194,12 +194,11 @@ def spec_of(base: dict[str, Any]) -> str:
 
 
 def full_weights(folder: Path, hub: HubOptions) -> dict[str, Tensor]:
-    """All weights of a variant, the base's included, on the CPU as stored; for `from_pretrained`.
+    """All weights of an intact variant, the base's included, on the CPU as stored.
 
     Raises:
-        CheckpointError: if the variant is damaged, or its base is missing or another.
+        WrongBaseError: if its base is missing or another.
     """
-    check(folder)
     config, weights = read_config(folder), read_weights(folder)
     if config.base is not None:
         weights = gpt2_names(_base_weights(config.base, hub)) | weights
@@ -219,11 +218,13 @@ def pretrained_arguments(
         force_download=rest.pop("force_download", False),
     )
     revision, subfolder = rest.pop("revision", None), rest.pop("subfolder", "")
-    if Path(name).is_dir():
-        folder = Path(name, subfolder).resolve()
-    else:
+    folder = existing(Path(name, subfolder).absolute())
+    if not folder.is_dir():
         place = HubSpec.parse(str(name))
         folder = pull(replace(place, subfolder=subfolder or place.subfolder, revision=revision), hub)
+    folder = folder.resolve()
+    if not describe(folder).is_variant:
+        raise NotAModelError(f"{name} is a plain model, not a variant; attention.convert makes one of it")
     if config is None:
         config, rest = GPT2VariantConfig.from_pretrained(folder, return_unused_kwargs=True, **rest)
     config.base = resolve_base(folder, config.base)
@@ -249,17 +250,26 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise NotAModelError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
+def _mechanism(folder: Path, config: dict[str, Any]) -> MechanismConfig:
+    try:
+        return config_from_dict(config.get("attention") or {})
+    except ConfigError as error:
+        raise NotAModelError(f"{folder} was made by another version of this package: {error}") from error
+
+
 def _load_plain(found: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    files = read_weights(found.folder)  # says what is wrong with them; the pages are shared with the next line
-    model, report = AutoModelForCausalLM.from_pretrained(
-        found.folder,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    del files
+    weight_files(found.folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError) as error:
+        raise BrokenCheckpointError(found.folder, [f"its weights cannot be read: {error}"]) from error
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise NotAModelError(f"{found.folder} lacks weights of a {type(model).__name__}, or has other sizes: {wrong}")

@@ -34,6 +34,7 @@ from .files import (
 from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
 from .hub import HUB, HubSpec, reason
 from .loading import full_weights
+from .saving import save_model
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,22 @@ def push(
         client = api or HfApi()
         done = _persistently(lambda: commit(client, spec, files, message, private=private), command, tries, sleep)
     return Push(str(replace(spec, revision=done.oid)), sizes, done.commit_url)
+
+
+def push_model(
+    model: GPT2VariantLMHeadModel,
+    to: str,
+    message: str | None,
+    private: bool,
+    token: bool | str | None,
+    revision: str | None,
+) -> str:
+    """What `push_to_hub` does; returns the commit's address."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work, "variant")
+        save_model(model, folder)
+        done = push(folder, to, private=private, revision=revision, message=message, api=HfApi(token=token))
+    return str(done.url)
 
 
 def published(folder: Path, work: Path, spec: HubSpec, include_base: bool | None) -> dict[str, Path]:

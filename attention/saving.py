@@ -115,6 +115,8 @@ def write_model(
         weights.pop("lm_head.weight", None)
     config = copy.deepcopy(variant.config)
     config.base = None
+    if not variant.is_remote_code():
+        config.__dict__.pop("auto_map", None)  # names code that `push` adds
     if source is not None:
         stored = read_weights(source)
         config.base = {**_base_name(source, home), "sha256": fingerprint(stored)}
