@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
@@ -58,3 +59,83 @@ def masked_softmax_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     support = mask > 0
     log_mask = torch.where(support, mask, 1).log().masked_fill(~support, -torch.inf)
     return (scores(q, k) + log_mask).softmax(-1)
+
+
+def visible_weights(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) over the keys that `visible` (broadcast to (B, H, T, N)) shows; 0 where it shows none."""
+    lowest = torch.finfo(q.dtype).min
+    return scores(q, k).masked_fill(~visible, lowest).softmax(-1).masked_fill(~visible, 0)
+
+
+def nsa_visible(length: int, number: int, block: int, stride: int, device: torch.device | None = None) -> Tensor:
+    """(T, N) booleans: which compressed blocks are complete at each query, i·d + l − 1 ≤ t (arXiv 2502.11089)."""
+    last_token = torch.arange(number, device=device) * stride + block - 1
+    return last_token <= torch.arange(length, device=device)[:, None]
+
+
+def nsa_compression(
+    k: Tensor, position: Tensor, hidden: Tensor, to_weights: Tensor, to_key: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    """φ, block by block (arXiv 2502.11089, Eq. 7).
+
+    Args:
+        k: keys (B, H_kv, T, D).
+        position: the encoding (H_kv, l, D) of the places in a block.
+        hidden: first layer (H_kv, l·D, hidden), of the flattened block.
+        to_weights: (H_kv, hidden, l), giving the weights over the block's tokens.
+        to_key: (H_kv, hidden, D), giving the correction of the key.
+
+    Returns:
+        The compressed keys (B, H_kv, N, D), and the matrix (B, H_kv, N, T) that compresses values.
+    """
+    batch, heads, length, width = k.shape
+    block = position.shape[1]
+    keys, rows = [], []
+    for first in range(0, length - block + 1, stride):
+        tokens = k[:, :, first : first + block]
+        units = F.gelu((tokens + position).flatten(2)[:, :, None] @ hidden)
+        weights = (units @ to_weights).softmax(-1)
+        keys.append(weights @ tokens + units @ to_key)
+        rows.append(F.pad(weights, (first, length - block - first)))
+    if not keys:
+        return k.new_zeros(batch, heads, 0, width), k.new_zeros(batch, heads, 0, length)
+    return torch.cat(keys, 2), torch.cat(rows, 2)
+
+
+def nsa_selection_scores(weights: Tensor, kv_heads: int, block: int, stride: int, select_block: int) -> Tensor:
+    """p_slc (B, H_kv, T, J) from p_cmp (B, H, T, N) (arXiv 2502.11089, Eq. 9 and 10, counted from 0).
+
+    p_slc[j] = Σ_{m < l'/d} Σ_{n < l/d} p_cmp[(l'/d)·j + m − n], terms out of range 0, summed over the query heads of
+    a key head; J = ⌈T / l'⌉.
+    """
+    length, number = weights.shape[2:]
+    per_block = select_block // stride
+    shared = weights.unflatten(1, (kv_heads, -1)).sum(2)
+    result = weights.new_zeros(*shared.shape[:3], -(-length // select_block))
+    for j in range(result.shape[-1]):
+        for m in range(per_block):
+            for n in range(block // stride):
+                if 0 <= (i := per_block * j + m - n) < number:
+                    result[..., j] += shared[..., i]
+    return result
+
+
+def nsa_selected_blocks(scores: Tensor, select_block: int, number: int, select_every: int) -> Tensor:
+    """Which of the blocks (B, H_kv, T, J) a query reads, from their scores (B, H_kv, T, J).
+
+    The first block, the query's own and the one before it, then those with the highest scores, the earlier of equal
+    ones first, up to `number` in all. The scores are those of the first query of each `select_every`.
+    """
+    length, available = scores.shape[2:]
+    query = torch.arange(length, device=scores.device)
+    own, block = (query // select_block)[:, None], torch.arange(available, device=scores.device)
+    ranked = scores[:, :, query // select_every * select_every]
+    ranked = ranked.masked_fill((block == 0) | (block == own) | (block == own - 1), torch.inf)
+    ranked = ranked.masked_fill(block > own, -torch.inf)
+    best = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :number]
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, best, True) & (block <= own)
+
+
+def nsa_window(length: int, window: int, device: torch.device | None = None) -> Tensor:
+    """(T, T) booleans: the last `window` keys of each query, its own included."""
+    return causal_mask(length, device).triu(1 - window)

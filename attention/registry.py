@@ -7,9 +7,12 @@ from typing import Any
 
 from .masks import MasksConfig
 from .mechanism import ConfigError, MechanismConfig
+from .nsa import NSAConfig
 from .softmax import SoftmaxConfig
 
-METHODS: dict[str, type[MechanismConfig]] = {config.method: config for config in (SoftmaxConfig, MasksConfig)}
+METHODS: dict[str, type[MechanismConfig]] = {
+    config.method: config for config in (SoftmaxConfig, MasksConfig, NSAConfig)
+}
 
 
 def config_from_dict(data: dict[str, Any]) -> MechanismConfig:

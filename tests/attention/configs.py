@@ -5,6 +5,7 @@ from hypothesis.strategies import SearchStrategy
 
 from attention.masks import MasksConfig
 from attention.mechanism import MechanismConfig
+from attention.nsa import NSAConfig
 from attention.softmax import SoftmaxConfig
 
 masks = st.one_of(
@@ -14,6 +15,28 @@ masks = st.one_of(
     st.tuples(st.integers(1, 4), st.integers(1, 5)).map(lambda numbers: "dilated({}, {})".format(*numbers)),
     st.just("causal"),
 )
+
+
+@st.composite
+def nsa_configs(draw: st.DrawFn) -> NSAConfig:
+    stride = draw(st.integers(1, 4))
+    compress, select = sorted(stride * draw(st.integers(1, 4)) for _ in range(2))
+    gates = st.floats(0.01, 0.99)
+    return NSAConfig(
+        compress_block=compress,
+        compress_stride=stride,
+        select_block=select,
+        num_selected=draw(st.integers(3, 6)),
+        window=draw(st.integers(1, 20)),
+        select_every=draw(st.sampled_from([n for n in range(1, select + 1) if select % n == 0])),
+        separate_kv=draw(st.booleans()),
+        mlp_width=draw(st.integers(1, 4)),
+        compressed_gate=draw(gates),
+        selected_gate=draw(gates),
+        window_gate=draw(gates),
+        seed=draw(st.integers(0, 99)),
+    )
+
 
 CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
     "softmax": st.builds(SoftmaxConfig),
@@ -25,4 +48,5 @@ CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
         scale=st.floats(0, 4),
         seed=st.integers(0, 99),
     ),
+    "nsa": nsa_configs(),
 }

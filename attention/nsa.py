@@ -1,0 +1,489 @@
+"""Native sparse attention: compressed, selected and sliding-window branches, mixed by gates (arXiv 2502.11089).
+
+The paper's symbols: l = `compress_block`, d = `compress_stride`, l' = `select_block`, n = `num_selected`, w = `window`.
+Positions and blocks count from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
+
+from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
+from .nsa_kernel import (
+    CHUNK,
+    choose_blocks,
+    compressed_branch,
+    gather_blocks,
+    selected_branch,
+    selected_mask,
+    selection_scores,
+    take,
+    window_branch,
+)
+from .reference import (
+    nsa_compression,
+    nsa_selected_blocks,
+    nsa_selection_scores,
+    nsa_visible,
+    nsa_window,
+    visible_weights,
+)
+from .state import State, store
+
+BRANCHES = ("compressed", "selected", "window")
+FORCED = 3  # blocks that are always read: the first one, the one before the query's, the query's own
+
+Index = TypeVar("Index", int, Tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NSAConfig(MechanismConfig):
+    """Sizes of the three branches, and how they start.
+
+    Attributes:
+        compress_block: l, tokens summarised by one compressed key and value.
+        compress_stride: d, tokens from the start of a compressed block to the start of the next; divides l and l'.
+        select_block: l', tokens of a block that is read or skipped as a whole; at least l.
+        num_selected: n, blocks read by the selected branch, of which three are always read: the first one, the one
+            before the query's and the query's own.
+        window: w, latest keys read by the window branch, the query's own included.
+        select_every: consecutive queries that share the blocks chosen for the first of them; divides l'. 1 is the
+            paper's choice for every query; larger is faster.
+        separate_kv: give each branch its own linear map of keys and of values, identity at the start.
+        mlp_width: hidden units of φ, the network that compresses a block.
+        compressed_gate, selected_gate, window_gate: the gates at the start, between 0 and 1.
+        seed: of φ's first layer, the only random start.
+    """
+
+    method: ClassVar[str] = "nsa"
+    description: ClassVar[str] = (
+        "Every token reads the latest tokens, a few earlier blocks that it picks, and short summaries of all the rest."
+    )
+
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 32
+    num_selected: int = 6
+    window: int = 64
+    select_every: int = 32
+    separate_kv: bool = False
+    mlp_width: int = 32
+    compressed_gate: int | float = 0.05
+    selected_gate: int | float = 0.35
+    window_gate: int | float = 0.6
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        sizes = ("compress_block", "compress_stride", "select_block", "window", "select_every", "mlp_width")
+        found = [f"{name} is {getattr(self, name)}; expected at least 1" for name in sizes if getattr(self, name) < 1]
+        if self.num_selected < FORCED:
+            found.append(f"num_selected is {self.num_selected}; expected at least {FORCED}, the blocks always read")
+        if self.compress_block > self.select_block:
+            found.append(f"compress_block is {self.compress_block}; expected at most select_block={self.select_block}")
+        for part, whole in (
+            ("compress_stride", "compress_block"),
+            ("compress_stride", "select_block"),
+            ("select_every", "select_block"),
+        ):
+            divisor, number = getattr(self, part), getattr(self, whole)
+            if divisor > 0 and number % divisor:
+                found.append(f"{part} is {divisor}; expected a divisor of {whole}={number}")
+        for name in BRANCHES:
+            if not 0 < (gate := getattr(self, f"{name}_gate")) < 1:
+                found.append(f"{name}_gate is {gate}; expected a number between 0 and 1, both excluded")
+        if self.seed < 0:
+            found.append(f"seed is {self.seed}; expected at least 0")
+        return found
+
+    def build(self, layer: LayerShape) -> NativeSparseAttention:
+        return NativeSparseAttention(self, layer)
+
+    def visible(self, position: Index) -> Index:
+        """How many compressed blocks a query at `position` sees: block i from i·d + l − 1 ≤ position on."""
+        count = (position + 1 - self.compress_block) // self.compress_stride + 1
+        return max(count, 0) if isinstance(count, int) else count.clamp(min=0)
+
+    def whole_blocks(self, length: int) -> int:
+        """`length` rounded up to a multiple of l'."""
+        return -(-length // self.select_block) * self.select_block
+
+
+class NSAState(State):
+    """Keys and values of every token and of every complete compressed block, and the choice in force.
+
+    Attributes:
+        keys, values: (B, H_kv, capacity, D); the capacity is a multiple of l'.
+        compressed_keys, compressed_values: (B, H_kv, capacity, D).
+        selected: (B, H_kv, n), the blocks that the group of the next token reads, unless the token begins a group.
+    """
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        self.config = config
+        self.compressed_keys: Tensor | None = None
+        self.compressed_values: Tensor | None = None
+        self.selected: Tensor | None = None
+
+    @property
+    def position(self) -> int | Tensor:
+        """Where the next token of every row goes: one number while the rows agree, else (B,) numbers."""
+        return self.seen if self.lengths is None else self.lengths
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new tokens (B, H_kv, T, D), not counting them yet; returns the buffers."""
+        needed = self.config.whole_blocks(self.seen + k.shape[2])
+        self.keys = store(self.keys, k, self.position, needed)
+        self.values = store(self.values, v, self.position, needed)
+        return self.keys, self.values
+
+    def append_compressed(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Stores compressed blocks (B, H_kv, N, D) from number `start` on; returns all of them.
+
+        A row's incomplete ones are stored too, where the rows differ: none sees them before they are stored again.
+        """
+        needed = self.config.visible(self.seen - 1) + k.shape[2]
+        self.compressed_keys = store(self.compressed_keys, k, start, needed)
+        self.compressed_values = store(self.compressed_values, v, start, needed)
+        return self.compressed_keys[:, :, :needed], self.compressed_values[:, :, :needed]
+
+
+class Compression(nn.Module):
+    """φ: one compressed key and value for each block of l tokens, a network for each key head (Eq. 7).
+
+    A hidden layer reads the block's keys, each with an encoding of its place in the block added. It yields weights
+    with which the block's keys and values are averaged, and a correction of the key. Both begin at zero, so φ begins
+    as the mean of the block. Values are averaged and no more: so the branch stays a weighting of the values.
+    """
+
+    def __init__(self, config: NSAConfig, layer: LayerShape):
+        super().__init__()
+        heads, width, hidden = layer.num_kv_heads, layer.head_dim, config.mlp_width
+        self.stride, self.overlap = config.compress_stride, config.compress_block // config.compress_stride
+        inputs = config.compress_block * width
+        generator = seeded_generator(config.seed, layer.layer_idx)
+        random = torch.randn(heads, inputs, hidden, generator=generator, device=generator.device)
+        self.position = nn.Parameter(torch.zeros(heads, config.compress_block, width))
+        self.hidden = nn.Parameter(random * inputs**-0.5)
+        self.to_weights = nn.Parameter(torch.zeros(heads, hidden, config.compress_block))
+        self.to_key = nn.Parameter(torch.zeros(heads, hidden, width))
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values (B, H_kv, N, D) of k and v (B, H_kv, (N − 1)·d + l, D)."""
+        hidden = self.hidden_layer(k)
+        weights = self.weights(hidden)
+        return self.average(k, weights) + hidden @ self.to_key, self.average(v, weights)
+
+    def hidden_layer(self, k: Tensor) -> Tensor:
+        """Hidden units (B, H_kv, N, hidden) of the blocks of k; overlapping blocks are never laid out."""
+        spans = k.unflatten(2, (-1, self.stride)).flatten(-2)
+        number = spans.shape[2] - self.overlap + 1
+        parts = self.hidden.unflatten(1, (self.overlap, -1)).unbind(1)
+        encoding = self.position.flatten(1)[:, None] @ self.hidden
+        return F.gelu(sum((spans[:, :, i : i + number] @ part for i, part in enumerate(parts)), encoding))
+
+    def weights(self, hidden: Tensor) -> Tensor:
+        """(B, H_kv, N, l): the weights of a block's tokens; they sum to 1."""
+        return (hidden @ self.to_weights).softmax(-1, dtype=torch.float32).to(hidden.dtype)
+
+    def average(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Weighted means (B, H_kv, N, D) of the blocks of (B, H_kv, (N − 1)·d + l, D)."""
+        spans, number = tokens.unflatten(2, (-1, self.stride)), weights.shape[2]
+        parts = weights.unflatten(-1, (self.overlap, 1, self.stride)).unbind(3)
+        return sum(part @ spans[:, :, i : i + number] for i, part in enumerate(parts)).squeeze(-2)
+
+
+class NativeSparseAttention(Mechanism):
+    """Σ_c g_c · branch_c over the branches compressed, selected and window (arXiv 2502.11089, Eq. 5).
+
+    * compressed: attention over the compressed blocks that are complete; 0 where there is none yet.
+    * selected: attention over the tokens of n blocks: three that are always read, and those that weigh most in the
+      compressed branch (Eq. 9), summed over the query heads of a key head (Eq. 10).
+    * window: attention over the last w tokens.
+
+    The gates are sigmoids of a linear map of the layer's input, one for each branch and head. The choice of blocks has
+    no gradient; φ learns through the compressed branch. Dropout falls on the attention weights of every branch.
+    """
+
+    branches = BRANCHES
+    config: NSAConfig
+
+    def __init__(self, config: NSAConfig, layer: LayerShape):
+        super().__init__(config, layer)
+        heads, kv_heads, width = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        self.compression = Compression(config, layer)
+        starts = torch.tensor([[getattr(config, f"{name}_gate")] for name in BRANCHES]).expand(-1, heads)
+        self.gate_weight = nn.Parameter(torch.zeros(len(BRANCHES) * heads, layer.hidden_size))
+        self.gate_bias = nn.Parameter(starts.logit().flatten())
+        if config.separate_kv:
+            maps = torch.eye(width).repeat(len(BRANCHES), kv_heads, 1, 1)
+            self.key_maps, self.value_maps = nn.Parameter(maps), nn.Parameter(maps.clone())
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        state: NSAState | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        branches = self._token if state is not None and state.seen and q.shape[2] == 1 else self._block
+        outputs = branches(self._queries(q), k, v, state, lengths)
+        return self._combine(outputs, self.gates(x)).to(v.dtype)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """(3, B, H, T) in float32, in the order of `branches`; 0 for a branch that is off."""
+        logits = F.linear(x, self.gate_weight, self.gate_bias).float()
+        gates = logits.sigmoid().unflatten(-1, (len(BRANCHES), -1)).permute(2, 0, 3, 1)
+        if self.disabled:
+            off = [BRANCHES.index(name) for name in self.disabled]
+            gates = gates.index_fill(0, torch.tensor(off, device=x.device), 0)
+        return gates
+
+    def _queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        """The query of each branch; q·(kW) = (qWᵀ)·k, so a map of keys is applied to queries."""
+        if not self.config.separate_kv:
+            return (q,) * len(BRANCHES)
+        maps = self.key_maps.repeat_interleave(q.shape[1] // self.layer.num_kv_heads, dim=1)
+        return tuple(q @ part.transpose(-1, -2) for part in maps)
+
+    def _combine(self, outputs: tuple[Tensor, ...], gates: Tensor) -> Tensor:
+        """Σ_c g_c · output_c; Σ_j a_j (v_j W) = (Σ_j a_j v_j) W, so a map of values is applied to outputs."""
+        if self.config.separate_kv:
+            maps = self.value_maps.repeat_interleave(self.layer.num_heads // self.layer.num_kv_heads, dim=1)
+            outputs = tuple(output @ part for output, part in zip(outputs, maps, strict=True))
+        return sum(gate[..., None] * output for gate, output in zip(gates, outputs, strict=True))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        dropout = self.layer.dropout if self.training else 0.0
+        return scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=q.shape[1] != k.shape[1])
+
+    def _block(
+        self, queries: tuple[Tensor, ...], k: Tensor, v: Tensor, state: NSAState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Outputs (B, H, T, D) of the branches for T tokens that continue `state`."""
+        config, length = self.config, k.shape[2]
+        start = 0 if state is None else state.position
+        shift = start % config.select_block  # as many queries are made up, to begin with a whole block
+        first = start - shift
+        padded = config.whole_blocks(length + (shift if isinstance(shift, int) else config.select_block - 1))
+        if state is None:
+            keys, values = (take(t, 0, padded).contiguous() for t in (k, v))
+        else:
+            keys, values = state.append(k, v)
+        compressed = self._compress(keys, values, state, start, length)
+        to_compressed, to_selected, to_window = (take(q, -shift, padded).contiguous() for q in queries)
+        positions = _column(first, k.device) + torch.arange(padded, device=k.device)
+        blocks = self._choose(to_compressed, compressed[0], positions, keys.shape[2])
+        if state is not None:
+            blocks = self._resume(blocks, state, _column(start, k.device))
+            state.advance(length, lengths)
+            state.selected = take(blocks, (state.position - first) // config.select_every, 1)[:, :, 0]
+
+        def bounds(query: int) -> tuple[int, int]:
+            if isinstance(first, int):
+                return (config.visible(first + query),) * 2
+            return 0, compressed[0].shape[2]
+
+        outputs = (
+            compressed_branch(to_compressed, *compressed, config.visible(positions), bounds, self._attend),
+            selected_branch(
+                to_selected, keys, values, blocks, positions, config.select_block, config.select_every, self._attend
+            ),
+            window_branch(to_window, keys, values, first, positions, config.window, config.select_block, self._attend),
+        )
+        return tuple(take(output, shift, length) for output in outputs)
+
+    def _token(
+        self, queries: tuple[Tensor, ...], k: Tensor, v: Tensor, state: NSAState, lengths: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Outputs (B, H, 1, D) of the branches for one token that continues `state`."""
+        start = state.position
+        keys, values = state.append(k, v)
+        compressed = self._compress(keys, values, state, start, 1)
+        self._choose_for_token(queries[0], compressed[0], state, start)
+        state.advance(1, lengths)
+        if isinstance(start, int):
+            return self._token_of_equal_rows(queries, keys, values, compressed, state.selected, start)
+        return self._token_of_any_rows(queries, keys, values, compressed, state.selected, start)
+
+    def _token_of_equal_rows(
+        self,
+        queries: tuple[Tensor, ...],
+        keys: Tensor,
+        values: Tensor,
+        compressed: tuple[Tensor, Tensor],
+        blocks: Tensor,
+        position: int,
+    ) -> tuple[Tensor, ...]:
+        """`_token` where all rows stand at one position: what a branch sees is a slice, so nothing is masked."""
+        to_compressed, to_selected, to_window = queries
+        config, size = self.config, self.config.select_block
+        blocks = blocks[:, :, -(position // size + 1) :]
+        last = blocks.shape[-1] * size - size + position % size + 1
+        near = slice(max(0, position + 1 - config.window), position + 1)
+        some = compressed[0].shape[2] > 0
+        return (
+            self._attend(to_compressed, *compressed) if some else torch.zeros_like(to_compressed),
+            self._attend(to_selected, *(self._read(t, blocks)[:, :, :last] for t in (keys, values))),
+            self._attend(to_window, keys[:, :, near], values[:, :, near]),
+        )
+
+    def _token_of_any_rows(
+        self,
+        queries: tuple[Tensor, ...],
+        keys: Tensor,
+        values: Tensor,
+        compressed: tuple[Tensor, Tensor],
+        blocks: Tensor,
+        position: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """`_token` where every row has its own position (B,)."""
+        to_compressed, to_selected, to_window = queries
+        config, before = self.config, self.config.window - 1
+        here = position[:, None]
+        near = (here - before + torch.arange(before + 1, device=here.device) >= 0)[:, None, None]
+        chosen = selected_mask(here[..., None], config.num_selected, config.select_block)
+        return (
+            compressed_branch(
+                to_compressed,
+                *compressed,
+                config.visible(here),
+                lambda _: (0, compressed[0].shape[2]),
+                self._attend,
+            ),
+            self._attend(to_selected, *(self._read(t, blocks) for t in (keys, values)), chosen),
+            self._attend(to_window, *(take(t, position - before, before + 1) for t in (keys, values)), near),
+        )
+
+    def _read(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """(B, H_kv, n·l', D): blocks (B, H_kv, n) of x (B, H_kv, S, D)."""
+        return gather_blocks(x, blocks.flatten(0, 1)[None], self.config.select_block)[0].unflatten(0, x.shape[:2])
+
+    def _compress(
+        self, keys: Tensor, values: Tensor, state: NSAState | None, start: int | Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """All compressed keys and values, those included that `length` tokens from `start` on complete."""
+        config = self.config
+        before = config.visible(start - 1)
+        if isinstance(before, int):
+            number = config.visible(start + length - 1) - before
+        else:
+            number = -(-length // config.compress_stride)
+        if number == 0:
+            if before == 0:
+                return keys[:, :, :0], values[:, :, :0]
+            return state.compressed_keys[:, :, :before], state.compressed_values[:, :, :before]
+        tokens = (number - 1) * config.compress_stride + config.compress_block
+        new = self.compression(*(take(t, before * config.compress_stride, tokens) for t in (keys, values)))
+        return new if state is None else state.append_compressed(*new, before)
+
+    def _choose(self, q: Tensor, compressed_keys: Tensor, positions: Tensor, capacity: int) -> Tensor:
+        """(B, H_kv, T / select_every, n): the blocks of every group of queries q (B, H, T, D)."""
+        config = self.config
+        leaders, positions = q[:, :, :: config.select_every], positions[:, :: config.select_every]
+        chosen = []
+        for part_q, part_positions in zip(leaders.split(CHUNK, 2), positions.split(CHUNK, 1), strict=True):
+            scores = selection_scores(
+                part_q,
+                compressed_keys,
+                config.visible(part_positions),
+                config.compress_block // config.compress_stride,
+                config.select_block // config.compress_stride,
+                capacity // config.select_block,
+            )
+            chosen.append(choose_blocks(scores, part_positions // config.select_block, config.num_selected))
+        return torch.cat(chosen, dim=2)
+
+    def _choose_for_token(self, q: Tensor, compressed_keys: Tensor, state: NSAState, position: int | Tensor) -> None:
+        """Renews `state.selected` in the rows where the token at `position` begins a group."""
+        begins = position % self.config.select_every == 0
+        if begins is False:
+            return
+        chosen = self._choose(q, compressed_keys, _column(position, q.device), state.keys.shape[2])[:, :, 0]
+        state.selected = chosen if begins is True else torch.where(begins[:, None, None], chosen, state.selected)
+
+    def _resume(self, blocks: Tensor, state: NSAState, start: Tensor) -> Tensor:
+        """Puts the choice in force into the group that a row's new tokens, from `start` (P, 1) on, do not begin."""
+        if state.selected is None:
+            return blocks
+        config = self.config
+        group = start % config.select_block // config.select_every
+        begun = (torch.arange(blocks.shape[2], device=blocks.device) == group) & (start % config.select_every != 0)
+        return torch.where(begun[:, None, :, None], state.selected[:, :, None], blocks)
+
+    def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        """(B, H, T, T): Σ_c g_c · A_c over the maps of the branches; `forward` equals its product with v.
+
+        The compressed branch spreads the weight of a block over the block's tokens, as φ averages their values. Rows
+        sum to the sum of the gates (of the last two before the first block is complete), not to 1. With
+        `separate_kv`, each A_c applies to values that pass through the branch's map.
+        """
+        parts = self.attention_parts(q, k, x)
+        return sum(parts["gates"][..., i, None] * parts[name] for i, name in enumerate(BRANCHES))
+
+    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """What makes up the map.
+
+        Returns:
+            "compressed", "selected", "window": weights (B, H, T, T) of each branch before its gate.
+            "gates": (B, H, T, 3), in the order of `branches`.
+            "selected_blocks": (B, H_kv, T, J) booleans, True for the blocks of l' tokens that a query reads.
+        """
+        config, phi, length = self.config, self.compression, k.shape[2]
+        block, stride, size = config.compress_block, config.compress_stride, config.select_block
+        heads, kv_heads = q.shape[1], k.shape[1]
+        keys, spread = nsa_compression(k, phi.position, phi.hidden, phi.to_weights, phi.to_key, stride)
+        to_compressed, to_selected, to_window = self._queries(q)
+        complete = nsa_visible(length, keys.shape[2], block, stride, k.device)
+        weights = visible_weights(to_compressed, repeat_heads(keys, heads), complete)
+        scores = nsa_selection_scores(weights, kv_heads, block, stride, size)
+        chosen = nsa_selected_blocks(scores, size, config.num_selected, config.select_every)
+        read = repeat_heads(chosen, heads).repeat_interleave(size, -1)[..., :length].tril()
+        k, window = repeat_heads(k, heads), nsa_window(length, config.window, k.device)
+        return {
+            "compressed": weights @ repeat_heads(spread, heads),
+            "selected": visible_weights(to_selected, k, read),
+            "window": visible_weights(to_window, k, window),
+            "gates": self.gates(x).permute(1, 2, 3, 0),
+            "selected_blocks": chosen,
+        }
+
+    def new_state(self) -> NSAState:
+        return NSAState(self.config)
+
+    def keys_read(self, position: int) -> int:
+        """Compressed keys, keys of the selected blocks, keys of the window; a key that two branches read counts twice.
+
+        Once n blocks exist, the query's own counts as a whole one.
+        """
+        selected = min(position + 1, self.config.num_selected * self.config.select_block)
+        return self.config.visible(position) + selected + min(position + 1, self.config.window)
+
+    def operations(self, length: int) -> int:
+        """Counts the keys that are read, φ, the scores behind each choice, and the gates."""
+        config, layer = self.config, self.layer
+        width, heads, kv_heads = layer.head_dim, layer.num_heads, layer.num_kv_heads
+        read = sum(self.keys_read(position) for position in range(length))
+        scored = sum(config.visible(position) for position in range(0, length, config.select_every))
+        network = config.mlp_width * (config.compress_block * width + config.compress_block + width)
+        phi = config.visible(length - 1) * (network + 2 * config.compress_block * width)
+        maps = 2 * len(BRANCHES) * length * heads * width**2 if config.separate_kv else 0
+        gates = length * len(BRANCHES) * heads * (layer.hidden_size + width)
+        return 2 * (heads * width * (2 * read + scored) + kv_heads * phi + maps + gates)
+
+    def summary(self) -> dict[str, list[float]]:
+        """The gates of every head where the layer's input is zero, by branch."""
+        gates = self.gate_bias.detach().float().sigmoid().unflatten(0, (len(BRANCHES), -1))
+        return {f"{name}_gate": gate.tolist() for name, gate in zip(BRANCHES, gates, strict=True)}
+
+
+def _column(index: int | Tensor, device: torch.device) -> Tensor:
+    """One number for all rows as (1, 1), (B,) numbers as (B, 1)."""
+    return torch.full((1, 1), index, device=device) if isinstance(index, int) else index[:, None]
