@@ -301,6 +301,8 @@ class ModelStore:
             model, tokenizer = attention.load(entry.folder, device=DEVICE, base=shared)
         if tokenizer is None:
             raise LoadError(f"{entry.name} has no tokenizer; save it with one.")
+        with torch.inference_mode():
+            model(torch.zeros(1, 1, dtype=torch.long, device=DEVICE))  # so that the first timing is like the others
         return LoadedModel(entry, model.eval(), tokenizer, base)
 
     def _evict(self) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import gradio as gr
 
+from .attention_tab import build_attention_tab
 from .components.notices import Notices
 from .context import App, Session
 from .generate_tab import build_generate_tab
 from .models import ModelStore
+from .models_tab import build_models_tab
 
 TITLE = "Efficient attention, side by side"
 STYLE = Path(__file__).with_name("page.css")
-TABS = (build_generate_tab,)
+TABS = (build_generate_tab, build_attention_tab, build_models_tab)
 SESSIONS = 200  # visitors whose state is kept; the one who was away longest goes
 UPLOAD_LIMIT = "1mb"  # the page takes no files, but Gradio's route for them is there
 
@@ -30,19 +32,28 @@ def build(app: App) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             for build_tab in TABS:
                 build_tab(app, session)
-        blocks.load(
-            lambda: (app.store.names(), problems(app.store)),
-            outputs=[session.names, notices],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        poll = gr.Timer(1, active=False)
+        refresh: dict[str, Any] = {
+            "fn": lambda: (app.store.names(), notices_of(app.store), gr.Timer(active=bool(app.store.pulling))),
+            "outputs": [session.names, notices, poll],
+            "queue": False,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        blocks.load(**refresh)
+        poll.tick(**refresh)
     return blocks.queue(max_size=app.limits.queue, default_concurrency_limit=8)
 
 
-def problems(store: ModelStore) -> list[dict[str, str]]:
-    """A notice for every model that was asked for and cannot be used."""
-    return [{"level": "warning", "text": text} for text in store.problems.values()]
+def notices_of(store: ModelStore) -> list[dict[str, str]]:
+    """A notice for every model that was asked for and is on its way, or cannot be used."""
+    pulling = [
+        f"Pulling {source}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+        for source, (done, total) in store.pulling.items()
+    ]
+    return [{"level": "info", "text": text} for text in pulling] + [
+        {"level": "warning", "text": text} for text in store.problems.values()
+    ]
 
 
 def theme() -> gr.Theme:

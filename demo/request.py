@@ -34,8 +34,9 @@ def read_settings(values: Mapping[str, Any], store: ModelStore) -> Settings:
     values = {name: _cleaned(value) for name, value in values.items()}
     problems = _prompt_problems(values.get("prompt"), store) + _model_problems(values.get("models"), store)
     settings = None
+    length = min(OPTIONS["max_new_tokens"], store.limits.new_tokens)
     try:
-        settings = _SETTINGS.validate_python({"prompt": "", "models": (), **values})
+        settings = _SETTINGS.validate_python({"prompt": "", "models": (), "max_new_tokens": length, **values})
     except ValidationError as error:
         problems += [_explain(detail) for detail in error.errors() if detail["loc"][0] in OPTIONS]
     if settings and settings.max_new_tokens > store.limits.new_tokens:

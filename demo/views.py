@@ -49,7 +49,7 @@ def _status(column: Column) -> str:
 
 
 def _distance(column: Column) -> str:
-    if not column.scores:
+    if not column.scores or column.method == "softmax":
         return ""
     mean = math.fsum(score.kl for score in column.scores) / len(column.scores)
     return f" · KL to the base {mean:.3f} nats/token"
@@ -64,8 +64,8 @@ def _token_view(column: Column, index: int) -> TokenView:
         score = column.scores[index]
         view["score"] = round(-math.expm1(-score.kl), 4)
         view["details"] = _details(score)
-        view["top"] = [[text, round(p, 4)] for text, p in score.top]
-        view["base_top"] = [[text, round(p, 4)] for text, p in score.base_top]
+        view["top"] = [[text, round(p, 5)] for text, p in score.top]
+        view["base_top"] = [[text, round(p, 5)] for text, p in score.base_top]
     return view
 
 

@@ -1,0 +1,127 @@
+"""Which models there are, which may be added, and which stay in memory."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+
+import attention
+from demo.limits import Limits
+from demo.models import Access, LoadError, ModelStore, bundled
+
+
+def test_entries_are_known_without_loading(store, checkpoints):
+    assert store.names() == ["base", "masks"]
+    assert store.loaded() == []
+    base, masks = store.entry("base"), store.entry("masks")
+    assert (base.method, base.is_base, base.base) == ("softmax", True, None)
+    assert (masks.method, masks.is_base, masks.base) == ("masks", False, "base")
+    assert masks.options["candidates"] == ("last(0)", "window(6)", "first(2)")
+    assert 0 < masks.size < base.size
+
+
+def test_variants_share_the_tensors_of_their_base(store):
+    masks, base = store.get("masks"), store.get("base")
+    assert masks.base is base
+    assert base.base is base
+    shared = masks.model.transformer.h[0].mlp.c_fc.weight
+    assert shared.data_ptr() == base.model.transformer.h[0].mlp.c_fc.weight.data_ptr()
+
+
+def test_a_model_is_loaded_once_however_many_ask(store, monkeypatch):
+    calls = []
+    load = attention.load
+    monkeypatch.setattr(attention, "load", lambda *args, **kwargs: calls.append(args) or load(*args, **kwargs))
+    threads = [threading.Thread(target=store.get, args=("masks",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 2
+
+
+def test_the_base_of_a_variant_is_added_with_it(checkpoints):
+    store = ModelStore([checkpoints / "masks"], access=Access())
+    assert store.names() == ["base", "masks"]
+
+
+def test_what_cannot_be_loaded_is_named_and_the_rest_works(checkpoints, tmp_path):
+    (tmp_path / "empty").mkdir()
+    broken = shutil.copytree(checkpoints / "masks", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    sources = [checkpoints / "base", tmp_path / "nowhere", tmp_path / "empty", broken, foreign]
+    store = ModelStore(sources, access=Access())
+    assert store.names() == ["base"]
+    assert set(store.problems) == {str(source) for source in sources[1:]}
+    assert all(source in text for source, text in store.problems.items())
+
+
+def test_least_recently_used_goes_but_a_base_stays_while_its_variant_does(checkpoints, tmp_path):
+    copies = [shutil.copytree(checkpoints / "base", tmp_path / f"base{i}") for i in range(2)]
+    sources = [checkpoints / "base", checkpoints / "masks", *copies]
+    store = ModelStore(sources, Limits(loaded_models=2), Access())
+    store.get("masks")
+    store.get("base0")
+    assert store.loaded() == ["base", "base0"]  # masks went; the base was older, but in use
+    store.get("base1")
+    assert store.loaded() == ["base0", "base1"]
+    assert store.get("masks").base.name == "base"
+
+
+def test_names_stay_unique(checkpoints, tmp_path):
+    other = shutil.copytree(checkpoints / "base", tmp_path / "base")
+    store = ModelStore([checkpoints / "base", other, checkpoints / "base"], access=Access())
+    assert store.names() == ["base", "base-2"]
+
+
+def test_a_full_list_takes_no_more(checkpoints, tmp_path):
+    other = shutil.copytree(checkpoints / "base", tmp_path / "other")
+    store = ModelStore([checkpoints / "base"], Limits(listed_models=1), Access(None, (tmp_path,)))
+    with pytest.raises(LoadError, match="full with 1"):
+        store.add(str(other))
+
+
+def test_visitors_reach_only_what_is_allowed(checkpoints, tmp_path):
+    inside = shutil.copytree(checkpoints / "base", tmp_path / "inside" / "model")
+    outside = shutil.copytree(checkpoints / "base", tmp_path / "outside")
+    (tmp_path / "inside" / "link").symlink_to(outside)
+    store = ModelStore([checkpoints / "base"], access=Access(None, (tmp_path / "inside",)))
+    for source in (outside, tmp_path / "inside" / ".." / "outside", tmp_path / "inside" / "link"):
+        with pytest.raises(LoadError, match="may not be read"):
+            store.add(str(source))
+    assert store.add(str(inside)).name == "model"
+
+
+def test_a_space_allows_only_its_list(monkeypatch, checkpoints):
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    monkeypatch.setenv("ALLOWED_MODELS", "good/model also/good")
+    access = Access.from_environment()
+    access.check("good/model/sub@main")
+    for source in ("bad/model", str(checkpoints / "base"), "../x", "a b", "good/model\x00", "https://x.y/good/model"):
+        with pytest.raises(LoadError):
+            access.check(source)
+    monkeypatch.setenv("ALLOWED_MODELS", "*")
+    Access.from_environment().check("any/model")
+
+
+def test_a_variant_that_carries_all_weights_has_no_base(checkpoints, tmp_path):
+    base, _ = attention.load(checkpoints / "base")
+    variant = attention.convert(base, attention.METHODS["masks"]())
+    attention.save(variant, tmp_path / "alone", self_contained=True)
+    store = ModelStore([tmp_path / "alone"], access=Access())
+    assert store.get("alone").base is None
+
+
+def test_bundled_folders_come_base_first(checkpoints):
+    assert [folder.name for folder in bundled(checkpoints)] == ["base", "masks"]
+
+
+def test_loaded_models_are_ready_to_read(store):
+    model = store.get("masks").model
+    assert not model.training
+    assert model.dtype == torch.float32
