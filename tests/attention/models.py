@@ -10,7 +10,14 @@ SMALL_OPTIONS: dict[str, dict] = {
     "softmax": {},
     "masks": {"candidates": ["last(0)", "last(1)", "window(6)", "first(2)", "dilated(3,3)"]},
     "performer": {"num_features": 8},
-    "nsa": {},
+    "nsa": {
+        "compress_block": 4,
+        "compress_stride": 2,
+        "select_block": 4,
+        "num_selected": 3,
+        "window": 5,
+        "select_every": 2,
+    },
 }
 
 
