@@ -74,7 +74,7 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int 
     A tensor larger than `max_shard_size` (bytes, or a string such as "8MB") gets a file of its own.
     """
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    for filename, names in split.filename_to_tensors.items():
+    for filename, names in (split.filename_to_tensors or {WEIGHTS: []}).items():
         shard = {name: tensors[name].contiguous() for name in names}
         (folder / filename).write_bytes(save(shard, metadata={"format": "pt"}))
     if split.is_sharded:

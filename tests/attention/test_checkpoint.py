@@ -1,0 +1,536 @@
+"""Variants on disk: what is written, what comes back, what is refused."""
+
+import contextlib
+import json
+import random
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import attention
+from attention import checkpoint, files
+from attention.errors import (
+    BrokenCheckpointError,
+    CheckpointError,
+    MissingCheckpointError,
+    NotAModelError,
+    WrongBaseError,
+)
+
+from .checkpoints import make_variant, save_base, tiny_tokenizer
+from .models import ALL_METHODS, small_config, tiny_gpt2
+
+every_method = pytest.mark.parametrize("method", ALL_METHODS)
+IDS = torch.tensor([[1, 2, 3, 4, 1, 5]])
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return save_base(tmp_path / "base")
+
+
+@pytest.fixture
+def saved(tmp_path, base) -> Path:
+    attention.save(make_variant(base), tmp_path / "variant", card="# A card\n", history=[{"step": 1, "loss": 0.5}])
+    return tmp_path / "variant"
+
+
+def assert_same(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype
+        assert torch.equal(first[name], second[name]), name
+
+
+def weights(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+# What is written and what comes back
+
+
+@every_method
+def test_round_trip(tmp_path, base, method):
+    variant = make_variant(base, method)
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    loaded, tokenizer = attention.load(tmp_path / "variant")
+    assert_same(loaded, variant)
+    assert torch.equal(loaded(IDS).logits, variant(IDS).logits)
+    assert not loaded.training
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert tokenizer("the cat")["input_ids"] == [1, 2]
+    assert attention.config_from_dict(loaded.config.attention) == small_config(method)
+
+
+@every_method
+def test_only_what_differs_from_the_base_is_written(tmp_path, base, method):
+    variant = make_variant(base, method)
+    attention.save(variant, tmp_path / "variant")
+    changed = {name for name in variant.state_dict() if name.startswith("transformer.h.0.attn.c_")}
+    assert weights(tmp_path / "variant").keys() == changed | set(variant.new_parameters)
+
+
+def test_float32_is_rounded_to_float16_and_nothing_more(tmp_path, base):
+    variant = make_variant(base)
+    variant.transformer.h[0].attn.c_attn.bias.data[0] = 1e6  # too large for float16
+    attention.save(variant, tmp_path / "variant")
+    loaded = attention.load(tmp_path / "variant")[0].state_dict()
+    for name, tensor in variant.state_dict().items():
+        exact = not tensor.is_floating_point() or "c_attn.bias" in name
+        assert torch.equal(loaded[name], tensor if exact else tensor.half().float()), name
+    assert weights(tmp_path / "variant")["transformer.h.0.attn.c_attn.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(tmp_path, stored, computed):
+    base = save_base(tmp_path / "base", stored)
+    variant = attention.convert(attention.load(base, dtype=computed)[0], small_config("masks"))
+    variant.transformer.h[1].attn.c_proj.bias.data += 1
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    assert weights(tmp_path / "variant").keys() == {"transformer.h.1.attn.c_proj.bias", *variant.new_parameters}
+    assert_same(attention.load(tmp_path / "variant", dtype=computed)[0], variant)
+    assert attention.load(tmp_path / "variant")[0].dtype == torch.float32, "a CPU computes in float32"
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "variant", dtype="auto")
+    assert_same(auto, variant)
+
+
+def test_an_untied_head_is_kept(tmp_path):
+    base = save_base(tmp_path / "base", tie_word_embeddings=False)
+    variant = make_variant(base)
+    variant.lm_head.weight.data += 1
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    loaded, _ = attention.load(tmp_path / "variant")
+    assert_same(loaded, variant)
+    assert loaded.lm_head.weight is not loaded.transformer.wte.weight
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "variant"), variant)
+
+
+def test_a_trained_embedding_stays_tied(tmp_path, base):
+    variant = make_variant(base)
+    variant.transformer.wte.weight.data += 1
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    assert "lm_head.weight" not in weights(tmp_path / "variant")
+    for loaded in (
+        attention.load(tmp_path / "variant")[0],
+        attention.load(tmp_path / "variant", base=attention.load(base)[0])[0],
+        AutoModelForCausalLM.from_pretrained(tmp_path / "variant"),
+    ):
+        assert_same(loaded, variant)
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_variants_share_the_tensors_of_one_base(tmp_path, base, saved):
+    attention.save(make_variant(base, "softmax", train=False), tmp_path / "other")  # nothing differs
+    model, _ = attention.load(base)
+    own = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    for folder in (saved, tmp_path / "other"):
+        variant, _ = attention.load(folder, base=model)
+        new = weights(folder).keys()
+        for name, tensor in variant.state_dict().items():
+            assert (tensor.data_ptr() == own.get(name)) == (name not in new), name
+    assert_same(model, attention.load(base)[0])
+
+
+def test_the_base_decides_dtype_and_device(base, saved):
+    model, _ = attention.load(base, dtype=torch.bfloat16)
+    assert attention.load(saved, base=model)[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"base is torch\.bfloat16"):
+        attention.load(saved, base=model, dtype=torch.float32)
+    with pytest.raises(ValueError, match="plain model"):
+        attention.load(base, base=model)
+
+
+def test_shards(tmp_path, base):
+    variant = make_variant(base)
+    attention.save(variant, tmp_path / "variant", dtype=None, self_contained=True, max_shard_size=8000)
+    sizes = [path.stat().st_size for path in (tmp_path / "variant").glob("*.safetensors")]
+    assert len(sizes) > 2
+    assert max(sizes) < 10_000
+    assert_same(attention.load(tmp_path / "variant")[0], variant)
+
+
+def test_card_history_and_versions_are_kept(tmp_path, base, saved):
+    assert (saved / "README.md").read_text() == "# A card\n"
+    assert attention.describe(saved).history.read_text() == '{"step": 1, "loss": 0.5}\n'
+    assert json.loads((saved / "config.json").read_text())["versions"]["torch"] == torch.__version__
+    copied = tmp_path / "copied"
+    attention.save(make_variant(base), copied, history=saved / "training.jsonl")
+    assert (copied / "training.jsonl").read_bytes() == (saved / "training.jsonl").read_bytes()
+
+
+def test_a_given_tokenizer_wins_over_that_of_the_base(tmp_path, base):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["dog"])
+    attention.save(make_variant(base), tmp_path / "variant", tokenizer=tokenizer)
+    assert attention.load(tmp_path / "variant")[1]("dog")["input_ids"] == [7]
+
+
+def test_describe(base, saved):
+    found = attention.describe(saved)
+    assert attention.config_from_dict({"method": found.method, **found.options}) == small_config("masks")
+    assert found.is_variant
+    assert found.base == str(base)
+    plain = attention.describe(base)
+    assert (plain.method, plain.options, plain.base) == ("softmax", {}, None)
+    assert not plain.is_variant
+    assert plain.history is None
+
+
+# Bases
+
+
+def test_a_base_made_in_memory_is_saved_with_the_variant(tmp_path):
+    variant = attention.convert(tiny_gpt2(), small_config("masks"))
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    assert json.loads((tmp_path / "variant" / "config.json").read_text()).get("base") is None
+    loaded, tokenizer = attention.load(tmp_path / "variant")
+    assert_same(loaded, variant)
+    assert tokenizer is None
+    assert attention.describe(tmp_path / "variant").base is None
+
+
+def test_a_base_that_vanished_is_saved_with_the_variant(tmp_path, base, caplog):
+    variant = make_variant(base)
+    shutil.rmtree(base)
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    assert "all weights are saved" in caplog.text
+    assert_same(attention.load(tmp_path / "variant")[0], variant)
+
+
+def test_folders_can_move_together(tmp_path, base, saved):
+    expected, _ = attention.load(saved)
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (base, saved):
+        shutil.move(folder, tmp_path / "elsewhere")
+    loaded, _ = attention.load(tmp_path / "elsewhere" / "variant")
+    assert_same(loaded, expected)
+    assert loaded.config.base["id"] == str(tmp_path / "elsewhere" / "base")
+    attention.save(loaded, tmp_path / "elsewhere" / "deep" / "again")
+    assert_same(attention.load(tmp_path / "elsewhere" / "deep" / "again")[0], expected)
+
+
+def test_a_base_in_memory_may_come_from_another_place(tmp_path, base, saved):
+    expected, _ = attention.load(saved)
+    base.rename(tmp_path / "moved")
+    assert_same(attention.load(saved, base=attention.load(tmp_path / "moved")[0])[0], expected)
+
+
+def test_a_base_in_other_shards_is_the_same_base(base, saved):
+    expected, _ = attention.load(saved)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size=4000)
+    assert_same(attention.load(saved)[0], expected)
+
+
+def test_old_files_of_gpt2_are_a_base(tmp_path, base):
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in weights(base).items()}
+    tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 48, 48).tril() for layer in (0, 1)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    variant = make_variant(base)
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    assert "transformer.wte.weight" not in weights(tmp_path / "variant")
+    assert_same(attention.load(tmp_path / "variant")[0], variant)
+    assert_same(attention.load(tmp_path / "variant", base=attention.load(base)[0])[0], variant)
+
+
+def test_a_missing_base_is_named(base, saved):
+    shutil.rmtree(base)
+    for load in (attention.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(WrongBaseError, match=re.escape(f"needs its base, {base}")):
+            load(saved)
+
+
+def test_another_base_is_refused(base, saved):
+    right, _ = attention.load(base)
+    other = tiny_gpt2(torch.float16)
+    other.transformer.ln_f.bias.data[3] = 0.5
+    other.save_pretrained(base)
+    for load in (attention.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(WrongBaseError, match="SHA-256"):
+            load(saved)
+    with pytest.raises(WrongBaseError, match="SHA-256"):
+        attention.load(saved, base=right)
+
+
+def test_a_base_changed_in_memory_is_refused(base, saved):
+    model, _ = attention.load(base)
+    model.transformer.ln_f.bias.data[3] = 0.5
+    with pytest.raises(WrongBaseError, match=r"differs in \['transformer\.ln_f\.bias'\]"):
+        attention.load(saved, base=model)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damage_is_refused(saved, seed):
+    rng = random.Random(seed)
+    path = rng.choice([path for path in sorted(saved.iterdir()) if path.name != "README.md"])
+    content = bytearray(path.read_bytes())
+    if rng.random() < 0.5:
+        content = content[: rng.randrange(len(content))]
+    else:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    for read in (attention.load, attention.describe, attention.GPT2VariantLMHeadModel.from_pretrained):
+        with pytest.raises((BrokenCheckpointError, NotAModelError), match=r"variant|damaged"):
+            read(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "training.jsonl"]
+)
+def test_missing_files_are_refused(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        attention.load(saved)
+
+
+def test_all_damage_is_listed(saved):
+    (saved / "tokenizer.json").unlink()
+    (saved / "training.jsonl").write_text("")
+    with pytest.raises(BrokenCheckpointError) as caught:
+        attention.load(saved)
+    assert len(caught.value.problems) == 2
+
+
+def test_the_card_may_be_edited(saved):
+    (saved / "README.md").write_text("better words")
+    attention.load(saved)
+
+
+def test_a_plain_model_that_is_cut_short_is_refused(base):
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BrokenCheckpointError, match="cannot be read"):
+        attention.load(base)
+
+
+def test_a_plain_model_without_all_weights_is_refused(base):
+    tensors = weights(base)
+    del tensors["transformer.ln_f.bias"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotAModelError, match=r"transformer\.ln_f\.bias"):
+        attention.load(base)
+
+
+def test_what_is_no_model_is_refused(tmp_path, base):
+    with pytest.raises(MissingCheckpointError, match="no folder"):
+        attention.load(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotAModelError, match=r"no config\.json"):
+        attention.load(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(NotAModelError, match="'vit'"):
+        attention.load(tmp_path / "empty")
+    torch.save(weights(base), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(NotAModelError, match="pickles"):
+        attention.load(base)
+
+
+def test_a_method_of_a_later_version_is_named(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["attention"] = {"method": "telepathy"}
+    files.write_json(saved / "config.json", config)
+    files.write_manifest(saved)
+    with pytest.raises(NotAModelError, match="telepathy"):
+        attention.load(saved)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, base, saved):
+    marker = tmp_path / "ran"
+    for folder in (base, saved):
+        (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+        files.write_json(folder / "config.json", config)
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        files.write_json(folder / "tokenizer_config.json", tokenizer)
+    files.write_manifest(saved)
+    attention.load(base)
+    attention.load(saved)
+    AutoModelForCausalLM.from_pretrained(saved)
+    assert not marker.exists()
+
+
+# Writing is complete or not at all
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size):
+    """As a full disk: writing past `size` bytes of a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", [100, 2000])
+def test_a_full_disk_leaves_the_old_variant(tmp_path, base, saved, size):
+    before = tree(tmp_path)
+    variant = make_variant(base, "softmax")
+    with no_file_larger_than(size), pytest.raises(CheckpointError, match=r"could not be written.*is untouched"):
+        attention.save(variant, saved)
+    assert tree(tmp_path) == before
+    with no_file_larger_than(size), pytest.raises(CheckpointError, match="could not be written"):
+        attention.save(variant, tmp_path / "new")
+    assert tree(tmp_path) == before
+
+
+def test_an_interrupted_replacement_loses_nothing(tmp_path, base, saved):
+    expected, _ = attention.load(saved)
+    saved.rename(tmp_path / ".variant.old")  # a crash between the two renames
+    (tmp_path / ".variant.new-1234").mkdir()
+    assert_same(attention.load(saved)[0], expected)
+    assert_same(attention.GPT2VariantLMHeadModel.from_pretrained(saved), expected)
+    variant = make_variant(base, "softmax")
+    attention.save(variant, saved, dtype=None)
+    assert_same(attention.load(saved)[0], variant)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "variant"]
+
+
+def test_a_failure_between_the_renames_is_undone(tmp_path, base, saved, monkeypatch):
+    before, rename = tree(tmp_path), Path.rename
+
+    def failing(path, target):
+        if ".new-" in path.name:
+            raise OSError("unplugged")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(CheckpointError, match="unplugged"):
+        attention.save(make_variant(base, "softmax"), saved)
+    assert tree(tmp_path) == before
+
+
+def test_other_things_are_not_overwritten(tmp_path, base):
+    variant = make_variant(base)
+    (tmp_path / "work" / "src").mkdir(parents=True)
+    (tmp_path / "file").write_text("text")
+    before = tree(tmp_path)
+    for folder in (base, tmp_path / "work", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match="not a variant"):
+            attention.save(variant, folder)
+    assert tree(tmp_path) == before
+
+
+def test_saving_again_replaces_the_variant_and_keeps_the_rest(base, saved):
+    (saved / "notes.txt").write_text("mine")
+    (saved / "plots").mkdir()
+    (saved / "plots" / "loss.png").write_bytes(b"png")
+    variant = make_variant(base, "softmax")
+    attention.save(variant, saved, dtype=None, self_contained=True, max_shard_size=8000)
+    attention.save(variant, saved, dtype=None)
+    assert_same(attention.load(saved)[0], variant)
+    assert {path.name for path in saved.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "notes.txt", "plots"),
+    }
+
+
+def test_a_damaged_variant_can_be_replaced(base, saved):
+    (saved / "manifest.json").write_text("{")
+    variant = make_variant(base, "softmax")
+    attention.save(variant, saved, dtype=None)
+    assert_same(attention.load(saved)[0], variant)
+
+
+# transformers' own ways
+
+
+@every_method
+def test_auto_classes(tmp_path, base, method):
+    variant = make_variant(base, method)
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "variant")
+    assert_same(loaded, variant)
+    assert torch.equal(loaded(IDS).logits, variant(IDS).logits)
+    assert loaded.config.name_or_path == str(tmp_path / "variant")
+    assert AutoTokenizer.from_pretrained(tmp_path / "variant")("the mat")["input_ids"] == [1, 6]
+    generate = pipeline("text-generation", model=str(tmp_path / "variant"))
+    text = generate("the cat", max_new_tokens=3, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ids = variant.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False)[:, 2:]
+    assert text == attention.load(base)[1].decode(ids[0])
+
+
+def test_from_pretrained_takes_what_transformers_takes(saved):
+    expected, _ = attention.load(saved, dtype=torch.bfloat16)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        saved.parent, subfolder="variant", dtype="bfloat16", device_map="cpu", output_loading_info=True
+    )
+    assert_same(loaded, expected)
+    assert not any(report.values())
+    config = AutoConfig.from_pretrained(saved, resid_pdrop=0.5)
+    assert attention.GPT2VariantLMHeadModel.from_pretrained(saved, config=config).config.resid_pdrop == 0.5
+    assert attention.GPT2VariantLMHeadModel.from_pretrained(saved, resid_pdrop=0.25).config.resid_pdrop == 0.25
+
+
+def test_from_pretrained_refuses_a_plain_model(base):
+    with pytest.raises(NotAModelError, match=r"attention\.convert"):
+        attention.GPT2VariantLMHeadModel.from_pretrained(base)
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_save_pretrained(tmp_path, saved, model_first):
+    model, tokenizer = attention.load(saved)
+    model.generation_config.max_new_tokens = 7
+    for part in (model, tokenizer) if model_first else (tokenizer, model):
+        part.save_pretrained(tmp_path / "again")
+    loaded, again = attention.load(tmp_path / "again")
+    assert_same(loaded, model)
+    assert again("a mat")["input_ids"] == [5, 6]
+    assert loaded.generation_config.max_new_tokens == 7
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").generation_config.max_new_tokens == 7
+    assert weights(tmp_path / "again").keys() == weights(saved).keys()
+
+
+def test_save_pretrained_on_other_processes_writes_nothing(tmp_path, saved):
+    attention.load(saved)[0].save_pretrained(tmp_path / "again", is_main_process=False)
+    assert not (tmp_path / "again").exists()
+
+
+def test_gathered_weights_are_saved(tmp_path, base):
+    variant = make_variant(base)
+    gathered = {name: tensor + 1 if "ln_f" in name else tensor for name, tensor in variant.state_dict().items()}
+    attention.save(variant, tmp_path / "variant", state_dict=gathered, dtype=None)
+    loaded = attention.load(tmp_path / "variant")[0].state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in gathered.items())
+
+
+def test_the_loss_needs_no_guess(base, recwarn):
+    variant = make_variant(base)
+    assert variant.loss_type == "ForCausalLM"
+    assert torch.isclose(variant(IDS, labels=IDS).loss, attention_loss(variant))
+
+
+def attention_loss(variant):
+    logits = variant(IDS).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+
+
+# The command
+
+
+def test_info(saved, capsys):
+    assert checkpoint.main(["info", str(saved)]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "masks"
+    (saved / "config.json").unlink()
+    assert checkpoint.main(["info", str(saved)]) == 1
+    assert "config.json" in capsys.readouterr().err
