@@ -44,9 +44,14 @@ class Passage:
     total: int
 
     @property
+    def positions(self) -> range:
+        """Positions of the tokens shown among those that the model reads."""
+        return range(len(self.token_ids) - len(self.tokens), len(self.token_ids))
+
+    @property
     def shown(self) -> slice:
-        """The tokens shown, among `token_ids`."""
-        return slice(len(self.token_ids) - len(self.tokens), len(self.token_ids))
+        """The same as a slice."""
+        return slice(self.positions.start, self.positions.stop)
 
 
 def passage(loaded: LoadedModel, token_ids: list[int], start: int, count: int) -> Passage:
@@ -85,43 +90,73 @@ class LayerInputs:
     k: Tensor
     x: Tensor
 
-    def map(self) -> Tensor:
-        """(H, T, T) the attention map."""
-        return self.mechanism.attention_map(self.q, self.k, self.x)[0].float()
+
+class Look:
+    """One model reading one passage: what reaches its layers, and the maps that were asked for.
+
+    Attributes:
+        layers: the inputs of each layer.
+    """
+
+    def __init__(self, loaded: LoadedModel, part: Passage):
+        self.part, self._lock = part, loaded.lock  # not the model itself, which the store may drop
+        ids = torch.tensor([part.token_ids], device=loaded.model.device)
+        with self._lock:
+            self.layers = [LayerInputs(*inputs) for inputs in mechanism_inputs(loaded.model, ids)]
+        self._maps: dict[int, Tensor] = {}
+
+    @property
+    def heads(self) -> int:
+        return self.layers[0].q.shape[1]
+
+    def maps(self, layer: int) -> Tensor:
+        """(H, W, W) the attention maps of a layer, between the tokens shown; kept in half precision."""
+        if layer not in self._maps:
+            inputs, shown = self.layers[layer], self.part.shown
+            with self._lock:
+                maps = inputs.mechanism.attention_map(inputs.q, inputs.k, inputs.x)[0]
+            self._maps[layer] = maps[:, shown, shown].cpu().half()
+        return self._maps[layer].float()
+
+    def parts(self, layer: int, head: int) -> Parts:
+        """What happens inside the mechanism for one head."""
+        inputs = self.layers[layer]
+        with self._lock:
+            return explain(inputs.mechanism, inputs.q, inputs.k, inputs.x, head, self.part.shown)
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.q, self.k, self.x))
+        """Memory that it holds."""
+        tensors = [tensor for layer in self.layers for tensor in (layer.q, layer.k, layer.x)]
+        return sum(tensor.nbytes for tensor in [*tensors, *self._maps.values()])
 
 
 class AttentionViews:
-    """Attention of the models in a store; remembers what reached the layers for the texts looked at last."""
+    """Attention of the models in a store; remembers the passages looked at last."""
 
     def __init__(self, store: ModelStore, cache_bytes: int = CACHE_BYTES):
         self.store = store
         self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[Any, ...], list[LayerInputs]] = OrderedDict()
+        self._looks: OrderedDict[tuple[Any, ...], Look] = OrderedDict()
         self._lock = threading.Lock()
 
     @torch.inference_mode()
     def heads(self, loaded: LoadedModel, part: Passage, layer: int, head: int) -> HeadsView:
         """Thumbnails of all layers and heads, with each head's distance from the base's (total variation)."""
-        layers = self._inputs(loaded, part)
-        of_base = None if loaded.entry.is_base else self._inputs(loaded.base, part)
+        look, base = self._look(loaded, part), self._base_look(loaded, part)
         pixels, distance = [], []
-        for index, inputs in enumerate(layers):
-            maps = _window(self._map(loaded, inputs), part)
+        for index in range(len(look.layers)):
+            maps = look.maps(index)
             pixels.append(_thumbnails(maps))
-            if of_base is not None:
-                base_maps = _window(self._map(loaded.base, of_base[index]), part)
-                distance.append(total_variation(maps, base_maps).mean(-1).tolist())
-        heads = pixels[0].shape[0]
+            if base is not None:
+                distance.append(plain(total_variation(maps, base.maps(index)).mean(-1)))
+        self._shrink()
         view: HeadsView = {
-            "layers": len(layers),
-            "heads": heads,
+            "layers": len(look.layers),
+            "heads": look.heads,
             "size": pixels[0].shape[-1],
             "pixels": pack_bytes(torch.stack(pixels)),
-            "layer": min(layer, len(layers) - 1),
-            "head": min(head, heads - 1),
+            "layer": min(layer, len(look.layers) - 1),
+            "head": min(head, look.heads - 1),
         }
         return {**view, "distance": distance} if distance else view
 
@@ -132,11 +167,10 @@ class AttentionViews:
         Raises:
             ViewError: if the model has no such layer or head.
         """
+        look = self._look(loaded, part)
         head_maps = self._head_maps(loaded, part, layer, head)
-        layers = self._inputs(loaded, part)
-        inputs = layers[layer]
-        with loaded.lock:
-            parts = explain(inputs.mechanism, inputs.q, inputs.k, inputs.x, head, part.shown)
+        parts = look.parts(layer, head)
+        mechanisms = [each.mechanism for each in look.layers]
         name = loaded.name
         return {
             "title": f"{name} · layer {layer} · head {head}" + _range(part),
@@ -145,80 +179,68 @@ class AttentionViews:
             "start": part.start,
             "maps": _main_maps(loaded, head_maps),
             "parts": parts.maps,
-            "rows": [_share_read(loaded, inputs, part), *_comparison(loaded, part, head_maps, parts), *parts.rows],
-            "tables": [*parts.tables, *weight_tables([each.mechanism for each in layers], layer)],
+            "rows": [
+                _share_read(loaded, mechanisms[layer], part),
+                *_comparison(loaded, part, head_maps, parts),
+                *parts.rows,
+            ],
+            "tables": weight_tables(mechanisms, layer),
         }
 
+    @torch.inference_mode()
     def numbers(self, loaded: LoadedModel, part: Passage, layer: int, head: int) -> dict[str, Any]:
-        """The same as plain numbers: for each map a list of rows, row i with i + 1 numbers.
+        """The maps as plain numbers: for each a list of rows, row i with i + 1 numbers.
 
         Raises:
             ViewError: if the model has no such layer or head.
         """
-        with torch.inference_mode():
-            head_maps = self._head_maps(loaded, part, layer, head)
-            inputs = self._inputs(loaded, part)[layer]
+        look = self._look(loaded, part)
+        head_maps = self._head_maps(loaded, part, layer, head)
         return {
             "model": loaded.name,
             "method": loaded.method,
             "layer": layer,
             "head": head,
-            "layers": len(self._inputs(loaded, part)),
-            "heads": inputs.q.shape[1],
+            "layers": len(look.layers),
+            "heads": look.heads,
             "tokens": list(part.tokens),
             "start": part.start,
             "total_tokens": part.total,
-            "keys_read": [inputs.mechanism.keys_read(i) for i in range(part.shown.start, part.shown.stop)],
+            "keys_read": [look.layers[layer].mechanism.keys_read(position) for position in part.positions],
             "maps": {name: _triangle(matrix) for name, matrix in head_maps.items()},
         }
 
     def _head_maps(self, loaded: LoadedModel, part: Passage, layer: int, head: int) -> dict[str, Tensor]:
         """(W, W) map of one head, and for a variant the base's map of the same head."""
-        layers = self._inputs(loaded, part)
-        heads = layers[0].q.shape[1]
-        if not (0 <= layer < len(layers) and 0 <= head < heads):
+        look, base = self._look(loaded, part), self._base_look(loaded, part)
+        if not (0 <= layer < len(look.layers) and 0 <= head < look.heads):
             raise ViewError(
-                f"{loaded.name} has layers 0 to {len(layers) - 1} and heads 0 to {heads - 1}; "
+                f"{loaded.name} has layers 0 to {len(look.layers) - 1} and heads 0 to {look.heads - 1}; "
                 f"layer {layer}, head {head} does not exist."
             )
-        maps = {"model": _window(self._map(loaded, layers[layer]), part)[head]}
-        if not loaded.entry.is_base:
-            base = self._inputs(loaded.base, part)[layer]
-            maps["base"] = _window(self._map(loaded.base, base), part)[head]
-        return maps
+        maps = {"model": look.maps(layer)[head]}
+        return maps if base is None else {**maps, "base": base.maps(layer)[head]}
 
-    @staticmethod
-    def _map(loaded: LoadedModel, inputs: LayerInputs) -> Tensor:
-        with loaded.lock:
-            return inputs.map()
+    def _base_look(self, loaded: LoadedModel, part: Passage) -> Look | None:
+        return None if loaded.entry.is_base else self._look(loaded.base, part)
 
-    @torch.inference_mode()
-    def _inputs(self, loaded: LoadedModel, part: Passage) -> list[LayerInputs]:
-        """What reaches each layer; computed once for the texts looked at last."""
-        key = (loaded.name, id(loaded.model), part.token_ids)
+    def _look(self, loaded: LoadedModel, part: Passage) -> Look:
+        key = (loaded.name, id(loaded.model), part)
         with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
-        ids = torch.tensor([part.token_ids], device=loaded.model.device)
-        with loaded.lock:
-            layers = [LayerInputs(*inputs) for inputs in mechanism_inputs(loaded.model, ids)]
+            if key in self._looks:
+                self._looks.move_to_end(key)
+                return self._looks[key]
+        look = Look(loaded, part)
         with self._lock:
-            self._cache[key] = layers
-            self._shrink()
-        return layers
+            self._looks[key] = look
+        self._shrink()
+        return look
 
     def _shrink(self) -> None:
-        """Forgets the texts looked at longest ago; the newest of a model and of its base stay."""
-        sizes = {key: sum(inputs.nbytes() for inputs in layers) for key, layers in self._cache.items()}
-        while len(self._cache) > 2 and sum(sizes.values()) > self.cache_bytes:
-            key, _ = self._cache.popitem(last=False)
-            del sizes[key]
-
-
-def _window(maps: Tensor, part: Passage) -> Tensor:
-    """The tokens shown out of (H, T, T)."""
-    return maps[..., part.shown, part.shown]
+        """Forgets what was looked at longest ago; a model and its base on the newest passage stay."""
+        with self._lock:
+            while len(self._looks) > 2 and sum(look.nbytes() for look in self._looks.values()) > self.cache_bytes:
+                self._looks.popitem(last=False)
 
 
 def _thumbnails(maps: Tensor) -> Tensor:
@@ -269,12 +291,11 @@ def _main_maps(loaded: LoadedModel, head_maps: dict[str, Tensor]) -> list[MapVie
     return maps
 
 
-def _share_read(loaded: LoadedModel, inputs: LayerInputs, part: Passage) -> RowsView:
-    positions = range(part.shown.start, part.shown.stop)
-    share = [inputs.mechanism.keys_read(position) / (position + 1) for position in positions]
+def _share_read(loaded: LoadedModel, mechanism: Mechanism, part: Passage) -> RowsView:
+    share = [mechanism.keys_read(position) / (position + 1) for position in part.positions]
     return {
         "title": "Share of the keys read",
-        "note": "Keys, or rows of the state, read for each token over the tokens there are; softmax reads them all.",
+        "note": "Keys, or rows of the state, read for a token over the tokens there are. Softmax: always 1.",
         "min": 0,
         "series": [{"name": loaded.name, "color": 1, "values": share}],
     }

@@ -16,15 +16,21 @@ from attention.reference import softmax_weights
 from .components.maps import MapView, RowsView, TableView, pack_triangle
 
 MOST_CURVES = 8
+TITLES = {
+    "exact": "Softmax instead",
+    "mask": "Effective mask",
+    "compressed": "Compressed branch",
+    "selected": "Selected branch",
+    "window": "Window branch",
+}
 NOTES = {
-    "exact": "Softmax over this layer's own queries and keys: what the method stands in for.",
-    "effective_mask": "The learned weight of every key, before the scores: 0 is never read.",
-    "compressed": "Branch that reads summaries; a summary's weight is spread over its tokens.",
+    "exact": "What softmax would do with this layer's own queries and keys.",
+    "mask": "The learned weight of every key, before the scores come in: 0 is never read.",
+    "compressed": "Branch that reads short summaries; a summary's weight is spread over its tokens.",
     "selected": "Branch that reads a few whole blocks.",
     "window": "Branch that reads the latest tokens.",
-    "selection": "The blocks that were picked for each token.",
-    "gates": "How much each branch counts; a gate is between 0 and 1, and they need not sum to 1.",
-    "error": "Distance of each row from softmax over the same queries and keys.",
+    "selected_blocks": "The blocks that the selected branch picked for each token.",
+    "gates": "How much each branch counts; each gate is between 0 and 1, and they need not sum to 1.",
 }
 
 
@@ -54,7 +60,7 @@ def explain(mechanism: Mechanism, q: Tensor, k: Tensor, x: Tensor, head: int, sh
     exact = softmax_weights(q[:, head, None].float(), repeat_heads(k, q.shape[1])[:, head, None].float())[0, 0]
     parts = Parts(exact[shown, shown])
     for name, tensor in mechanism.attention_parts(q, k, x).items():
-        _add(parts, name, _of_head(tensor.float(), head, q.shape[1]), length, shown, mechanism.branches)
+        _add(parts, mechanism, name, _of_head(tensor, head, q.shape[1]), length, shown)
     if mechanism.config.method != "softmax":
         parts.maps.append(_map("exact", parts.exact))
     return parts
@@ -70,26 +76,24 @@ def _of_head(tensor: Tensor, head: int, heads: int) -> Tensor:
     return tensor[head // groups] if groups else tensor
 
 
-def _add(parts: Parts, name: str, tensor: Tensor, length: int, shown: slice, branches: Sequence[str]) -> None:
+def _add(parts: Parts, mechanism: Mechanism, name: str, tensor: Tensor, length: int, shown: slice) -> None:
+    """Adds one head's tensor as what its shape says that it is; a shape that says nothing is left out."""
     match tuple(tensor.shape):
         case (rows, columns) if rows == columns == length:
-            parts.maps.append(_map(name, tensor[shown, shown]))
-        case (rows,) if rows == length:
-            parts.rows.append(_curves(name, tensor[shown, None], [_words(name)]))
+            parts.maps.append(_map(name, tensor[shown, shown].float()))
+        case (rows, blocks) if rows == length and tensor.dtype == torch.bool:
+            size = getattr(mechanism.config, "select_block", math.ceil(length / blocks))
+            keys = tensor.repeat_interleave(size, dim=1)[:, :length].tril()
+            parts.maps.append(_map(name, keys[shown, shown].float()))
         case (rows, columns) if rows == length and columns <= MOST_CURVES:
-            names = list(branches) if len(branches) == columns else [str(i) for i in range(columns)]
-            parts.rows.append(_curves(name, tensor[shown], names))
-        case (rows, columns) if columns == length and rows <= MOST_CURVES:
-            _add(parts, name, tensor.T, length, shown, branches)
-        case (rows, blocks) if rows == length:
-            spread = tensor.repeat_interleave(math.ceil(length / blocks), dim=1)[:, :length]
-            parts.maps.append(_map(name, spread.tril()[shown, shown]))
-        case (values,):
-            parts.tables.append(_table(name, [str(i) for i in range(values)], {"": tensor}))
+            names = mechanism.branches if len(mechanism.branches) == columns else range(columns)
+            parts.rows.append(_curves(name, tensor[shown].float(), [str(each) for each in names]))
+        case (rows,) if rows == length:
+            parts.rows.append(_curves(name, tensor[shown, None].float(), [_words(name)]))
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+    return TITLES.get(name) or name.replace("_", " ").capitalize()
 
 
 def _map(name: str, matrix: Tensor) -> MapView:
@@ -114,39 +118,31 @@ def _curves(name: str, values: Tensor, names: list[str]) -> RowsView:
     }
 
 
-def _table(title: str, columns: list[str], rows: dict[str, Tensor]) -> TableView:
-    return {
-        "title": _words(title),
-        "note": NOTES.get(title, ""),
-        "columns": columns,
-        "rows": [{"name": name, "values": plain(values)} for name, values in rows.items()],
-    }
-
-
 def weight_tables(mechanisms: Sequence[Mechanism], layer: int) -> list[TableView]:
-    """What the layers learned, from `Mechanism.summary`: this layer head by head, and all layers, heads averaged."""
-    summaries = [{name: torch.tensor(values) for name, values in each.summary().items()} for each in mechanisms]
-    tables = []
-    for name, values in summaries[layer].items():
-        if values.ndim not in (1, 2) or not values.numel():
-            continue
-        labels = quantity_names(mechanisms[layer], values.shape[-1])
-        layers = [summary[name].reshape(-1, len(labels)).mean(0) for summary in summaries]
-        columns = [f"layer {index}" for index in range(len(layers))]
-        tables.append(_table(name, columns, dict(zip(labels, torch.stack(layers, 1), strict=True))))
-        if values.ndim == 2 and len(values) > 1:
-            tables[-1]["note"] = "Mean over the heads of each layer."
-            columns = [f"head {index}" for index in range(len(values))]
-            tables.append(_table(f"{name} in layer {layer}", columns, dict(zip(labels, values.T, strict=True))))
+    """What the layers learned, from `Mechanism.summary`: all layers, heads averaged, and one layer head by head."""
+    summaries = [
+        {name: torch.tensor(values, dtype=torch.float32) for name, values in mechanism.summary().items()}
+        for mechanism in mechanisms
+    ]
+    names = [name for name, values in summaries[layer].items() if values.ndim == 1 and values.numel()]
+    if not names:
+        return []
+    by_layer = {name: torch.stack([summary[name].mean() for summary in summaries]) for name in names}
+    tables = [_table("By layer", "Mean over the heads of each layer.", "layer", by_layer)]
+    heads = {name: summaries[layer][name] for name in names}
+    if len({len(values) for values in heads.values()}) == 1 and len(heads[names[0]]) > 1:
+        tables.append(_table(f"Layer {layer}, by head", "The layer that is open.", "head", heads))
     return tables
 
 
-def quantity_names(mechanism: Mechanism, count: int) -> list[str]:
-    """Names for `count` learned numbers: the option or the branches that list as many, else their index."""
-    for names in (getattr(mechanism.config, "candidates", ()), mechanism.branches):
-        if len(names) == count:
-            return list(names)
-    return [str(index) for index in range(count)]
+def _table(title: str, note: str, column: str, rows: dict[str, Tensor]) -> TableView:
+    count = max(map(len, rows.values()))
+    return {
+        "title": title,
+        "note": note,
+        "columns": [f"{column} {index}" for index in range(count)],
+        "rows": [{"name": name, "values": plain(values)} for name, values in rows.items()],
+    }
 
 
 def total_variation(a: Tensor, b: Tensor) -> Tensor:

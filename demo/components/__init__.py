@@ -3,6 +3,7 @@
 from .curves import Curves
 from .heads import HeadGrid
 from .maps import AttentionMaps
+from .meter import Meter
 from .tokens import TokenColumns
 
-__all__ = ["AttentionMaps", "Curves", "HeadGrid", "TokenColumns"]
+__all__ = ["AttentionMaps", "Curves", "HeadGrid", "Meter", "TokenColumns"]

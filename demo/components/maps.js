@@ -144,7 +144,7 @@ function build() {
     section("The text", buildTokens(), "Coloured by what the chosen token reads in the first map; point at a token to choose it."),
     ...(charts.length ? [section("For each token", el("div", "curves", null, ...charts.map((chart) => chart.node)))] : []),
     ...(figures.length > count ? [section("Inside this method", partsGrid(count))] : []),
-    ...(view.tables || []).map((table) => section(table.title, buildTable(table), table.note)),
+    ...(view.tables?.length ? [section("Learned", el("div", "curves", null, ...view.tables.map(buildTable)))] : []),
   );
   refresh();
 }
@@ -327,7 +327,8 @@ function buildTable(table) {
     return el("tr", null, null, el("th", null, row.name), ...cells);
   });
   const node = el("table", "weights", null, el("thead", null, null, head), el("tbody", null, null, ...rows));
-  return el("div", "scroller", null, node);
+  const title = el("h4", null, table.title);
+  return el("div", null, null, title, el("div", "small muted", table.note), el("div", "scroller", null, node));
 }
 
 // The value beside the pointer, or beside the kept cell where there is no pointer.
