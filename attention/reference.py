@@ -5,6 +5,8 @@ All work on queries and keys with equally many heads, build (T, T) matrices, and
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,3 +141,54 @@ def nsa_selected_blocks(scores: Tensor, select_block: int, number: int, select_e
 def nsa_window(length: int, window: int, device: torch.device | None = None) -> Tensor:
     """(T, T) booleans: the last `window` keys of each query, its own included."""
     return causal_mask(length, device).triu(1 - window)
+
+
+def favor_log_features(x: Tensor, omega: Tensor, hyperbolic: bool) -> Tensor:
+    """log φ(x) (…, m), φ(x) = m^(−1/2) exp(ωᵀx' − |x'|²/2) with x' = x D^(−1/4), so that E φ(x)·φ(y) = exp(x·y/√D).
+
+    arXiv 2009.14794, Lemma 1 and Eq. 5. Hyperbolic: exp(±ωᵀx' − |x'|²/2), two features for each ω.
+
+    Args:
+        x: queries or keys (…, D).
+        omega: rows of N(0, I), (m, D), or (m/2, D) where hyperbolic.
+    """
+    x = x / x.shape[-1] ** 0.25
+    u = x @ omega.T
+    u = torch.cat([u, -u], -1) if hyperbolic else u
+    return u - x.square().sum(-1, keepdim=True) / 2 - math.log(u.shape[-1]) / 2
+
+
+def relu_log_features(x: Tensor, omega: Tensor, epsilon: float) -> Tensor:
+    """log φ(x) (…, m), φ(x) = m^(−1/2) (max(ωᵀx', 0) + ε) with x' = x D^(−1/4) (arXiv 2009.14794, Section 2.2)."""
+    u = x / x.shape[-1] ** 0.25 @ omega.T
+    return ((u.clamp_min(0) + epsilon) / omega.shape[0] ** 0.5).log()
+
+
+def performer_weights(
+    q: Tensor,
+    k: Tensor,
+    q_log: Tensor,
+    k_log: Tensor,
+    window: int = 0,
+    mix: Tensor | None = None,
+    rates: Tensor | None = None,
+) -> Tensor:
+    """Attention weights (B, H, T, T): exp(s_ij) for the last `window` keys, Σ_f φ_f(q_i) φ_f(k_j) before, normalised.
+
+    Args:
+        q, k: (B, H, T, D).
+        q_log, k_log: log φ of queries and keys (B, H, T, m).
+        window: w, the number of last keys with exact weights (arXiv 2410.10254, Eq. 6).
+        mix: (H,) what is added to the log weights of the linear part.
+        rates: (H, m) what a feature's log weight loses with every token between the window and the key.
+    """
+    steps = torch.arange(q.shape[2], device=q.device)
+    distance = steps[:, None] - steps
+    terms = q_log[..., :, None, :] + k_log[..., None, :, :]
+    if rates is not None:
+        terms = terms - rates[:, None, None] * (distance - window)[..., None]
+    linear = terms.logsumexp(-1)
+    if mix is not None:
+        linear = linear + mix[:, None, None]
+    weights = torch.where(distance < window, scores(q, k), linear)
+    return weights.masked_fill(distance < 0, -torch.inf).softmax(-1)

@@ -8,10 +8,11 @@ from typing import Any
 from .masks import MasksConfig
 from .mechanism import ConfigError, MechanismConfig
 from .nsa import NSAConfig
+from .performer import PerformerConfig
 from .softmax import SoftmaxConfig
 
 METHODS: dict[str, type[MechanismConfig]] = {
-    config.method: config for config in (SoftmaxConfig, MasksConfig, NSAConfig)
+    config.method: config for config in (SoftmaxConfig, MasksConfig, PerformerConfig, NSAConfig)
 }
 
 

@@ -6,6 +6,7 @@ from hypothesis.strategies import SearchStrategy
 from attention.masks import MasksConfig
 from attention.mechanism import MechanismConfig
 from attention.nsa import NSAConfig
+from attention.performer import PerformerConfig
 from attention.softmax import SoftmaxConfig
 
 masks = st.one_of(
@@ -46,6 +47,18 @@ CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
         per_head=st.booleans(),
         init=st.sampled_from(["zero", "random"]),
         scale=st.floats(0, 4),
+        seed=st.integers(0, 99),
+    ),
+    "performer": st.builds(
+        PerformerConfig,
+        feature_map=st.sampled_from(["favor", "relu", "learned"]),
+        num_features=st.sampled_from([2, 8, 12]),
+        hidden=st.sampled_from([0, 4]),
+        fade=st.booleans(),
+        orthogonal=st.booleans(),
+        hyperbolic=st.booleans(),
+        window=st.sampled_from([0, 0, 1, 3, 8, 20]),
+        chunk_size=st.sampled_from([1, 4, 7, 64]),
         seed=st.integers(0, 99),
     ),
     "nsa": nsa_configs(),
