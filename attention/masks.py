@@ -9,7 +9,6 @@ the distance i − j alone or on the key j alone, hence M_ij = f(i − j) + g(j)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, isfinite
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from .block_attention import block_attention
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
 from .reference import effective_mask, masked_softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
@@ -148,59 +148,103 @@ class MasksConfig(MechanismConfig):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which keys a block of b consecutive queries reads, as columns: the sinks first, then the band.
+    """What a block of b consecutive queries reads: columns for the sinks first, then for the band of keys near it.
 
     Attributes:
         block: queries b in a block.
         relative: (U,) the band's keys, counted from the block's first query.
-        candidates: (C, b, S + U) float: 1 where a candidate holds.
-        needed: (b, S + U) the position from which on a query has the key of that column.
+        distance: (b, S + U) i − j in the band; j for the sinks. A query at this position or later has that key.
         own: (b, S + U) whether a column of the band is the query's own key.
+        candidates: (C, b·(S + U)) float: 1 where a candidate holds.
+        active: (1 or H, C) float: 1 where a candidate counts.
+        depth: the position from which on no key is missing.
     """
 
     block: int
     relative: Tensor
-    candidates: Tensor
-    needed: Tensor
+    distance: Tensor
     own: Tensor
+    candidates: Tensor
+    active: Tensor
+    depth: int
 
     @classmethod
-    def make(cls, candidates: list[Candidate], offsets: list[int], sinks: int, block: int, device) -> Layout:
-        relative = torch.tensor(_band(offsets, block), device=device)
-        key = torch.arange(sinks, device=device).expand(block, -1)
+    def make(cls, plan: Plan, block: int, device: torch.device) -> Layout:
+        relative = torch.tensor(plan.band(block), device=device)
+        key = torch.arange(plan.sinks, device=device).expand(block, -1)
         distance = torch.arange(block, device=device)[:, None] - relative
-        holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in candidates]
-        needed, own = torch.cat([key, distance], 1), torch.cat([torch.zeros_like(key), distance == 0], 1)
-        return cls(block, relative, torch.stack(holds).float(), needed, own.bool())
+        holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in plan.candidates]
+        return cls(
+            block=block,
+            relative=relative,
+            distance=torch.cat([key, distance], 1),
+            own=torch.cat([torch.zeros_like(key), distance == 0], 1).bool(),
+            candidates=torch.stack(holds).flatten(1).float(),
+            active=torch.tensor(plan.active, device=device).float(),
+            depth=plan.depth,
+        )
 
     @property
     def sinks(self) -> int:
-        return self.needed.shape[1] - len(self.relative)
+        return self.distance.shape[1] - len(self.relative)
 
-    @cached_property
-    def recent(self) -> Tensor | None:
-        """For b = 1: where the columns stand behind one another in a decode state; None if they are all of it."""
-        first = int(self.relative[0])
-        if len(self.relative) == 1 - first:
-            return None
-        return torch.cat([torch.arange(self.sinks, device=self.relative.device), self.sinks - first + self.relative])
+    def blocks(self, length: int) -> int:
+        """How many blocks `length` queries make, the last one perhaps not full."""
+        return -(-length // self.block)
 
     def index(self, blocks: int, before: int, length: int) -> Tensor:
-        """(blocks, S + U) where each block finds its keys in a buffer of `length` keys, the sinks at its start.
+        """(blocks, S + U) where the blocks find their keys in a buffer of `length` keys with the sinks at its start.
 
         Args:
             blocks: how many blocks.
-            before: where in the buffer the key of the first block's first query stands.
-            length: keys in the buffer; an index outside of it, whose column is masked, is clamped.
+            before: where in the buffer the key of the very first query stands.
+            length: keys in the buffer. Columns that lie outside of it are hidden and may point anywhere.
         """
         start = before + self.block * torch.arange(blocks, device=self.relative.device)
-        band = start[:, None] + self.relative
-        sinks = torch.arange(self.sinks, device=band.device).expand(blocks, -1)
-        return torch.cat([sinks, band], 1).clamp(0, length - 1)
+        sinks = torch.arange(self.sinks, device=start.device).expand(blocks, -1)
+        return torch.cat([sinks, start[:, None] + self.relative], 1).clamp(0, length - 1)
 
+    @cached_property
+    def decode_index(self) -> Tensor | None:
+        """For b = 1: the columns' places in a decode state; None if the columns are the whole state."""
+        reach = 1 - int(self.relative[0])
+        size = self.sinks + reach
+        return None if self.distance.shape[1] == size else self.index(1, size - 1, size)[0]
 
-def _band(offsets: list[int], block: int) -> list[int]:
-    return sorted({row - offset for row in range(block) for offset in offsets})
+    @cached_property
+    def read(self) -> Tensor:
+        """(1 or H, b, S + U) whether a query that misses no key reads it."""
+        return (self.active @ self.candidates > 0).view(-1, *self.distance.shape)
+
+    @cached_property
+    def unread(self) -> Tensor:
+        """(1 or H, b·(S + U)) float, the opposite of `read`."""
+        return (~self.read).float().flatten(1)
+
+    def hidden(self, start: Tensor, blocks: int) -> Tensor:
+        """(B, 1 or H, blocks, b, S + U): −∞ for keys that are not read or not there, else 0.
+
+        Args:
+            start: (B,) the position of the first query.
+            blocks: how many blocks.
+        """
+        row = torch.arange(blocks * self.block, device=start.device).view(blocks, self.block)
+        there = self.distance <= (start[:, None, None] + row)[..., None]
+        read = self.read[:, None] & there[:, None]
+        read = read | (self.own & ~read.any(-1, keepdim=True))
+        return torch.zeros(read.shape, device=read.device).masked_fill(~read, -inf)
+
+    @cached_property
+    def hidden_at_start(self) -> Tensor:
+        """(1, 1 or H, N, b, S + U) `hidden` for the blocks from position 0 on; from the last of them on, all equal."""
+        start = torch.zeros(1, dtype=torch.long, device=self.relative.device)
+        return self.hidden(start, self.blocks(self.depth) + 1)
+
+    def log_mask(self, weights: Tensor) -> Tensor:
+        """(1 or H, 1, b, S + U) log M for weights (1 or H, C); 0 where not read, so that gradients are finite."""
+        with torch.autocast(weights.device.type, enabled=False):
+            mask = torch.addmm(self.unread, weights * self.active, self.candidates)
+        return mask.log().view(-1, 1, *self.distance.shape)
 
 
 @dataclass
@@ -209,7 +253,7 @@ class Plan:
 
     Attributes:
         candidates: all candidates of the config, in its order.
-        active: for each head (or once for all), whether each candidate counts.
+        active: for each head, or once for all that agree, whether each candidate counts.
         layouts: those made so far, by block size and device.
     """
 
@@ -217,8 +261,13 @@ class Plan:
     active: list[list[bool]]
     layouts: dict[tuple[int, torch.device], Layout] = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if all(row == self.active[0] for row in self.active):
+            self.active = self.active[:1]
+
     @cached_property
     def used(self) -> list[Candidate]:
+        """The candidates that count for some head."""
         return [c for c, *on in zip(self.candidates, *self.active, strict=True) if any(on)]
 
     @cached_property
@@ -229,19 +278,17 @@ class Plan:
     @cached_property
     def softmax(self) -> bool:
         """Whether every head's only candidate is `causal`: its weight cancels."""
-        causal = [c.kind == "causal" for c in self.candidates]
-        return any(causal) and all(on == causal for on in self.active)
+        return self.dense and len(self.used) == 1 and len(self.active) == 1
 
     @cached_property
     def distances(self) -> list[int]:
-        """Distances at which f > 0, of any head."""
-        farthest = torch.arange(max((c.reach for c in self.used), default=0))
-        holds = [c.at_distance(farthest) for c in self.used if c.kind != "causal"]
-        return torch.stack(holds).any(0).nonzero().flatten().tolist() if holds else []
+        """The distances i − j at which some head reads, unless `dense`."""
+        distance = torch.arange(max((c.reach for c in self.used), default=0))
+        return sorted({d for c in self.used for d in distance[c.at_distance(distance)].tolist()})
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Distances the kernel reads: a query's own key is among them, for rows whose support is empty."""
+        """The distances that the kernel computes: 0 among them, for queries whose support is empty."""
         return sorted({0, *self.distances})
 
     @cached_property
@@ -250,153 +297,48 @@ class Plan:
 
     @cached_property
     def reach(self) -> int:
+        """How many of the latest keys a decode state holds."""
         return self.offsets[-1] + 1
 
     @cached_property
     def depth(self) -> int:
-        """The position from which on every query has all of its keys."""
-        return max(self.reach, self.sinks, 1) - 1
+        """The position from which on no query misses a key."""
+        return max(self.reach, self.sinks) - 1
 
     @cached_property
-    def always_supported(self) -> bool:
-        """Whether every head reads some key at every position, the first included."""
+    def reads_at_once(self) -> bool:
+        """Whether no query of any head has an empty support: each reads its own key or the first."""
         zero = torch.zeros((), dtype=torch.long)
         at_once = [bool(c.at_distance(zero) | c.at_key(zero)) for c in self.candidates]
         return all(any(a and b for a, b in zip(on, at_once, strict=True)) for on in self.active)
 
+    def band(self, block: int) -> list[int]:
+        """The keys near a block that it reads, counted from its first query."""
+        return sorted({row - offset for row in range(block) for offset in self.offsets})
+
     @cached_property
     def block(self) -> int:
-        """The block size that costs least: columns computed, plus gathering them at the price of 32 queries."""
-        return min((8, 16, 32, 64, 128), key=lambda b: (self.sinks + len(_band(self.offsets, b))) * (1 + 32 / b))
+        """The block size that costs least for a query: its columns, its part of gathering them and of a small product.
+
+        The two constants are fitted to times of SDPA and index_select on a CPU with AVX2.
+        """
+
+        def cost(block: int) -> float:
+            columns = self.sinks + len(self.band(block))
+            return columns + (16 * columns + 448) / block
+
+        return min((8, 16, 32, 64, 128), key=cost)
 
     def block_for(self, length: int) -> int:
         """The block size for `length` new queries: no longer than they need."""
         return 1 if length == 1 else min(self.block, max(8, 1 << (length - 1).bit_length()))
 
-    def columns(self, length: int) -> int:
-        """How many keys every one of `length` queries is multiplied with."""
-        return self.sinks + len(_band(self.offsets, self.block_for(length)))
-
     def layout(self, length: int, device: torch.device) -> Layout:
-        block = self.block_for(length)
-        key = (block, device)
+        """The layout for `length` new queries."""
+        key = (self.block_for(length), device)
         if key not in self.layouts:
-            self.layouts[key] = Layout.make(self.candidates, self.offsets, self.sinks, block, device)
+            self.layouts[key] = Layout.make(self, *key)
         return self.layouts[key]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive blocks of `size` queries that are computed together, as slices into what they need."""
-
-    size: int
-    rows: slice
-    blocks: slice
-    bias: slice
-
-    @classmethod
-    def cut(cls, length: int, block: int, biases: int, at_once: int) -> Iterator[Piece]:
-        """Cuts `length` rows into pieces of at most `at_once` blocks, where block i has bias min(i, biases − 1).
-
-        A last block that is shorter comes alone.
-        """
-        whole, start = length // block, 0
-        while start < whole:
-            stop = min(start + at_once, whole, biases - 1 if start < biases - 1 else whole)
-            bias = slice(min(start, biases - 1), min(stop, biases))
-            yield cls(block, slice(start * block, stop * block), slice(start, stop), bias)
-            start = stop
-        if rest := length % block:
-            bias = min(whole, biases - 1)
-            yield cls(rest, slice(whole * block, length), slice(whole, whole + 1), slice(bias, bias + 1))
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Rows of (B, H, T, D) as blocks (B·H, blocks, size, D)."""
-        return x[:, :, self.rows].unflatten(2, (-1, self.size)).flatten(0, 1)
-
-    def keys(self, x: Tensor, index: Tensor) -> Tensor:
-        """Keys or values (B, H, S, D), gathered for each block: (B·H, blocks, K, D)."""
-        index = index[self.blocks]
-        return x.index_select(2, index.flatten()).unflatten(2, index.shape).flatten(0, 1)
-
-    def weights(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-        """(B·H, blocks, size, K) attention weights, at least in float32."""
-        scores = (queries @ keys.mT).to(_precise(queries.dtype)).mul_(queries.shape[-1] ** -0.5)
-        return scores.add_(bias[:, self.bias, : self.size]).softmax(-1)
-
-
-class BlockAttention(torch.autograd.Function):
-    """softmax(q kᵀ / √D + bias) v where each block of queries has its own short list of keys.
-
-    It goes a few thousand rows at a time, so that the gathered keys stay in the CPU's cache, and computes the
-    weights again for the gradients: nothing of size T·K is kept, unless weights are dropped.
-
-    Arguments of `apply`: q (B, H, T, D); k and v (B, H, S, D); bias (1 or B·H, N, b, K), where block i reads row
-    min(i, N − 1) of the second dimension; index (⌈T/b⌉, K), which keys each block reads; the dropout probability.
-    """
-
-    @staticmethod
-    def _pieces(q: Tensor, bias: Tensor) -> Iterator[Piece]:
-        batch, heads, length, _ = q.shape
-        rows = 3072 if q.device.type == "cpu" else 1 << 17
-        block = bias.shape[2]
-        return Piece.cut(length, block, bias.shape[1], max(1, rows // (batch * heads * block)))
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, dropout: float) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias, index)
-        ctx.dropout, ctx.kept = dropout, []
-        bias = bias.detach()  # with a gradient for the bias in sight, SDPA leaves its fast kernels
-        batch, heads, length, width = q.shape
-        out = v.new_empty(batch, length, heads, width).transpose(1, 2)  # heads lie as they are merged next
-        for piece in BlockAttention._pieces(q, bias):
-            queries, keys, values = piece.queries(q), piece.keys(k, index), piece.keys(v, index)
-            if dropout:
-                weights = piece.weights(queries, keys, bias)
-                ctx.kept.append(torch.rand_like(weights) >= dropout)
-                mixed = _drop(weights, ctx.kept[-1], dropout).to(v.dtype) @ values
-            else:
-                mixed = scaled_dot_product_attention(queries, keys, values, bias[:, piece.bias, : piece.size])
-            out[:, :, piece.rows] = mixed.reshape(batch, heads, -1, width)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, index = ctx.saved_tensors
-        dtype, scale = q.dtype, q.shape[-1] ** -0.5
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v, grad_bias = (torch.zeros_like(t, dtype=_precise(dtype)) for t in (k, v, bias))
-        for number, piece in enumerate(BlockAttention._pieces(q, bias)):
-            queries, keys, values = piece.queries(q), piece.keys(k, index), piece.keys(v, index)
-            outer = piece.queries(grad)
-            weights = piece.weights(queries, keys, bias)
-            grad_weights = (outer @ values.mT).to(weights.dtype)
-            used = weights
-            if ctx.dropout:
-                used, grad_weights = (_drop(t, ctx.kept[number], ctx.dropout) for t in (weights, grad_weights))
-            mean = (grad_weights * weights).sum(-1, keepdim=True)
-            grad_scores = grad_weights.sub_(mean).mul_(weights)
-            target = grad_bias[:, piece.bias, : piece.size]
-            target += grad_scores.sum_to_size(target.shape)
-            grad_scores = grad_scores.mul_(scale).to(dtype)
-            grad_q[:, :, piece.rows] = (grad_scores @ keys).reshape(q[:, :, piece.rows].shape)
-            _scatter(grad_k, grad_scores.mT @ queries, index[piece.blocks])
-            _scatter(grad_v, used.to(dtype).mT @ outer, index[piece.blocks])
-        return grad_q, grad_k.to(dtype), grad_v.to(dtype), grad_bias.to(bias.dtype), None, None
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _drop(x: Tensor, kept: Tensor, probability: float) -> Tensor:
-    return x * kept / (1 - probability)
-
-
-def _scatter(total: Tensor, parts: Tensor, index: Tensor) -> None:
-    """Adds (B·H, blocks, K, D) to the rows `index` (blocks, K) of `total` (B, H, S, D)."""
-    batch, heads, _, width = total.shape
-    total.index_add_(2, index.flatten(), parts.reshape(batch, heads, -1, width).to(total.dtype))
 
 
 class MasksState(State):
@@ -415,6 +357,10 @@ class MasksState(State):
         self.plan = plan
         self.least = 0
         self.bias: Tensor | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.least = 0
 
     def push(self, k: Tensor, v: Tensor) -> None:
         """Shifts in one token (B, H_kv, 1, D) that is past the sinks in every row."""
@@ -515,11 +461,13 @@ class MasksAttention(Mechanism):
         return [f"head {head}: {self.branches[c]}" for head, c in dropped]
 
     def weights(self) -> Tensor:
-        """(1 or H, C) σ(α), at least in float32; 0 for what is pruned or disabled, and for nothing else."""
-        dtype = _precise(self.alpha.dtype)
-        enabled = torch.tensor([name not in self.disabled for name in self.branches], device=self.alpha.device)
-        weights = self.alpha.to(dtype).sigmoid().clamp_min(torch.finfo(dtype).tiny)
-        return self._rows(weights * (self.active & enabled))
+        """(1 or H, C) σ(α) in float32, 0 where pruned or disabled and nowhere else."""
+        return self._weights() * torch.tensor(self.plan().active, device=self.alpha.device)
+
+    def _weights(self) -> Tensor:
+        # The least positive number, not 0, keeps the support as planned when σ underflows.
+        weights = self.alpha.float().sigmoid().clamp_min(torch.finfo(torch.float32).tiny)
+        return self._rows(weights)
 
     def forward(
         self,
@@ -541,11 +489,10 @@ class MasksAttention(Mechanism):
                 state.absorb(k, v, lengths)
             return self._from_start(plan, q, k, v)
         complete = state.least >= plan.depth
-        uniform = state.lengths is None and state.seen >= plan.sinks and plan.always_supported
+        uniform = state.lengths is None and state.seen >= plan.sinks and plan.reads_at_once
         if q.shape[2] == 1 and lengths is None and (complete or uniform):
             return self._step(plan, q, k, v, state)
-        start = None if complete else state.positions(len(q), q.device)
-        return self._continue(plan, q, k, v, state, start, lengths)
+        return self._continue(plan, q, k, v, state, lengths)
 
     @staticmethod
     def _check(state: State | None, plan: Plan) -> None:
@@ -558,77 +505,53 @@ class MasksAttention(Mechanism):
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows that start here: only the first blocks can miss keys."""
         layout = plan.layout(q.shape[2], q.device)
-        early = min(-(-q.shape[2] // layout.block), -(-plan.depth // layout.block) + 1)
-        bias = self._bias(layout, torch.zeros(1, dtype=torch.long, device=q.device), early)
+        bias = layout.log_mask(self._weights()) + layout.hidden_at_start[:, :, : layout.blocks(q.shape[2])]
         return self._blocks(layout, q, k, v, bias, 0)
 
     def _continue(
-        self,
-        plan: Plan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: MasksState,
-        start: Tensor | None,
-        lengths: Tensor | None,
+        self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState, lengths: Tensor | None
     ) -> Tensor:
-        """Tokens after what the state has seen; `start` (B,) are their positions, None if no key can be missing."""
+        """Tokens after what the state has seen."""
         layout = plan.layout(q.shape[2], q.device)
-        bias = self._bias(layout, start, -(-q.shape[2] // layout.block))
+        hidden = layout.hidden_at_start[:, :, -1:]
+        if state.least < plan.depth:
+            hidden = layout.hidden(state.positions(len(q), q.device), layout.blocks(q.shape[2]))
         tails = state.keys[:, :, plan.sinks :], state.values[:, :, plan.sinks :]
         state.absorb(k, v, lengths)
         k = torch.cat([state.keys[:, :, : plan.sinks], tails[0], k], 2)
         v = torch.cat([state.values[:, :, : plan.sinks], tails[1], v], 2)
-        return self._blocks(layout, q, k, v, bias, plan.sinks + plan.reach)
+        return self._blocks(layout, q, k, v, layout.log_mask(self._weights()) + hidden, plan.sinks + plan.reach)
 
     def _blocks(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: int) -> Tensor:
-        """Queries (B, H, T, D) whose first has its own key at place `before` of k and v; bias from `_bias`."""
+        """Queries (B, H, T, D) whose first has its own key at place `before` of k and v.
+
+        `bias` (1 or B, 1 or H, N, b, S + U) is added to the scores; N as in `block_attention`.
+        """
         batch, heads, length, _ = q.shape
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-        index = layout.index(-(-length // layout.block), before, k.shape[2])
+        index = layout.index(layout.blocks(length), before, k.shape[2])
         bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        return BlockAttention.apply(q, k, v, bias.to(q.dtype), index, self._dropout)
+        return block_attention(q, k, v, bias.to(q.dtype), index, self._dropout)
 
     def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:
-        """One token in every row: all of its keys are in the state, or the rows are equally long."""
+        """One token in every row: none misses a key, or all miss the same."""
         layout = plan.layout(1, q.device)
         if state.bias is None:
-            bias = self._bias(layout, None, 1).detach().to(q.dtype)
-            state.bias = bias[:, :, 0].expand(len(q), -1, -1, -1)
+            bias = layout.log_mask(self._weights().detach()) + layout.hidden_at_start[:, :, -1:]
+            state.bias = bias[:, :, 0].to(q.dtype).expand(len(q), -1, -1, -1)
         bias = state.bias
         if state.least < plan.depth:
-            bias = bias.masked_fill(layout.needed > state.seen, -inf)
+            bias = bias.masked_fill(layout.distance > state.seen, -inf)
         state.push(k, v)
         k, v = state.keys, state.values
-        if layout.recent is not None:
-            k, v = k.index_select(2, layout.recent), v.index_select(2, layout.recent)
+        if layout.decode_index is not None:
+            k, v = k.index_select(2, layout.decode_index), v.index_select(2, layout.decode_index)
         grouped = k.shape[1] != q.shape[1]
         return scaled_dot_product_attention(q, k, v, bias, dropout_p=self._dropout, enable_gqa=grouped)
 
     @property
     def _dropout(self) -> float:
         return self.layer.dropout if self.training else 0.0
-
-    def _bias(self, layout: Layout, start: Tensor | None, blocks: int) -> Tensor:
-        """log M for the queries of a layout.
-
-        Args:
-            start: (B or 1,) the position of the first query; None if no query misses a key, and then one block
-                stands for all.
-            blocks: how many blocks.
-
-        Returns:
-            (B or 1, 1 or H, blocks or 1, b, S + U), at least in float32.
-        """
-        weights = self.weights()
-        with torch.autocast(weights.device.type, enabled=False):
-            mask = weights @ layout.candidates.to(weights.dtype).flatten(1)
-        bias = _log(mask).view(1, len(weights), 1, *layout.needed.shape)
-        if start is not None:
-            rows = torch.arange(blocks * layout.block, device=start.device).view(blocks, layout.block)
-            missing = layout.needed > (start[:, None, None] + rows)[..., None]
-            bias = bias.masked_fill(missing[:, None], -inf)
-        return _fill_empty(bias, layout.own)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, lengths: Tensor | None) -> Tensor:
         """Softmax over all keys with log M added to the scores."""
@@ -644,16 +567,15 @@ class MasksAttention(Mechanism):
     def _dense_bias(self, positions: Tensor, length: int) -> Tensor:
         """(B, 1 or H, T, S) log M for queries at `positions` (B, T) and keys 0 to S − 1."""
         weights, key = self.weights(), torch.arange(length, device=positions.device)
-        by_distance, by_key = (
-            torch.stack([getattr(c, rule)(key) for c in self.candidates]).to(weights.dtype)
-            for rule in ("at_distance", "at_key")
-        )
+        near = torch.stack([c.at_distance(key) for c in self.candidates]).float()
+        first = torch.stack([c.at_key(key) for c in self.candidates]).float()
         distance = positions[..., None] - key
         with torch.autocast(weights.device.type, enabled=False):
-            mask = (weights @ by_distance)[:, distance.clamp(min=0, max=length - 1)]
-            mask = mask + (weights @ by_key)[:, None, None]
-        bias = _log(mask).masked_fill(distance < 0, -inf).transpose(0, 1)
-        return _fill_empty(bias, (distance == 0)[:, None])
+            mask = (weights @ near)[:, distance.clamp(0, length - 1)] + (weights @ first)[:, None, None]
+        read = (mask > 0) & (distance >= 0)
+        bias = torch.where(read, mask, 1).log().masked_fill(~read, -inf)
+        own = (distance == 0) & ~read.any(-1, keepdim=True)
+        return bias.masked_fill(own, 0.0).transpose(0, 1)
 
     def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         mask = self.attention_parts(q, k, x)["mask"]
@@ -681,27 +603,15 @@ class MasksAttention(Mechanism):
         plan = self.plan()
         if plan.softmax:
             return self.softmax.operations(length)
-        width = length if plan.dense else plan.columns(length)
+        width = length if plan.dense else plan.sinks + len(plan.band(plan.block_for(length)))
         return 2 * 2 * self.layer.num_heads * self.layer.head_dim * length * width
 
     def penalty(self) -> Tensor:
         """Σ_c σ(α_c) over the active candidates, mean over heads."""
-        weights = self.alpha.to(_precise(self.alpha.dtype)).sigmoid()
+        weights = self.alpha.float().sigmoid()
         return self._rows(weights * self.active).sum(-1).mean()
 
     def summary(self) -> dict[str, list[float]]:
         """The weight of every candidate by name, one for each head where heads have their own; 0 if pruned."""
         weights = self._rows(self.alpha.detach().float().sigmoid() * self.active)
         return dict(zip(self.branches, weights.T.tolist(), strict=True))
-
-
-def _log(mask: Tensor) -> Tensor:
-    """log M, −∞ where M is 0, with gradients that are finite there."""
-    holds = mask > 0
-    return torch.where(holds, mask, 1).log().masked_fill(~holds, -inf)
-
-
-def _fill_empty(bias: Tensor, own: Tensor) -> Tensor:
-    """Lets queries that read nothing, all −∞ along the last dimension, read the column that is their own."""
-    empty = (bias == -inf).all(-1, keepdim=True)
-    return bias.masked_fill(empty & own, 0.0)
