@@ -96,13 +96,19 @@ class Look:
 
     Attributes:
         layers: the inputs of each layer.
+
+    Raises:
+        ViewError: if the model is of a family whose attention cannot be looked at.
     """
 
     def __init__(self, loaded: LoadedModel, part: Passage):
         self.part, self._lock = part, loaded.lock  # not the model itself, which the store may drop
         ids = torch.tensor([part.token_ids], device=loaded.model.device)
-        with self._lock:
-            self.layers = [LayerInputs(*inputs) for inputs in mechanism_inputs(loaded.model, ids)]
+        try:
+            with self._lock:
+                self.layers = [LayerInputs(*inputs) for inputs in mechanism_inputs(loaded.model, ids)]
+        except TypeError as error:
+            raise ViewError(f"The attention of {loaded.name} cannot be shown: {error}.") from error
         self._maps: dict[int, Tensor] = {}
 
     @property
@@ -222,7 +228,9 @@ class AttentionViews:
         return maps if base is None else {**maps, "base": base.maps(layer)[head]}
 
     def _base_look(self, loaded: LoadedModel, part: Passage) -> Look | None:
-        return None if loaded.entry.is_base else self._look(loaded.base, part)
+        if loaded.entry.is_base or loaded.base is None:
+            return None
+        return self._look(loaded.base, part)
 
     def _look(self, loaded: LoadedModel, part: Passage) -> Look:
         key = (loaded.name, id(loaded.model), part)
@@ -302,9 +310,11 @@ def _share_read(loaded: LoadedModel, mechanism: Mechanism, part: Passage) -> Row
 
 
 def _comparison(loaded: LoadedModel, part: Passage, head_maps: dict[str, Tensor], parts: Parts) -> list[RowsView]:
-    rows: list[RowsView] = []
+    others = {} if loaded.entry.is_base else {"than softmax, same queries and keys": parts.exact}
     if "base" in head_maps:
-        others = {f"than {loaded.base.name}'s": head_maps["base"], "than softmax, same queries and keys": parts.exact}
+        others = {f"than {loaded.base.name}'s": head_maps["base"], **others}
+    rows: list[RowsView] = []
+    if others:
         rows.append(
             {
                 "title": "Attention that lies elsewhere",

@@ -185,7 +185,7 @@ class Handlers:
         """The very tokens of a generated text: encoding it again may cut it elsewhere."""
         names = self.store.names()
         for column in (column for run in runs for column in run.columns):
-            same_base = column.name in names and self._base_of(column.name) == loaded.base.name
+            same_base = column.name in names and self._base_of(column.name) == self._base_of(loaded.name)
             if same_base and column.token_ids and "".join(column.tokens) == text:
                 return column.token_ids
         return None

@@ -1,4 +1,7 @@
-"""What attention costs on this machine, by the length of the text: measured, and counted."""
+"""What attention costs on this machine, by the length of the text: measured, and counted.
+
+Times are the shortest of several: other work on the machine only ever adds to them.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,18 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 12
 ROUND_SECONDS = 0.8  # time for the rounds of one length, once there are enough
 
 
+class SpeedError(ValueError):
+    """A measurement that cannot be made; the message is for the person who asked for it."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """What one model takes for one length.
 
     Attributes:
         length: tokens of the text.
-        prefill_ms: median time of one pass over it, in milliseconds.
-        token_ms: median time of one more token after it, in milliseconds.
+        prefill_ms: shortest time of one pass over it, in milliseconds.
+        token_ms: shortest time of one more token after it, in milliseconds.
         peak_bytes: the most that was allocated at once during the pass, state included.
         state_bytes: bytes of the decode state after it.
         operations: floating-point operations of attention in the pass; a multiply-add is two.
@@ -151,10 +158,17 @@ class ModelSubject(Subject):
 
 
 def mechanisms_of(loaded: LoadedModel) -> list[Mechanism]:
-    """The mechanism of each layer; a base's are softmax attention."""
+    """The mechanism of each layer; a base's are softmax attention.
+
+    Raises:
+        SpeedError: if the model is of a family whose attention cannot be taken apart.
+    """
     model = loaded.model
     if not isinstance(model, GPT2VariantLMHeadModel):
-        model = attention.convert(model, attention.SoftmaxConfig(), share=True)
+        try:
+            model = attention.convert(model, attention.SoftmaxConfig(), share=True)
+        except TypeError as error:
+            raise SpeedError(f"{loaded.name} cannot be measured: {error}.") from error
     return model.eval().mechanisms
 
 
@@ -185,7 +199,8 @@ class SpeedRun:
     finished: bool = False
 
     def __post_init__(self) -> None:
-        with_bases = dict.fromkeys([*(each.base for each in self.loaded), *self.loaded])
+        bases = [each.base for each in self.loaded if each.base is not None]
+        with_bases = dict.fromkeys([*bases, *self.loaded])
         make = LayerSubject if self.level == "layer" else ModelSubject
         self.subjects: list[Subject] = [make(each) for each in with_bases]
         self.lengths = lengths_up_to(min(self.longest, max(subject.longest for subject in self.subjects)))
@@ -234,8 +249,8 @@ class SpeedRun:
                 model=subject.loaded.name,
                 method=subject.loaded.method,
                 length=length,
-                prefill_ms=1e3 * statistics.median(prefills[subject]),
-                token_ms=1e3 * statistics.median(tokens[subject]),
+                prefill_ms=1e3 * min(prefills[subject]),
+                token_ms=1e3 * min(tokens[subject]),
                 peak_bytes=peaks[subject],
                 state_bytes=sizes[subject],
                 operations=subject.operations(length),
@@ -250,8 +265,9 @@ class SpeedRun:
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
-        """(variant, its base) for every variant."""
-        return [(s.loaded.name, s.loaded.base.name) for s in self.subjects if not s.loaded.entry.is_base]
+        """(variant, its base) for every variant whose base is known."""
+        variants = [subject.loaded for subject in self.subjects if not subject.loaded.entry.is_base]
+        return [(variant.name, variant.base.name) for variant in variants if variant.base is not None]
 
 
 def break_even(samples: Sequence[Sample], base: Sequence[Sample], quantity: str) -> float | None:
@@ -368,17 +384,20 @@ def verdicts(run: SpeedRun) -> list[str]:
 def _verdict(lengths: list[int], ratios: list[float], even: float | None, base: str) -> str:
     first, last = f"at {lengths[0]:,} tokens", f"at {lengths[-1]:,}"
     if even is None:
-        return f"slower than {base} up to {lengths[-1]:,} tokens; it takes {_times(1 / ratios[-1])} as long {last}."
+        return f"slower than {base} up to {lengths[-1]:,} tokens; {last} it takes {_times(1 / ratios[-1])} as long."
     if even <= lengths[0]:
-        return f"faster than {base} at every length measured: {_times(ratios[0])} {first}, {_times(ratios[-1])} {last}."
+        return (
+            f"no slower than {base} at any length measured; {_times(ratios[0])} as fast {first}, "
+            f"{_times(ratios[-1])} {last}."
+        )
     return (
         f"slower than {base} below about {round_length(even):,} tokens ({_times(1 / ratios[0])} as long {first}), "
-        f"faster from there on: {_times(ratios[-1])} {last}."
+        f"no slower from there on; {_times(ratios[-1])} as fast {last}."
     )
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:.2g} times" if ratio < 10 else f"{ratio:.0f} times"
+    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:.0f} times"
 
 
 def report(run: SpeedRun) -> dict[str, Any]:

@@ -11,14 +11,10 @@ from .components import Curves, Meter
 from .components.notices import Notices
 from .context import MEASURE, App, Session
 from .models import LoadError, ModelStore
-from .speed import COUNTED, LONGEST, MEASURED, Level, SpeedRun, charts, report, verdicts
+from .speed import COUNTED, LONGEST, MEASURED, Level, SpeedError, SpeedRun, charts, report, verdicts
 
 LEVELS: list[tuple[str, Level]] = [("One layer's attention alone", "layer"), ("The whole model", "model")]
 LENGTHS = [512, 1024, 2048, 4096, LONGEST]
-
-
-class SpeedError(ValueError):
-    """A measurement that cannot be made; the message is for the person who asked for it."""
 
 
 def build_speed_tab(app: App, session: Session) -> gr.Tab:
@@ -33,6 +29,7 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
                 label="Models",
                 info="Each is compared with its base, which is measured along with it.",
                 elem_id="speed-models",
+                min_width=300,
             )
             level = gr.Radio(
                 LEVELS,
@@ -40,6 +37,7 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
                 label="What is measured",
                 info="The rest of a model costs the same for every method; its context ends the curves.",
                 elem_id="speed-level",
+                min_width=300,
             )
             longest = gr.Dropdown(
                 LENGTHS, value=4096, label="Longest text", info="In tokens.", elem_id="speed-longest", min_width=140
@@ -48,11 +46,13 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             start = gr.Button("Measure", variant="primary", elem_id="speed-start")
             stop = gr.Button("Stop", variant="stop", elem_id="speed-stop")
         meter = Meter(elem_id="speed-meter")
-        verdict = Notices(elem_id="speed-verdict")
-        gr.Markdown("### Measured on this machine\nBoth axes are logarithmic; lower is better.")
+        gr.Markdown(
+            "### Measured on this machine\nLogarithmic axes; lower is better. Each time is the shortest of several."
+        )
         measured = Curves(
             elem_id="speed-measured", empty="Press Measure: the curves appear length by length, in under a minute."
         )
+        verdict = Notices(elem_id="speed-verdict")
         gr.Markdown(
             "### Counted\nThe same on every machine: these say what to expect where a busy machine misleads the clock."
         )

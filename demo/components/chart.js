@@ -11,6 +11,7 @@ function svg(tag, attributes, text) {
 }
 
 function seriesColor(series, index) {
+  if (series.shade !== undefined) return `color-mix(in srgb, var(--late) ${Math.round(100 * series.shade)}%, var(--early))`;
   return `var(--series-${(series.color ?? index + 1) % 7})`;
 }
 
@@ -26,7 +27,8 @@ function linearTicks(low, high, count) {
 
 function logTicks(low, high, count) {
   const decades = Math.log10(high / low);
-  const factors = decades <= 1.5 ? [1, 2, 5] : [1];
+  if (decades < 1) return linearTicks(low, high, count);
+  const factors = decades <= 2 ? [1, 2, 5] : [1];
   const ticks = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
     for (const factor of factors) ticks.push(factor * 10 ** power);
@@ -53,8 +55,8 @@ function makeScale(values, axis, from, to, count) {
   return scale;
 }
 
-// A chart. `spec`: {title, note, x, y, series: [{name, color, dashed, dots, points: [[x, y|null], …]}], events: [{x, label}],
-// height}; x and y are {label, log, min, max, ticks, unit}. `onHover(x or null)` is told where the pointer is.
+// A chart. `spec`: {title, note, x, y, series: [{name, color or shade, dashed, dots, points: [[x, y|null], …]}],
+// events: [{x, label}], height}; x and y are {label, log, min, max, ticks, unit}. `onHover(x or null)` is told where the pointer is.
 function lineChart(spec, onHover) {
   const node = el("div", "chart");
   const canvas = svg("svg", { role: "img", tabindex: 0 });

@@ -23,6 +23,7 @@ class Series(TypedDict, total=False):
 
     name: str
     color: int  # 0: neutral, for a baseline; 1 to 6: told apart by colour-blind readers too
+    shade: float  # instead of a colour, for curves that are in an order: 0 is light, 1 dark
     dashed: bool
     dots: bool
     points: list[list[float | None]]

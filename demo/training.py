@@ -1,0 +1,266 @@
+"""How a checkpoint came to be: its history and card, as the training tab shows them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from attention.files import CARD, HISTORY
+
+from .components.curves import Chart, Series
+from .components.samples import SamplesView
+from .models import Entry
+
+logger = logging.getLogger(__name__)
+
+HISTORY_BYTES = 50_000_000
+CURVE_POINTS = 400
+SHARES = ("kl", "ce", "reverse_kl", "jsd")  # terms of a loss that are nats per token
+
+Row = dict[str, Any]
+
+
+def read_history(folder: Path) -> list[Row]:
+    """The rows of a checkpoint's history that can be read; none where there is no history.
+
+    A history is written by whoever made the checkpoint, so lines that are no rows are left out.
+    """
+    path = folder / HISTORY
+    if not path.is_file() or path.stat().st_size > HISTORY_BYTES:
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("kind"), str) and _number(row.get("step")) is not None:
+            rows.append(row)
+    return rows
+
+
+def read_card(folder: Path) -> ModelCardData:
+    """The metadata of a checkpoint's card; empty where there is none that can be read."""
+    path = folder / CARD
+    if path.is_file():
+        try:
+            return ModelCard(path.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
+        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            logger.info("the card in %s cannot be read: %s", folder, error)
+    return ModelCardData()
+
+
+def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
+    """Rows of one kind, in the order of their steps."""
+    return sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["step"])
+
+
+def facts(entry: Entry, rows: list[Row], card: ModelCardData) -> list[list[str]]:
+    """The card in short: what it is, what it was fitted on, for how long, what it reached."""
+    evals, train = of_kind(rows, "eval"), of_kind(rows, "train")
+    last_eval, last = (evals or [{}])[-1], (train or [{}])[-1]
+    found = {
+        "Method": entry.method,
+        "Base": entry.base or "",
+        "Fitted on": _names(card.datasets),
+        "Stages": ", ".join(dict.fromkeys(str(row["stage"]) for row in train if row.get("stage"))),
+        "Steps": _count(last.get("step")),
+        "Tokens": _count(last.get("tokens")),
+        "Time": _duration(last.get("seconds")),
+        "KL to the base, validation": _value(last_eval.get("kl"), " nats/token"),
+        "Perplexity, validation": _perplexity(last_eval),
+        "Same first choice, validation": _percent(last_eval.get("top1_agreement")),
+        "Weights on disk": f"{entry.size / 1e6:.1f} MB",
+        **_measured(card),
+        "Options": ", ".join(f"{name} {_option(value)}" for name, value in entry.options.items()),
+    }
+    return [[label, value] for label, value in found.items() if value]
+
+
+def _measured(card: ModelCardData) -> dict[str, str]:
+    results = {}
+    for result in card.eval_results or []:
+        name = result.metric_name or result.metric_type
+        if _number(result.metric_value) is not None:
+            results[f"{name}, {result.dataset_name}"] = _value(result.metric_value, "")
+    return results
+
+
+def _names(names: Any) -> str:
+    names = [names] if isinstance(names, str) else names
+    return ", ".join(map(str, names)) if isinstance(names, list) else ""
+
+
+def _option(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _count(value: Any) -> str:
+    number = _number(value)
+    return "" if number is None else f"{number:,.0f}"
+
+
+def _value(value: Any, unit: str) -> str:
+    number = _number(value)
+    return "" if number is None else f"{number:.4g}{unit}"
+
+
+def _percent(value: Any) -> str:
+    number = _number(value)
+    return "" if number is None else f"{number:.1%} of tokens"
+
+
+def _perplexity(row: Row) -> str:
+    own, base = _value(row.get("perplexity"), ""), _value(row.get("base_perplexity"), "")
+    return f"{own} (base {base})" if own and base else own
+
+
+def _duration(value: Any) -> str:
+    seconds = _number(value)
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def curves(rows: list[Row]) -> list[Chart]:
+    """Loss, KL, perplexity and learning rate over the steps; what was not recorded is left out."""
+    train, evals = of_kind(rows, "train"), of_kind(rows, "eval")
+    charts = [
+        _chart("Training loss", "Mean over the steps since the point before.", "", _by_stage(train, "loss"), log=True),
+        *_terms(train),
+        _chart(
+            "KL to the base",
+            "On validation text; 0 is the base itself.",
+            "nats",
+            [_series("KL", evals, "kl", 1, dots=True)],
+            log=True,
+        ),
+        _chart(
+            "Perplexity",
+            "On validation text; lower is better.",
+            "",
+            [
+                _series("this model", evals, "perplexity", 1, dots=True),
+                {**_series("base", evals, "base_perplexity", 0), "dashed": True},
+            ],
+            log=True,
+        ),
+        _chart(
+            "Same first choice as the base",
+            "Share of the validation tokens.",
+            "",
+            [_series("agreement", evals, "top1_agreement", 1, dots=True)],
+        ),
+        _chart(
+            "Learning rate",
+            "Of the base's weights and of the mechanisms' own.",
+            "",
+            [_series("weights", train, "lr", 1), _series("mechanisms", train, "mechanism_lr", 2)],
+        ),
+        _chart("Tokens a second", "While training.", "", [_series("speed", train, "tokens_per_second", 1)]),
+    ]
+    return [chart for chart in charts if chart["series"]]
+
+
+def _terms(train: list[Row]) -> list[Chart]:
+    """The loss taken apart, where it has more than one term."""
+    terms = [_series(name, train, name, index) for index, name in enumerate(SHARES, 1)]
+    terms = [series for series in terms if series["points"]]
+    return [_chart("Terms of the loss", "", "nats", terms, log=True)] if len(terms) > 1 else []
+
+
+def _by_stage(train: list[Row], name: str) -> list[Series]:
+    stages = dict.fromkeys(str(row.get("stage", "")) for row in train)
+    return [
+        _series(stage or name, [row for row in train if str(row.get("stage", "")) == stage], name, index)
+        for index, stage in enumerate(stages, 1)
+    ]
+
+
+def _series(label: str, rows: list[Row], name: str, color: int, dots: bool = False) -> Series:
+    points = [[row["step"], _number(row.get(name))] for row in rows if _number(row.get(name)) is not None]
+    return {"name": label, "color": color, "dots": dots and len(points) <= 60, "points": thin(points)}
+
+
+def _chart(title: str, note: str, unit: str, series: list[Series], log: bool = False) -> Chart:
+    series = [each for each in series if each["points"]]
+    values = [y for each in series for _, y in each["points"]]
+    return {
+        "title": title,
+        "note": note,
+        "x": {"label": "step"},
+        "y": {"label": unit, "unit": unit, "log": log and bool(values) and min(values) > 0},
+        "series": series,
+    }
+
+
+def thin(points: list[list[float]], most: int = CURVE_POINTS) -> list[list[float]]:
+    """At most `most` points, evenly taken, the last one among them."""
+    every = math.ceil(len(points) / most) if points else 1
+    return points[::-1][::every][::-1]
+
+
+def learned(rows: list[Row]) -> list[Chart]:
+    """What the mechanisms learned, over the steps: a chart a quantity, a curve a layer, heads averaged."""
+    evals = [row for row in of_kind(rows, "eval") if isinstance(row.get("mechanisms"), list)]
+    layers = max((len(row["mechanisms"]) for row in evals), default=0)
+    names = dict.fromkeys(
+        name for row in evals for layer in row["mechanisms"] if isinstance(layer, dict) for name in layer
+    )
+    charts = []
+    for name in names:
+        series = [_layer_series(evals, name, index, layers) for index in range(layers)]
+        charts.append(_chart(name, "", "", series))
+        charts[-1]["height"] = 150
+        if all(0 <= y <= 1 for each in series for _, y in each["points"]):
+            charts[-1]["y"].update(min=0, max=1)
+    return [chart for chart in charts if chart["series"]]
+
+
+def _layer_series(evals: list[Row], name: str, layer: int, layers: int) -> Series:
+    points = []
+    for row in evals:
+        summary = row["mechanisms"][layer] if layer < len(row["mechanisms"]) else {}
+        mean = _mean(summary.get(name)) if isinstance(summary, dict) else None
+        if mean is not None:
+            points.append([row["step"], mean])
+    return {"name": f"layer {layer}", "shade": layer / max(layers - 1, 1), "points": thin(points)}
+
+
+def _mean(value: Any) -> float | None:
+    """Mean of a number, or of lists of numbers."""
+    if isinstance(value, list):
+        means = [mean for each in value if (mean := _mean(each)) is not None]
+        return math.fsum(means) / len(means) if means else None
+    return _number(value)
+
+
+def samples(rows: list[Row]) -> list[SamplesView]:
+    """Texts that were written on the way, by step."""
+    views: list[SamplesView] = []
+    for row in of_kind(rows, "samples"):
+        texts = [
+            {
+                "prompt": str(text.get("prompt") or ""),
+                "base": None if text.get("base") is None else str(text["base"]),
+                "variant": str(text.get("variant") or ""),
+            }
+            for text in row.get("texts") or []
+            if isinstance(text, dict)
+        ]
+        if texts:
+            views.append({"step": row["step"], "texts": texts})
+    return views

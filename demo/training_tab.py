@@ -1,0 +1,62 @@
+"""The tab that shows how a checkpoint came to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from .components import Curves, Facts, Samples
+from .context import App, Session
+from .models import ModelStore
+from .training import curves, facts, learned, read_card, read_history, samples
+
+
+def build_training_tab(app: App, session: Session) -> gr.Tab:
+    """A checkpoint's card in short, its curves, what its mechanisms learned, and what it wrote on the way."""
+    handlers = Handlers(app.store)
+    names = app.store.names()
+    with gr.Tab("Training", id="training", elem_id="training-tab") as tab:
+        model = gr.Radio(
+            names,
+            value=handlers.first_model(names),
+            label="Checkpoint",
+            info="From its own files: the history of its training and its card.",
+            elem_id="training-model",
+        )
+        about = Facts(elem_id="training-facts")
+        gr.Markdown("### Through training")
+        history = Curves(elem_id="training-curves", empty="This checkpoint has no history of its training.")
+        gr.Markdown("### What it wrote on the way")
+        texts = Samples(elem_id="training-samples", empty="No texts were written while it was trained.")
+        gr.Markdown("### What its attention learned\nMean over the heads; from the first layer (faint) to the last (strong).")
+        inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        outputs = [about, history, texts, inside]
+        gr.on([tab.select, model.change], handlers.show, model, outputs, **quiet)
+        session.names.change(handlers.offer, [session.names, model], model, **quiet)
+    return tab
+
+
+class Handlers:
+    """What happens on the training tab."""
+
+    def __init__(self, store: ModelStore):
+        self.store = store
+
+    def first_model(self, names: list[str]) -> str | None:
+        """The first variant, or the first model where there is none."""
+        variants = [name for name in names if not self.store.entry(name).is_base]
+        return next(iter(variants or names), None)
+
+    def offer(self, names: list[str], model: str | None) -> dict[str, Any]:
+        """The models that can be chosen."""
+        return gr.Radio(choices=names, value=model if model in names else self.first_model(names))
+
+    def show(self, model: str | None) -> tuple[Any, ...]:
+        """Facts, curves, samples and learned quantities of a checkpoint."""
+        if model not in self.store.names():
+            return [], [], [], []
+        entry = self.store.entry(model)
+        rows = read_history(entry.folder)
+        return facts(entry, rows, read_card(entry.folder)), curves(rows), samples(rows), learned(rows)
