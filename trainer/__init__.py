@@ -1,0 +1,1 @@
+"""Training: pretraining a base, and fitting a variant to its base."""

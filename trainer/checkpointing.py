@@ -1,0 +1,135 @@
+"""Checkpoints to resume from: complete or absent, checked on load, without pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from attention.errors import CheckpointError
+from attention.files import check, replaced, write_manifest
+
+logger = logging.getLogger(__name__)
+WEIGHTS, OPTIMIZERS, BEST, RNG, STATE = (
+    "weights.safetensors",
+    "optimizers.safetensors",
+    "best.safetensors",
+    "rng.safetensors",
+    "state.json",
+)
+
+
+@dataclass
+class Snapshot:
+    """Everything that a run needs to go on as if it had not stopped.
+
+    Attributes:
+        weights: the tensors that the run trains, by name.
+        optimizers: what the stage's optimisers remember; see `optimizer_tensors`.
+        best: the best weights so far, if the run keeps them.
+        rng: states of random generators, by device and process.
+        state: the rest, as plain data.
+    """
+
+    weights: dict[str, Tensor]
+    optimizers: dict[str, Tensor]
+    best: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Writes `folder`/step-N beside, checks it in, and then deletes all but the last `keep` checkpoints.
+
+    Raises:
+        CheckpointError: if the disk refuses; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{snapshot.state['step']:08d}"
+    with replaced(target) as new:
+        for name, tensors in _files(snapshot).items():
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, new / name)
+        (new / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
+        write_manifest(new)
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def read_newest(folder: Path) -> Snapshot | None:
+    """The newest intact checkpoint, or None; broken ones are named in the log and left where they are."""
+    for path in reversed(_steps(folder)):
+        try:
+            check(path)
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            return Snapshot(*(load_file(path / name) for name in (WEIGHTS, OPTIMIZERS, BEST, RNG)), state)
+        except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+            logger.warning("skipping a broken checkpoint: %s", error)
+    return None
+
+
+def _files(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
+    return {WEIGHTS: snapshot.weights, OPTIMIZERS: snapshot.optimizers, BEST: snapshot.best, RNG: snapshot.rng}
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """All tensors that optimisers remember, as "optimiser.parameter.name"; on every process, whole."""
+    return {
+        f"{place}.{parameter}.{name}": whole(value)
+        for place, optimizer in enumerate(optimizers)
+        for parameter, memory in optimizer.state_dict()["state"].items()
+        for name, value in memory.items()
+    }
+
+
+def restore_optimizers(optimizers: Sequence[Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Gives optimisers what `optimizer_tensors` took from them; learning rates and other options stay."""
+    for place, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        memory: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            owner, parameter, name = key.split(".", 2)
+            if int(owner) == place:
+                like = parameters[int(parameter)]
+                memory.setdefault(int(parameter), {})[name] = shard_like(tensor, like) if tensor.ndim else tensor
+        optimizer.load_state_dict({"state": memory, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def restore_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors into a model's own, in place, so that ties and optimisers still hold.
+
+    Raises:
+        ValueError: if the model has no tensor of a name, or one of another shape.
+    """
+    state = model.state_dict()
+    wrong = [name for name, tensor in tensors.items() if name not in state or state[name].shape != tensor.shape]
+    if wrong:
+        raise ValueError(f"the checkpoint is of another model; these do not fit: {wrong}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(shard_like(tensor, state[name]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its shards; every process that holds one must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as another is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor

@@ -1,0 +1,425 @@
+"""What a run is told: a YAML recipe with overrides from the command line, checked as a whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from attention.mechanism import ConfigError
+from attention.registry import config_from_dict
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of a config: no unknown options, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    """The text to train and validate on; all tokens are joined into one stream, each document ended by eos.
+
+    Attributes:
+        train: files, or patterns of files, of text (.txt, .md, ...) or JSON lines (.jsonl, .json). None, with no
+            `dataset`: text sampled from the base.
+        valid: the same for validation. None: the last `valid_fraction` of the training tokens.
+        dataset: a data set on the Hub, for example Salesforce/wikitext.
+        name: its configuration, for example wikitext-2-raw-v1.
+        revision: its git revision.
+        train_split, valid_split: its splits; without a `valid_split` see `valid`.
+        column: the field that holds the text, of a Hub data set or JSON lines.
+        documents: where a document of a text file ends: at an empty line ("paragraph"), at every line ("line"), or at
+            the end of the file ("document"). The rows of a Hub data set and the objects of JSON lines are documents,
+            unless this is "document", which joins them as they stand.
+        sampled_tokens: how much text to sample from the base.
+        sample_batch: how many texts to sample at a time.
+        valid_fraction: share of the training tokens kept for validation where there is no other text for it.
+        cache: folder for sampled text.
+    """
+
+    train: list[str] | None = None
+    valid: list[str] | None = None
+    dataset: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    valid_split: str | None = "validation"
+    column: str = "text"
+    documents: Literal["paragraph", "line", "document"] | None = None
+    sampled_tokens: Annotated[int, Field(ge=1024)] = 524_288
+    sample_batch: Annotated[int, Field(ge=1)] = 64
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    cache: str = "runs/cache"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_path_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {
+                key: [value] if key in ("train", "valid") and isinstance(value, str) else value
+                for key, value in values.items()
+            }
+        return values
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.train and self.dataset:
+            raise ValueError("give either train (files) or dataset (on the Hub), not both")
+        return self
+
+
+class ScheduleConfig(Section):
+    """The learning rate over a stage, as a factor: linear warm-up, a constant part, decay to `final`.
+
+    Attributes:
+        warmup: share of the stage for warm-up.
+        constant: share of the stage at full rate before decay begins (after the warm-up).
+        decay: shape of the decay.
+        final: the factor at the end.
+    """
+
+    warmup: Fraction = 0.05
+    constant: Fraction = 0.0
+    decay: Literal["cosine", "linear"] = "cosine"
+    final: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScheduleConfig:
+        if self.warmup + self.constant > 1:
+            raise ValueError("warmup and constant are shares of the stage; together they must not exceed 1")
+        return self
+
+
+class StageConfig(Section):
+    """What all stages have.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: sequences of a step, over all processes and micro-batches.
+        micro_batch_size: sequences of one forward pass on one process; None: as few passes as there can be, one.
+        context: tokens of a sequence.
+        final_context: context of the last part of the stage, with as many tokens a step; None: the same.
+        final_fraction: share of the steps that the last part takes.
+        lr: learning rate of weights that the base has too.
+        mechanism_lr: learning rate of the mechanisms' own parameters.
+        weight_decay: decoupled, on matrices only, not on the mechanisms' parameters.
+        betas: of AdamW.
+        clip: largest norm of the gradient; None: not clipped.
+        schedule: the learning rate over the stage.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    context: Annotated[int, Field(ge=2)] = 512
+    final_context: Annotated[int, Field(ge=2)] | None = None
+    final_fraction: Fraction = 0.15
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    mechanism_lr: Annotated[float, Field(gt=0)] = 5e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @model_validator(mode="after")
+    def _final_batch(self) -> StageConfig:
+        tokens = self.batch_size * self.context
+        if self.final_context and tokens % self.final_context:
+            raise ValueError(f"final_context must divide the {tokens} tokens of a step (batch_size × context)")
+        return self
+
+
+class PretrainConfig(StageConfig):
+    """Cross-entropy on text. With `muon`, the blocks' matrices are trained by Muon at `muon_lr`, the rest by AdamW."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    muon: bool = False
+    muon_lr: Annotated[float, Field(gt=0)] = 0.02
+    muon_momentum: Fraction = 0.95
+
+
+class TransferConfig(StageConfig):
+    """Each layer's mechanism learns that layer's softmax attention, on what the base itself computes.
+
+    Attributes:
+        output: weight of the squared error of the mixed values, over the mean square of the base's own.
+        weights: weight of the cross-entropy of the attention weights; needs (T, T) matrices.
+    """
+
+    stage: Literal["transfer"] = "transfer"
+    output: Annotated[float, Field(ge=0)] = 1.0
+    weights: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _has_objective(self) -> TransferConfig:
+        if not self.output and not self.weights:
+            raise ValueError("output and weights are both 0: there is nothing to learn")
+        return self
+
+
+class Objective(Section):
+    """Weights of the terms of the distillation loss, each in nats per token; `l1` weighs the mechanisms' penalty.
+
+    Attributes:
+        kl: KL(base ‖ variant).
+        ce: cross-entropy of the text.
+        reverse_kl: KL(variant ‖ base).
+        jsd: Jensen–Shannon divergence.
+        l1: the sum of the mechanisms' `penalty`.
+    """
+
+    kl: Annotated[float, Field(ge=0)] = 1.0
+    ce: Annotated[float, Field(ge=0)] = 0.0
+    reverse_kl: Annotated[float, Field(ge=0)] = 0.0
+    jsd: Annotated[float, Field(ge=0)] = 0.0
+    l1: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _has_objective(self) -> Objective:
+        if not (self.kl or self.ce or self.reverse_kl or self.jsd):
+            raise ValueError("kl, ce, reverse_kl and jsd are all 0: there is nothing to learn")
+        return self
+
+
+class DistilConfig(StageConfig):
+    """The variant learns the base's next-token distributions.
+
+    Attributes:
+        train: the mechanisms' own parameters, all of the attention layers, or all weights.
+        objective: the terms of the loss.
+    """
+
+    stage: Literal["distil"] = "distil"
+    train: Literal["mechanism", "attention", "all"] = "attention"
+    objective: Objective = Objective()
+
+
+AnyStage = Annotated[PretrainConfig | TransferConfig | DistilConfig, Field(discriminator="stage")]
+
+
+class EvalConfig(Section):
+    """Measuring.
+
+    Attributes:
+        every: steps between validations; also at the start and the end. None: only there.
+        tokens: validation tokens to measure on, from the beginning; None: all.
+        context: tokens of a block.
+        batch_size: blocks of a forward pass.
+        text: a text to measure on once, at the end, for the card; never used to choose anything.
+        keep: which weights a run ends with: those of the last step or the best on the validation text.
+    """
+
+    every: Annotated[int, Field(ge=1)] | None = 100
+    tokens: Annotated[int, Field(ge=2)] | None = 32_768
+    context: Annotated[int, Field(ge=2)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    text: str | None = None
+    keep: Literal["last", "best"] = "last"
+
+
+class SampleConfig(Section):
+    """Texts written from fixed prompts by base and variant, greedily for temperature 0, otherwise with a fixed seed.
+
+    Attributes:
+        every: steps between samples; also at the end. None: only there.
+    """
+
+    prompts: list[str] = ["", "The old man looked at the sea and"]
+    length: Annotated[int, Field(ge=1)] = 60
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    every: Annotated[int, Field(ge=1)] | None = None
+
+
+class CheckpointConfig(Section):
+    """Checkpoints to resume from: every `every` steps (None: only when stopped), of which the last `keep` remain."""
+
+    every: Annotated[int, Field(ge=1)] | None = 200
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class TokenizerAndModel(Section):
+    """A new model to pretrain.
+
+    Attributes:
+        tokenizer: a folder or Hub id that has the tokenizer.
+        config: options of `transformers.GPT2Config`; the vocabulary is the tokenizer's.
+    """
+
+    tokenizer: str
+    config: dict[str, Any] = {}
+
+
+class RunConfig(Section):
+    """A whole run.
+
+    Attributes:
+        base: folder or Hub id of the pretrained model: teacher of transfer and distil, start of pretrain.
+        new: a model to pretrain from random weights instead.
+        variant: a variant to continue with, instead of a fresh one; its own attention is used.
+        attention: method and its options; see `attention.METHODS`.
+        stages: what to do, in this order.
+        max_steps: steps in all, shared among the stages in proportion; None: as the stages say.
+        output: folder of the run.
+        resume: go on from the newest intact checkpoint in `output`, if there is one.
+        seed: of everything random.
+        precision: "auto" is bf16 where the device has it in hardware, otherwise float32.
+        cpu: use the CPU even where there is a GPU.
+        gradient_checkpointing: recompute activations in the backward pass.
+        push_to: repository on the Hub, "user/repo[/subfolder]", to push the result to.
+        private: whether a repository that is created is private.
+        trackers: trackers of Accelerate, for example tensorboard, wandb or trackio.
+        dry_run: one step of each stage, one evaluation, one save, and an estimate for the whole run.
+        log_every: steps between rows of the history.
+    """
+
+    base: str | None = None
+    new: TokenizerAndModel | None = None
+    variant: str | None = None
+    attention: dict[str, Any] | None = None
+    data: DataConfig = DataConfig()
+    stages: Annotated[list[AnyStage], Field(min_length=1)]
+    eval: EvalConfig = EvalConfig()
+    samples: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    output: str
+    resume: bool = False
+    seed: int = 0
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    cpu: bool = False
+    gradient_checkpointing: bool = False
+    push_to: str | None = None
+    private: bool = False
+    trackers: list[str] = []
+    dry_run: bool = False
+    log_every: Annotated[int, Field(ge=1)] = 10
+
+    @property
+    def pretrains(self) -> bool:
+        return self.stages[0].stage == "pretrain"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        problems = self._model_problems()
+        if len({stage.stage == "pretrain" for stage in self.stages}) > 1:
+            problems.append("stages: pretrain cannot be mixed with transfer and distil; make two runs")
+        if self.max_steps is not None and self.max_steps < len(self.stages):
+            problems.append(f"max_steps: {len(self.stages)} stages need at least as many steps; got {self.max_steps}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        self._share_steps()
+        return self
+
+    def _model_problems(self) -> list[str]:
+        problems = []
+        if self.pretrains:
+            if (self.base is None) == (self.new is None):
+                problems.append("pretrain starts either from base or from new; give one of the two")
+            if self.attention is not None or self.variant is not None:
+                problems.append("pretrain trains a base; attention and variant have no meaning there")
+            if self.new is not None and not (self.data.train or self.data.dataset):
+                problems.append("a new model cannot write its own training text; give data.train or data.dataset")
+            return problems
+        if self.base is None or self.new is not None:
+            problems.append("transfer and distil need base, a pretrained model, and no new")
+        if (self.attention is None) == (self.variant is None):
+            problems.append("give either attention (method and options) or variant (a folder to continue with)")
+        if self.attention is not None:
+            try:
+                config_from_dict(self.attention)
+            except ConfigError as error:
+                problems += [f"attention: {problem}" for problem in error.problems]
+        return problems
+
+    def _share_steps(self) -> None:
+        if self.max_steps is None:
+            return
+        total, left, spent = sum(stage.steps for stage in self.stages), self.max_steps, 0
+        for index, stage in enumerate(self.stages):
+            spent += stage.steps
+            until = max(index + 1, round(self.max_steps * spent / total))
+            until = min(until, self.max_steps - (len(self.stages) - index - 1))
+            stage.steps = until - (self.max_steps - left)
+            left = self.max_steps - until
+        self.max_steps = None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a recipe and applies overrides such as `["--data.train", "book.txt", "--stages.distil.steps", "50"]`.
+
+    A stage is named by its place (from 0) or its kind; values are YAML; an option without a value is true.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"is not YAML: {error}"]) from None
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), ["must be a mapping of options to values"])
+    problems = apply_overrides(values, overrides)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(str(path), problems + _sentences(error)) from None
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Sets dotted options in `values`; returns sentences about those that could not be set."""
+    problems, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        if not re.match(r"--[A-Za-z_]", word):
+            problems.append(f"{word!r} is not an option; options are written --name value")
+            continue
+        option, given, text = word[2:].partition("=")
+        if not given:
+            text = words.pop(0) if words and not re.match(r"--[A-Za-z_]", words[0]) else "true"
+        try:
+            _set(values, option.split("."), yaml.safe_load(text))
+        except (LookupError, TypeError, ValueError, yaml.YAMLError):
+            problems.append(f"--{option} {text}: there is no such place in the recipe, or the value is not YAML")
+    return problems
+
+
+def _set(values: Any, path: list[str], value: Any) -> None:
+    *parents, last = path
+    for name in parents:
+        if isinstance(values, dict):
+            if values.get(name) is None:
+                values[name] = {}
+            values = values[name]
+        else:
+            values = values[_place(values, name)]
+    values[last if isinstance(values, dict) else _place(values, last)] = value
+
+
+def _place(items: list[Any], name: str) -> int:
+    """The place of an item of a list: a number, or the kind of a stage."""
+    if name.isdigit():
+        return int(name)
+    return [item.get("stage") if isinstance(item, dict) else None for item in items].index(name)
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    sentences = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "is not an option"
+        given = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+        sentences += [f"{place}: {line}{given}" if place else line for line in message.splitlines()]
+    return sentences

@@ -1,0 +1,245 @@
+"""Text as one stream of tokens, and blocks of it in an order that follows from the seed and the step alone."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # otherwise offline loading waits for a request
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars, load_dataset
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import DataConfig
+
+logger = logging.getLogger(__name__)
+JSON_SUFFIXES = (".json", ".jsonl")
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a stream of tokens for one part of a stage.
+
+    Every pass over the text starts the blocks at another random place, wraps around at the end of the text, and takes
+    the blocks in another random order: each pass shows every token at least once, all but a block's worth once.
+
+    Attributes:
+        tokens: (N,) the stream.
+        context: tokens C of a block; N ≥ C.
+        seed: of offsets and orders.
+    """
+
+    tokens: np.ndarray
+    context: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < self.context:
+            raise DataError(f"the text has {len(self.tokens)} tokens, fewer than the context of {self.context}")
+
+    @property
+    def per_pass(self) -> int:
+        return -(-len(self.tokens) // self.context)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(C,) the index-th block, for any index ≥ 0."""
+        turn, place = divmod(index, self.per_pass)
+        start, order = self._turn(turn)
+        first = (start + int(order[place]) * self.context) % len(self.tokens)
+        block = self.tokens[first : first + self.context]
+        rest = self.context - len(block)
+        return block if not rest else np.concatenate([block, self.tokens[:rest]])
+
+    def batch(self, start: int, size: int) -> Tensor:
+        """(size, C) blocks `start` to `start + size − 1`."""
+        blocks = np.stack([self[index] for index in range(start, start + size)])
+        return torch.from_numpy(blocks.astype(np.int64))
+
+    def _turn(self, turn: int) -> tuple[int, np.ndarray]:
+        cached = self.__dict__.get("_cached")
+        if cached is None or cached[0] != turn:
+            rng = np.random.default_rng((self.seed, turn))
+            cached = (turn, int(rng.integers(len(self.tokens))), rng.permutation(self.per_pass))
+            object.__setattr__(self, "_cached", cached)
+        return cached[1], cached[2]
+
+
+def load_tokens(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, sample: Callable[[], np.ndarray], *, show_progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Streams of training and validation tokens, int32.
+
+    Args:
+        config: where the text comes from.
+        tokenizer: with an eos token, which ends every document.
+        sample: gives (N,) tokens when there is no text; see `sampled_tokens`.
+        show_progress: whether to show bars.
+
+    Raises:
+        DataError: saying what could not be found or read.
+    """
+    if not show_progress:
+        disable_progress_bars()
+    if config.train:
+        train = read_files(config.train, tokenizer, config)
+    elif config.dataset:
+        train = _read_hub(config, config.train_split, tokenizer)
+    else:
+        train = sample()
+    if config.valid:
+        return train, read_files(config.valid, tokenizer, config)
+    if config.dataset and config.valid_split:
+        return train, _read_hub(config, config.valid_split, tokenizer)
+    kept = max(2, int(len(train) * config.valid_fraction))
+    return train[:-kept], train[-kept:]
+
+
+def read_files(patterns: list[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig | None = None) -> np.ndarray:
+    """(N,) int32 tokens of text files or JSON lines, tokenised once and cached by `datasets`.
+
+    By default a text file's documents end at an empty line, and paragraphs, one a line, keep their newlines.
+
+    Raises:
+        DataError: naming patterns that match nothing, mixed kinds, empty text, missing columns.
+    """
+    config = config or DataConfig()
+    files = _find(patterns)
+    kinds = {"json" if Path(file).suffix in JSON_SUFFIXES else "text" for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"text files and JSON lines cannot be mixed in one list: {', '.join(patterns)}")
+    options = {"sample_by": config.documents or "paragraph"} if kinds == {"text"} else {}
+    try:
+        rows = load_dataset(kinds.pop(), data_files=files, split="train", **options)
+    except Exception as error:  # datasets wraps whatever went wrong while reading in its own classes
+        raise DataError(f"{', '.join(patterns)} cannot be read as text: {error.__cause__ or error}") from error
+    column = "text" if options else config.column
+    joined = not options and config.documents == "document"
+    return _tokenise(rows, column, tokenizer, joined, ", ".join(patterns))
+
+
+def _find(patterns: list[str]) -> list[str]:
+    found = {
+        pattern: sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+        for pattern in patterns
+    }
+    if missing := [pattern for pattern, files in found.items() if not files]:
+        raise DataError(f"no file matches {', '.join(missing)} (looked in {Path.cwd()})")
+    return [file for files in found.values() for file in files]
+
+
+def _read_hub(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    name = f"{config.dataset} {config.name or ''}".strip()
+    try:
+        rows = load_dataset(config.dataset, config.name, split=split, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the data set {name}, split {split}, cannot be loaded: {error}. "
+            "Check the name and the network, or give local files with --data.train PATH --data.dataset null"
+        ) from error
+    return _tokenise(rows, config.column, tokenizer, config.documents == "document", name)
+
+
+def _tokenise(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, joined: bool, source: str) -> np.ndarray:
+    if column not in rows.column_names:
+        raise DataError(f"{source} has no field {column!r}; it has {rows.column_names}. Set data.column")
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no eos token to end documents with")
+    if joined:
+        rows = Dataset.from_dict({column: ["".join(rows[column])]})
+    rows = rows.map(
+        lambda batch: {"input_ids": _encode(batch[column], tokenizer)},
+        batched=True,
+        batch_size=256,
+        remove_columns=rows.column_names,
+        new_fingerprint=_key(rows._fingerprint, column, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id),
+        desc=f"Tokenising {source}",
+    )
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in rows.data.column("input_ids").chunks]
+    tokens = np.concatenate(chunks or [np.zeros(0)]).astype(np.int32, copy=False)
+    if len(tokens) < 2:
+        raise DataError(f"{source} holds no text")
+    return tokens
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each text that is not empty, with eos after it."""
+    texts = [text for text in texts if text]
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [ids + [tokenizer.eos_token_id] for ids in encoded]
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def sampled_tokens(
+    base: PreTrainedModel,
+    base_hash: str,
+    count: int,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    cache: str | Path,
+    show_progress: bool = True,
+) -> np.ndarray:
+    """Text that the base writes: (≥ count,) int32 tokens, in texts of `length` tokens that start with eos.
+
+    Sampled at temperature 1 from the whole distribution; texts go on after an eos. Generated once, then read from
+    `cache`, where a file's name follows from everything that its content depends on.
+
+    Args:
+        base: in evaluation mode; `length` ≤ its number of positions.
+        base_hash: identifies the base's weights.
+        seed: of the sampling; the global random state is left as it was.
+    """
+    eos = base.config.eos_token_id
+    path = Path(cache) / f"sampled-{_key(base_hash, count, length, batch_size, seed, eos)}.safetensors"
+    if path.is_file():
+        return load_file(path)["tokens"]
+    batches = []
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        with tqdm(total=count, unit="tok", desc="Sampling text from the base", disable=not show_progress) as bar:
+            while bar.n < count:
+                batches.append(_write_texts(base, eos, batch_size, length))
+                bar.update(batches[-1].size)
+    tokens = np.concatenate(batches).reshape(-1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({"tokens": tokens}, partial)
+    partial.replace(path)
+    return tokens
+
+
+@torch.no_grad()
+def _write_texts(base: PreTrainedModel, eos: int, batch_size: int, length: int) -> np.ndarray:
+    prompt = torch.full((batch_size, 1), eos, device=base.device)
+    texts = base.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - 1,
+        eos_token_id=None,
+        pad_token_id=eos,
+    )
+    return texts.cpu().numpy().astype(np.int32)

@@ -1,0 +1,143 @@
+"""Losses over a vocabulary, from hidden states: the logits of all tokens never exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TERMS = ("kl", "ce", "reverse_kl", "jsd")
+CHUNK_BYTES = 16 * 2**20  # logits that exist at a time; more is not faster, on a CPU it is slower
+
+
+def vocabulary_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    terms: Mapping[str, float],
+    *,
+    labels: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sums, over tokens, a weighted sum of losses between the student's distribution q and the teacher's p.
+
+    With logits s = hidden @ weightᵀ and q = softmax(s), the gradients of the terms with respect to s are
+
+    - kl, KL(p ‖ q): q − p
+    - ce, −log q[label]: q − onehot(label)
+    - reverse_kl, KL(q ‖ p): q · (log(q/p) − KL(q ‖ p))
+    - jsd, ½ KL(p ‖ m) + ½ KL(q ‖ m) with m = ½ (p + q): ½ q · (log(q/m) − KL(q ‖ m))
+
+    and are carried to `hidden` and `weight` chunk by chunk while the value is computed, so that the logits are made
+    once and at most `chunk_tokens` × V of them exist. Differentiable once.
+
+    Args:
+        hidden: (N, E), the student's last hidden states.
+        weight: (V, E), the student's output matrix.
+        terms: weight of each term, by a name of `TERMS`; terms of weight 0 are neither computed nor returned.
+        labels: (N,) next tokens, for ce.
+        teacher_hidden: (N, E'), for all other terms; no gradient flows to the teacher.
+        teacher_weight: (V, E').
+        chunk_tokens: tokens whose logits exist at a time; by default what fits 16 MiB.
+
+    Returns:
+        The loss (a scalar), and each term without its weight, summed over tokens, without gradient.
+
+    Raises:
+        ValueError: for unknown terms, none, or missing inputs.
+    """
+    active = {name: factor for name, factor in terms.items() if factor}
+    needs_teacher = any(name != "ce" for name in active)
+    if not active or set(active) - set(TERMS):
+        raise ValueError(f"terms must be among {TERMS}, at least one with a weight other than 0; got {dict(terms)}")
+    if "ce" in active and labels is None:
+        raise ValueError("ce needs labels")
+    if needs_teacher and (teacher_hidden is None or teacher_weight is None):
+        raise ValueError(f"{sorted(set(active) - {'ce'})} need teacher_hidden and teacher_weight")
+    chunk = chunk_tokens or max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+    loss, sums = _VocabularyLoss.apply(
+        hidden, weight, labels, teacher_hidden if needs_teacher else None, teacher_weight, active, chunk
+    )
+    return loss, dict(zip(active, sums, strict=True))
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        terms: dict[str, float],
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        sums = hidden.new_zeros(len(terms), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            student = (hidden[part] @ weight.t()).float()
+            teacher = None if teacher_hidden is None else (teacher_hidden[part] @ teacher_weight.t()).float()
+            values, grad = _chunk_terms(student, teacher, None if labels is None else labels[part], terms)
+            sums += values
+            if needs_hidden:
+                grad_hidden[part] = grad.to(weight.dtype) @ weight
+            if needs_weight:
+                grad_weight.addmm_(grad.t(), hidden[part].float())
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(sums)
+        return sums @ sums.new_tensor(list(terms.values())), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _chunk_terms(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, terms: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Sums (len(terms),) over a chunk's tokens, and the gradient (C, V) of the weighted sum. Overwrites its logits."""
+    log_q = student.sub_(student.logsumexp(-1, keepdim=True))
+    log_p = None if teacher is None else teacher.sub_(teacher.logsumexp(-1, keepdim=True))
+    q = log_q.exp()
+    p = None if log_p is None else log_p.exp()
+    grad: Tensor | None = None
+    values = []
+    for name, factor in terms.items():
+        if name == "kl":
+            values.append(torch.dot(p.flatten(), (log_p - log_q).flatten()))
+            term_grad = q - p
+        elif name == "ce":
+            picked = labels[:, None]
+            values.append(-log_q.gather(1, picked).sum())
+            term_grad = q.scatter_add(1, picked, torch.full_like(picked, -1, dtype=q.dtype))
+        elif name == "reverse_kl":
+            log_ratio = log_q - log_p
+            each = (q * log_ratio).sum(-1, keepdim=True)
+            values.append(each.sum())
+            term_grad = log_ratio.sub_(each).mul_(q)
+        else:
+            log_m = torch.logaddexp(log_p, log_q).sub_(_LOG_2)
+            log_ratio = log_q - log_m
+            each = (q * log_ratio).sum(-1, keepdim=True)
+            values.append(0.5 * (torch.dot(p.flatten(), (log_p - log_m).flatten()) + each.sum()))
+            term_grad = log_ratio.sub_(each).mul_(q).mul_(0.5)
+        grad = term_grad.mul_(factor) if grad is None else grad.add_(term_grad, alpha=factor)
+    return torch.stack(values), grad
+
+
+_LOG_2 = 0.6931471805599453

@@ -1,0 +1,44 @@
+"""Stopping at the end of a step when asked to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import psutil
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, go on later
+
+
+class StopRequest:
+    """Remembers SIGINT and SIGTERM; a second one acts at once, as usual.
+
+    `accelerate launch` with one process does not hand SIGTERM on: it dies and leaves the trainer running. So the
+    launcher's death counts as a request, too.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._launcher = os.getppid() if _launched_by_accelerate() else None
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self.close()
+
+    @property
+    def asked(self) -> bool:
+        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
+
+    def close(self) -> None:
+        """Puts back the handlers that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _launched_by_accelerate() -> bool:
+    try:
+        return any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline()[:3])
+    except psutil.Error:
+        return False

@@ -1,0 +1,187 @@
+"""What each stage computes: a module from a batch of tokens to a loss summed over tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attention import Mechanism, SoftmaxConfig, convert
+from attention.gpt2 import GPT2VariantLMHeadModel
+from attention.mechanism import repeat_heads
+
+from .config import DistilConfig, PretrainConfig, StageConfig, TransferConfig
+from .losses import vocabulary_loss
+from .optim import is_mechanism
+
+
+@dataclass
+class Losses:
+    """What a forward pass gives: the loss to minimise, summed over tokens, and its terms, likewise, without gradient."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class Learner(nn.Module):
+    """A model with the loss that it learns from; everything trained is used inside `forward`, as DDP and FSDP ask.
+
+    Attributes:
+        model: what is trained.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Losses:
+        """Losses of (B, T) tokens, over B · (T − 1) predicted ones."""
+        raise NotImplementedError
+
+
+def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """(B, T, E) what the output matrix is applied to."""
+    return model.base_model(input_ids, use_cache=False).last_hidden_state
+
+
+def output_matrix(model: PreTrainedModel) -> Tensor:
+    """(V, E)."""
+    return model.get_output_embeddings().weight
+
+
+class Pretrain(Learner):
+    """Cross-entropy of the next token."""
+
+    def forward(self, input_ids: Tensor) -> Losses:
+        hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
+        return Losses(*vocabulary_loss(hidden, output_matrix(self.model), {"ce": 1.0}, labels=_labels(input_ids)))
+
+
+class Distil(Learner):
+    """The base's distributions of the next token, and what else the objective asks for."""
+
+    def __init__(self, model: GPT2VariantLMHeadModel, base: PreTrainedModel, stage: DistilConfig):
+        super().__init__(model)
+        self.objective = stage.objective
+        self.base = (base,)  # in a tuple, so that it is neither trained, nor saved, nor moved
+
+    def forward(self, input_ids: Tensor) -> Losses:
+        base = self.base[0]
+        terms = self.objective.model_dump(exclude={"l1"})
+        with torch.no_grad():
+            teacher = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
+        hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
+        loss, sums = vocabulary_loss(
+            hidden,
+            output_matrix(self.model),
+            terms,
+            labels=_labels(input_ids),
+            teacher_hidden=teacher,
+            teacher_weight=output_matrix(base),
+        )
+        penalties = [penalty for mechanism in self.model.mechanisms if (penalty := mechanism.penalty()) is not None]
+        if penalties:
+            sums["l1"] = torch.stack(penalties).sum().detach() * len(hidden)
+        if penalties and self.objective.l1:
+            loss = loss + self.objective.l1 * len(hidden) * torch.stack(penalties).sum()
+        return Losses(loss, sums)
+
+
+class Transfer(Learner):
+    """Each mechanism on the queries, keys, values and inputs that the base itself computes in that layer."""
+
+    def __init__(self, model: GPT2VariantLMHeadModel, base: PreTrainedModel, stage: TransferConfig):
+        super().__init__(model.transformer)
+        self.stage = stage
+        self.teacher = (convert(base, SoftmaxConfig(), share=True).eval(),)
+
+    def forward(self, input_ids: Tensor) -> Losses:
+        teacher = self.teacher[0]
+        with torch.no_grad(), recorded(teacher.mechanisms) as calls:
+            teacher.transformer(input_ids, use_cache=False)
+        tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
+        layers = [self._layer(*pair) for pair in zip(self.model.mechanisms, teacher.mechanisms, calls, strict=True)]
+        sums = {name: tokens * torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
+        loss = sum(getattr(self.stage, name) * value for name, value in sums.items())
+        return Losses(loss, {name: value.detach() for name, value in sums.items()})
+
+    def _layer(self, student: Mechanism, teacher: Mechanism, call: Call) -> dict[str, Tensor]:
+        """The terms of one layer, each a mean over its tokens."""
+        terms = {}
+        if self.stage.output:
+            mixed = student(call.q, call.k, call.v, call.x)
+            terms["output"] = (mixed - call.mixed).square().mean() / call.mixed.square().mean()
+        if self.stage.weights:
+            wanted = teacher.attention_map(call.q, repeat_heads(call.k, call.q.shape[1]), call.x)
+            learned = student.attention_map(call.q, call.k, call.x)
+            terms["weights"] = -(wanted * learned.clamp_min(1e-6).log()).sum(-1).mean()
+        return terms
+
+
+@dataclass
+class Call:
+    """What a mechanism was called with, and what it gave; see `Mechanism.forward`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    mixed: Tensor
+
+
+@contextmanager
+def recorded(mechanisms: list[Mechanism]) -> Iterator[list[Call]]:
+    """Collects the calls of mechanisms, in the order in which they are made."""
+    calls: list[Call] = []
+    hooks = [
+        mechanism.register_forward_hook(lambda _, inputs, mixed: calls.append(Call(*inputs[:4], mixed)))
+        for mechanism in mechanisms
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _labels(input_ids: Tensor) -> Tensor:
+    return input_ids[:, 1:].flatten()
+
+
+def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedModel | None) -> Learner:
+    """The learner of a stage; only what the stage trains requires gradients afterwards.
+
+    Raises:
+        ValueError: if the stage would train nothing.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(stage, name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"stage {stage.stage} trains the mechanisms alone, and these have no parameters of their own")
+    if isinstance(stage, PretrainConfig):
+        return Pretrain(model)
+    without_dropout(model)
+    return Distil(model, base, stage) if isinstance(stage, DistilConfig) else Transfer(model, base, stage)
+
+
+def trains(stage: StageConfig, name: str) -> bool:
+    """Whether a stage trains the parameter of that name."""
+    if isinstance(stage, PretrainConfig):
+        return True
+    if isinstance(stage, TransferConfig) or stage.train == "mechanism":
+        return is_mechanism(name)
+    return stage.train == "all" or ".attn." in name
+
+
+def without_dropout(model: GPT2VariantLMHeadModel) -> None:
+    """Switches dropout off for good: a student that drops what its teacher keeps learns something else."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, Mechanism):
+            module.layer = dataclasses.replace(module.layer, dropout=0.0)

@@ -1,0 +1,89 @@
+"""Trains: `accelerate launch trainer/train.py --config RECIPE.yaml [--any.option value ...]`.
+
+Exit codes: 0 done; 2 a mistake in the config, the data or a path; 75 stopped by a signal after saving, `--resume` goes on;
+1 anything else. `accelerate launch` turns all but 0 into 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file from a clone that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.utils import logging as transformers_logging
+
+import attention
+from attention.errors import CheckpointError
+from trainer import setup
+from trainer.config import RunConfig, load_config
+from trainer.data import DataError
+from trainer.finish import finish
+from trainer.loop import Loop, NonFiniteLossError, StoppedError
+from trainer.signals import EXIT_STOPPED
+
+logger = logging.getLogger("trainer")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a recipe; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="see trainer/recipes")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load_config(options.config, overrides)
+    except attention.ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    with logging_redirect_tqdm(loggers=[logging.getLogger()]):
+        return run(config)
+
+
+def run(config: RunConfig) -> int:
+    """Sets up, fits and saves; returns the exit code."""
+    start_logging(Path(config.output))
+    try:
+        parts = setup.build(config)
+    except (DataError, CheckpointError, OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 2
+    if parts.accelerator.is_main_process:
+        setup.write_record(config, Path(config.output))
+    else:
+        logging.getLogger().setLevel(logging.ERROR)
+    loop = Loop(parts)
+    try:
+        loop.fit()
+        finish(loop)
+    except StoppedError:
+        logger.info("stopped after step %d; --resume goes on from there", loop.step)
+        return EXIT_STOPPED
+    except (NonFiniteLossError, CheckpointError) as error:
+        logger.error("%s", error)
+        return 1
+    finally:
+        parts.accelerator.end_training()
+    return 0
+
+
+def start_logging(folder: Path) -> None:
+    """Logs to stderr and to train.log in the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(), logging.FileHandler(folder / "train.log", encoding="utf-8")],
+        force=True,
+    )
+    for name in ("httpx", "httpx2", "filelock", "matplotlib", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
