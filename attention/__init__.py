@@ -7,7 +7,10 @@ from .errors import CheckpointError, PushError
 from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
 from .hub import HubOptions
 from .loading import Checkpoint, describe, hub_size, load, locate
+from .masks import MasksConfig
 from .mechanism import ConfigError, Mechanism, MechanismConfig
+from .nsa import NSAConfig
+from .performer import PerformerConfig
 from .pushing import Push, push
 from .registry import METHODS, config_from_dict
 from .saving import save
@@ -21,8 +24,11 @@ __all__ = [
     "GPT2VariantConfig",
     "GPT2VariantLMHeadModel",
     "HubOptions",
+    "MasksConfig",
     "Mechanism",
     "MechanismConfig",
+    "NSAConfig",
+    "PerformerConfig",
     "Push",
     "PushError",
     "SoftmaxConfig",
