@@ -101,14 +101,20 @@ def pull(spec: HubSpec, hub: HubOptions = HUB, progress: Progress | None = None)
     Raises:
         MissingCheckpointError, MissingRevisionError, NetworkError: each saying what to do.
     """
+    arguments = {**_selection(spec), "cache_dir": hub.cache_dir}
     with _translated(spec):
-        root = hub.client.snapshot_download(
-            **_selection(spec),
-            cache_dir=hub.cache_dir,
-            local_files_only=hub.local_files_only,
-            force_download=hub.force_download,
-            tqdm_class=_reporting(progress) if progress else None,
-        )
+        try:
+            root = hub.client.snapshot_download(
+                **arguments,
+                local_files_only=hub.local_files_only,
+                force_download=hub.force_download,
+                tqdm_class=_reporting(progress) if progress else None,
+            )
+        except httpx2.TransportError as error:  # of the kinds that the client does not fall back from by itself
+            try:
+                root = hub.client.snapshot_download(**arguments, local_files_only=True)
+            except LocalEntryNotFoundError:
+                raise error from None
     folder = Path(root, spec.subfolder)
     if not (folder / "config.json").is_file():
         where = f"no folder {spec.subfolder!r} with a config.json" if spec.subfolder else "no config.json"
@@ -139,13 +145,16 @@ def download_size(spec: HubSpec, hub: HubOptions = HUB) -> int:
     if hub.local_files_only:
         return 0
     with _translated(spec):
-        files = hub.client.snapshot_download(
-            **_selection(spec),
-            cache_dir=hub.cache_dir,
-            force_download=hub.force_download,
-            dry_run=True,
-            tqdm_class=_Silent,
-        )
+        try:
+            files = hub.client.snapshot_download(
+                **_selection(spec),
+                cache_dir=hub.cache_dir,
+                force_download=hub.force_download,
+                dry_run=True,
+                tqdm_class=_Silent,
+            )
+        except DryRunError as error:
+            raise error.__cause__ or error from None
     return sum(file.file_size for file in files if file.will_download)
 
 

@@ -32,7 +32,7 @@ from .files import (
     write_weights,
 )
 from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
-from .hub import HUB, HubSpec, reason
+from .hub import HUB, HubOptions, HubSpec, reason
 from .loading import full_weights
 from .saving import save_model
 
@@ -101,7 +101,7 @@ def push(
     _check_card(folder / CARD, command)
     message = message or f"Upload a {read_json(folder / 'config.json')['attention']['method']} variant"
     with tempfile.TemporaryDirectory() as work:
-        files = published(folder, Path(work), spec, include_base)
+        files = published(folder, Path(work), spec, include_base, HubOptions(api))
         sizes = {spec.path(name): path.stat().st_size for name, path in sorted(files.items())}
         if dry_run:
             return Push(str(spec), sizes)
@@ -126,7 +126,9 @@ def push_model(
     return str(done.url)
 
 
-def published(folder: Path, work: Path, spec: HubSpec, include_base: bool | None) -> dict[str, Path]:
+def published(
+    folder: Path, work: Path, spec: HubSpec, include_base: bool | None, hub: HubOptions = HUB
+) -> dict[str, Path]:
     """The files that stand for a variant on the Hub, by name; those that differ from its own are made in `work`."""
     files = {name: folder / name for name in read_manifest(folder) if (folder / name).is_file()}
     files |= {path.name: path for path in folder.iterdir() if path.suffix in IMAGES}
@@ -134,7 +136,7 @@ def published(folder: Path, work: Path, spec: HubSpec, include_base: bool | None
     if _includes_base(config.get("base"), spec, include_base):
         config.pop("base")
         files = {name: path for name, path in files.items() if not OWN_WEIGHTS.fullmatch(name)}
-        weights = full_weights(folder, HUB)
+        weights = full_weights(folder, hub)
         if config.get("tie_word_embeddings", True):
             weights.pop("lm_head.weight")
         write_weights(work, weights)
