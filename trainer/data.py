@@ -132,10 +132,7 @@ def read_files(patterns: list[str], tokenizer: PreTrainedTokenizerBase, config: 
 
 
 def _find(patterns: list[str]) -> list[str]:
-    found = {
-        pattern: sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
-        for pattern in patterns
-    }
+    found = {pattern: sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))) for pattern in patterns}
     if missing := [pattern for pattern, files in found.items() if not files]:
         raise DataError(f"no file matches {', '.join(missing)} (looked in {Path.cwd()})")
     return [file for files in found.values() for file in files]
@@ -181,7 +178,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [ids + [tokenizer.eos_token_id] for ids in encoded]
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
 def _key(*parts: object) -> str:

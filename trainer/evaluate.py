@@ -17,7 +17,6 @@ if __name__ == "__main__":  # run as a file from a clone that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import attention
-from attention.gpt2 import GPT2VariantLMHeadModel
 from trainer.data import DataError, read_files
 from trainer.fidelity import measure
 
@@ -25,30 +24,32 @@ from trainer.fidelity import measure
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--variant", required=True, nargs="+", metavar="SPEC", help="folders or Hub ids; a base is measured alone"
-    )
-    parser.add_argument(
-        "--text", required=True, nargs="+", metavar="FILE", help="files or patterns of text or JSON lines"
-    )
-    parser.add_argument("--base", help="the base, if not the one that the variant names")
-    parser.add_argument("--context", type=int, default=512, help="tokens of a block (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="blocks of a forward pass (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a variant on stdout")
+    add = parser.add_argument
+    add("--variant", required=True, nargs="+", metavar="SPEC", help="folders or Hub ids; a base is measured alone")
+    add("--text", required=True, nargs="+", metavar="FILE", help="files or patterns of text or JSON lines")
+    add("--base", metavar="SPEC", help="the base, if not the one that the variant names")
+    add("--context", type=int, default=512, help="tokens of a block (default: %(default)s)")
+    add("--batch_size", type=int, default=8, help="blocks of a forward pass (default: %(default)s)")
+    add("--device", default="cpu", help="(default: %(default)s)")
+    add("--json", action="store_true", help="one JSON object a variant on stdout")
     return parser.parse_args(arguments)
 
 
 def evaluate(spec: str, options: argparse.Namespace) -> dict[str, object]:
     """What is measured of one variant, by name."""
-    variant, tokenizer = attention.load(spec, device=options.device)
-    base = None
-    if isinstance(variant, GPT2VariantLMHeadModel):
-        base, _ = attention.load(options.base or variant.config.base["id"], device=options.device)
+    found = attention.describe(spec)
+    base = base_tokenizer = None
+    if found.is_variant:
+        if (base_spec := options.base or found.base) is None:
+            raise ValueError(f"{spec} names no base to compare it with; give one with --base")
+        base, base_tokenizer = attention.load(base_spec, device=options.device)
+    model, tokenizer = attention.load(spec, device=options.device if base is None else None, base=base)
+    tokenizer = tokenizer or base_tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{spec} has no tokenizer, which is needed to read text")
     tokens = read_files(options.text, tokenizer)
-    method = variant.config.attention["method"] if base is not None else "softmax"
-    figures = measure(variant, base, tokens, options.context, options.batch_size, description=spec)
-    return {"method": method, **figures.to_dict(), "context": options.context, "variant": spec}
+    figures = measure(model, base, tokens, options.context, options.batch_size, description=spec)
+    return {"method": found.method, **figures.to_dict(), "context": options.context, "variant": spec}
 
 
 def main(arguments: list[str] | None = None) -> int:

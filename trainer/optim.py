@@ -17,9 +17,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class Muon(Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    Newton–Schulz runs in float32: `torch.optim.Muon` runs it in bfloat16, which CPUs without bfloat16 units take a
-    hundred times as long for. Matrices are (in, out), as GPT-2 stores them; a matrix that is `parts` times as wide as it
-    is high is taken for that many matrices side by side (GPT-2's fused projections).
+    Newton–Schulz runs in float32: `torch.optim.Muon` runs it in bfloat16, which takes CPUs without bfloat16 units a
+    hundred times as long. Matrices are (in, out), as GPT-2 stores them; with `parts`, each is that many matrices side
+    by side (GPT-2's fused projections).
 
     Args:
         params: matrices, or parameter groups of them; a group may set `parts`.

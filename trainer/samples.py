@@ -24,6 +24,7 @@ def write_texts(
         temperature: 0 takes the most likely token.
         seed: the same for each prompt.
     """
+    choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     training = model.training
     model.eval()
     texts = []
@@ -36,9 +37,7 @@ def write_texts(
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=min(length, model.config.max_position_embeddings - input_ids.shape[1]),
                 pad_token_id=tokenizer.eos_token_id,
-                **(
-                    {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-                ),
+                **choice,
             )
             texts.append(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))
     model.train(training)

@@ -22,7 +22,7 @@ from .optim import is_mechanism
 
 @dataclass
 class Losses:
-    """What a forward pass gives: the loss to minimise, summed over tokens, and its terms, likewise, without gradient."""
+    """What a forward pass gives: the loss to minimise and its terms, without gradient, all summed over tokens."""
 
     loss: Tensor
     terms: dict[str, Tensor]

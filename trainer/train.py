@@ -1,7 +1,7 @@
 """Trains: `accelerate launch trainer/train.py --config RECIPE.yaml [--any.option value ...]`.
 
-Exit codes: 0 done; 2 a mistake in the config, the data or a path; 75 stopped by a signal after saving, `--resume` goes on;
-1 anything else. `accelerate launch` turns all but 0 into 1.
+Exit codes: 0 done; 2 a mistake in the config, the data or a path; 75 stopped by a signal after saving, `--resume` goes
+on from there; 1 anything else. `accelerate launch` turns all but 0 into 1.
 """
 
 from __future__ import annotations
