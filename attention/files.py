@@ -116,6 +116,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any] | None]:
     try:
         files = json.loads(content)["files"]
         intact = content == _dump_manifest(files)  # so that no single bit of it can change unnoticed
+        intact = intact and all(Path(name).name == name for name in files)
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
@@ -134,7 +135,7 @@ def check(folder: Path) -> None:
         if expected is None:
             continue
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if not path.is_file():
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes instead of {expected['size']}")

@@ -27,13 +27,14 @@ from .files import (
     check,
     read_json,
     read_manifest,
+    weight_files,
     write_json,
     write_manifest,
     write_weights,
 )
 from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
 from .hub import HUB, HubOptions, HubSpec, reason
-from .loading import full_weights
+from .loading import full_weights, locate, resolve_base
 from .saving import save_model
 
 logger = logging.getLogger(__name__)
@@ -93,15 +94,15 @@ def push(
         PushError: whatever happened on the way; it says whether a retry may help, and the command for it.
         CheckpointError: if the folder is no intact variant.
     """
-    folder = Path(folder).expanduser().resolve()
     spec = HubSpec.parse(to)
     spec = replace(spec, revision=revision or spec.revision)
-    command = _command(folder, spec, private, include_base)
-    check(folder)
-    _check_card(folder / CARD, command)
-    message = message or f"Upload a {read_json(folder / 'config.json')['attention']['method']} variant"
+    command = _command(Path(folder).expanduser().absolute(), spec, private, include_base)
     with tempfile.TemporaryDirectory() as work:
-        files = published(folder, Path(work), spec, include_base, HubOptions(api))
+        publish(locate(Path(folder)), Path(work), spec, include_base, HubOptions(api))
+        _check_card(Path(work, CARD), command)
+        method = read_json(Path(work, "config.json"))["attention"]["method"]
+        message = message or f"Upload a {method} variant"
+        files = {path.name: path for path in Path(work).iterdir()}
         sizes = {spec.path(name): path.stat().st_size for name, path in sorted(files.items())}
         if dry_run:
             return Push(str(spec), sizes)
@@ -126,31 +127,51 @@ def push_model(
     return str(done.url)
 
 
-def published(
-    folder: Path, work: Path, spec: HubSpec, include_base: bool | None, hub: HubOptions = HUB
-) -> dict[str, Path]:
-    """The files that stand for a variant on the Hub, by name; those that differ from its own are made in `work`."""
-    files = {name: folder / name for name in read_manifest(folder) if (folder / name).is_file()}
-    files |= {path.name: path for path in folder.iterdir() if path.suffix in IMAGES}
-    config = read_json(folder / "config.json")
+def publish(folder: Path, work: Path, spec: HubSpec, include_base: bool | None, hub: HubOptions = HUB) -> None:
+    """Copies a variant into the empty folder `work`, as it is to lie on the Hub at `spec`.
+
+    Raises:
+        CheckpointError: if it is no intact variant, or is being replaced at this moment.
+    """
+    try:
+        images = [path.name for path in folder.iterdir() if path.suffix in IMAGES]
+        for name in [MANIFEST, *read_manifest(folder), *images]:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, work / name)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} changed while it was read; push it again") from error
+    check(work)
+    config = read_json(work / "config.json")
     if _includes_base(config.get("base"), spec, include_base):
-        config.pop("base")
-        files = {name: path for name, path in files.items() if not OWN_WEIGHTS.fullmatch(name)}
-        weights = full_weights(folder, hub)
-        if config.get("tie_word_embeddings", True):
-            weights.pop("lm_head.weight")
-        write_weights(work, weights)
+        config["base"] = resolve_base(folder, config["base"])
+        _write_all_weights(work, config, hub)
+    config["auto_map"] = _copy_code(work, spec)
+    write_json(work / "config.json", config)
+    write_manifest(work)
+
+
+def _write_all_weights(work: Path, config: dict[str, Any], hub: HubOptions) -> None:
+    """Puts the base's tensors beside the variant's, and takes the base out of the config."""
+    write_json(work / "config.json", config)
+    weights = {name: tensor.clone() for name, tensor in full_weights(work, hub).items()}
+    if config.get("tie_word_embeddings", True):
+        del weights["lm_head.weight"]
+    for path in weight_files(work):
+        path.unlink()
+    write_weights(work, weights)
+    del config["base"]
+
+
+def _copy_code(work: Path, spec: HubSpec) -> dict[str, str]:
+    """Copies the modules that the model needs; returns the `auto_map` that names its classes."""
     module = Path(inspect.getfile(GPT2VariantLMHeadModel))
     for source in {module, *map(Path, get_relative_import_files(module))}:
         shutil.copyfile(source, work / source.name)
-    config["auto_map"] = {
-        auto: f"{spec.path(module.stem)}.{cls.__name__}"
-        for auto, cls in (("AutoConfig", GPT2VariantConfig), ("AutoModelForCausalLM", GPT2VariantLMHeadModel))
+    prefix = spec.path(module.stem)
+    return {
+        "AutoConfig": f"{prefix}.{GPT2VariantConfig.__name__}",
+        "AutoModelForCausalLM": f"{prefix}.{GPT2VariantLMHeadModel.__name__}",
     }
-    write_json(work / "config.json", config)
-    files |= {path.name: path for path in work.iterdir()}
-    write_manifest(work, files)
-    return files | {MANIFEST: work / MANIFEST}
 
 
 def commit(api: HfApi, spec: HubSpec, files: dict[str, Path], message: str, *, private: bool) -> CommitInfo:
@@ -163,7 +184,7 @@ def commit(api: HfApi, spec: HubSpec, files: dict[str, Path], message: str, *, p
         private: only for a repository that does not exist yet.
     """
     api.create_repo(spec.repo_id, private=private or None, exist_ok=True)
-    if spec.revision is not None:
+    if spec.revision is not None and not spec.revision.startswith("refs/"):
         api.create_branch(spec.repo_id, branch=spec.revision, exist_ok=True)
     head = api.model_info(spec.repo_id, revision=spec.revision)
     added = {spec.path(name): path for name, path in files.items()}

@@ -1,7 +1,9 @@
 """Pushing to and pulling from a Hub on the loopback interface, with the Hub's real client."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,7 +259,32 @@ def test_what_is_damaged_or_no_variant_is_not_pushed(server, api, base, saved):
     for folder in (base, saved):
         with pytest.raises(BrokenCheckpointError):
             attention.push(folder, "me/repo", api=api)
+    with pytest.raises(MissingCheckpointError):
+        attention.push(saved / "nothing", "me/repo", api=api)
     assert server.requests == []
+
+
+def test_files_outside_the_folder_are_not_pushed(server, api, saved):
+    (saved.parent / "secret").write_text("secret")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"]["../secret"] = None
+    (saved / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    with pytest.raises(BrokenCheckpointError):
+        attention.push(saved, "me/repo", api=api)
+
+
+def test_a_variant_that_is_replaced_meanwhile_is_pushed_whole_or_not(server, api, base, saved, monkeypatch):
+    copyfile, other = shutil.copyfile, make_variant(base, "softmax")
+
+    def slow(source, target):
+        monkeypatch.setattr("shutil.copyfile", copyfile)
+        attention.save(other, saved)  # just before the first copy
+        return copyfile(source, target)
+
+    monkeypatch.setattr("shutil.copyfile", slow)
+    with contextlib.suppress(CheckpointError):
+        attention.push(saved, "me/repo", api=api)
+    assert "me/repo" not in server.repos or attention.load(saved)[0].config.attention["method"] == "softmax"
 
 
 # Bases
