@@ -14,8 +14,8 @@ from torch.nn.functional import adaptive_max_pool2d
 from attention import Mechanism, mechanism_inputs
 
 from .components.heads import HeadsView
-from .components.maps import MapsView, MapView, RowsView, pack_bytes, pack_triangle
-from .models import LoadedModel, ModelStore
+from .components.maps import MapsView, MapView, RowSeries, RowsView, pack_bytes, pack_triangle
+from .models import LoadedModel
 from .parts import Parts, explain, plain, total_variation, weight_tables
 from .text import TokenTexts, clean, token_label
 
@@ -137,10 +137,9 @@ class Look:
 
 
 class AttentionViews:
-    """Attention of the models in a store; remembers the passages looked at last."""
+    """Attention as the page shows it; remembers the passages looked at last."""
 
-    def __init__(self, store: ModelStore, cache_bytes: int = CACHE_BYTES):
-        self.store = store
+    def __init__(self, cache_bytes: int = CACHE_BYTES):
         self.cache_bytes = cache_bytes
         self._looks: OrderedDict[tuple[Any, ...], Look] = OrderedDict()
         self._lock = threading.Lock()
@@ -300,12 +299,15 @@ def _main_maps(loaded: LoadedModel, head_maps: dict[str, Tensor]) -> list[MapVie
 
 
 def _share_read(loaded: LoadedModel, mechanism: Mechanism, part: Passage) -> RowsView:
-    share = [mechanism.keys_read(position) / (position + 1) for position in part.positions]
+    shares = [round(mechanism.keys_read(position) / (position + 1), 5) for position in part.positions]
+    series: list[RowSeries] = [{"name": loaded.name, "color": 1, "values": shares}]
+    if mechanism.config.method != "softmax":
+        series.append({"name": "softmax", "color": 0, "values": [1.0] * len(shares)})
     return {
         "title": "Share of the keys read",
-        "note": "Keys, or rows of the state, read for a token over the tokens there are. Softmax: always 1.",
-        "min": 0,
-        "series": [{"name": loaded.name, "color": 1, "values": share}],
+        "note": "Keys, or rows of the state, read for a token over the tokens up to it; logarithmic.",
+        "log": True,
+        "series": series,
     }
 
 

@@ -94,7 +94,7 @@ class Handlers:
 
     def __init__(self, store: ModelStore):
         self.store = store
-        self.views = AttentionViews(store)
+        self.views = AttentionViews()
 
     def first_model(self, names: list[str]) -> str | None:
         """The first variant, or the first model where there is none."""

@@ -16,6 +16,7 @@ from attention.reference import softmax_weights
 from .components.maps import MapView, RowsView, TableView, pack_triangle
 
 MOST_CURVES = 8
+MADE_HERE = ("exact", "error")
 TITLES = {
     "exact": "Softmax instead",
     "mask": "Effective mask",
@@ -51,6 +52,8 @@ class Parts:
 def explain(mechanism: Mechanism, q: Tensor, k: Tensor, x: Tensor, head: int, shown: slice) -> Parts:
     """What `Mechanism.attention_parts` and softmax over the same queries and keys give for one head.
 
+    Softmax and the distance from it are made here for every method, so the parts that say the same are passed over.
+
     Args:
         q, k, x: what reaches the mechanism, one row.
         head: the query head.
@@ -60,7 +63,8 @@ def explain(mechanism: Mechanism, q: Tensor, k: Tensor, x: Tensor, head: int, sh
     exact = softmax_weights(q[:, head, None].float(), repeat_heads(k, q.shape[1])[:, head, None].float())[0, 0]
     parts = Parts(exact[shown, shown])
     for name, tensor in mechanism.attention_parts(q, k, x).items():
-        _add(parts, mechanism, name, _of_head(tensor, head, q.shape[1]), length, shown)
+        if name not in MADE_HERE:
+            _add(parts, mechanism, name, _of_head(tensor, head, q.shape[1]), length, shown)
     if mechanism.config.method != "softmax":
         parts.maps.append(_map("exact", parts.exact))
     return parts

@@ -29,7 +29,7 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
         history = Curves(elem_id="training-curves", empty="This checkpoint has no history of its training.")
         gr.Markdown("### What it wrote on the way")
         texts = Samples(elem_id="training-samples", empty="No texts were written while it was trained.")
-        gr.Markdown("### What its attention learned\nMean over the heads; from the first layer (faint) to the last (strong).")
+        gr.Markdown("### What its attention learned\nMeans over the heads, from the first layer (faint) to the last.")
         inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         outputs = [about, history, texts, inside]

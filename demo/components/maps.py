@@ -51,6 +51,7 @@ class RowsView(TypedDict, total=False):
     title: str
     note: str
     unit: str
+    log: bool
     min: float
     max: float
     series: list[RowSeries]
