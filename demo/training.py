@@ -256,10 +256,10 @@ def samples(rows: list[Row]) -> list[SamplesView]:
             {
                 "prompt": str(text.get("prompt") or ""),
                 "base": None if text.get("base") is None else str(text["base"]),
-                "variant": str(text.get("variant") or ""),
+                "variant": text["variant"],
             }
             for text in row.get("texts") or []
-            if isinstance(text, dict)
+            if isinstance(text, dict) and isinstance(text.get("variant"), str)
         ]
         if texts:
             views.append({"step": row["step"], "texts": texts})

@@ -1,0 +1,160 @@
+"""The training tab's data: histories and cards as they are, broken ones included."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from demo.models import Entry
+from demo.training import curves, facts, learned, read_card, read_history, samples, thin
+from demo.training_tab import Handlers
+
+ROWS = [
+    {"kind": "eval", "step": 0, "stage": "transfer", "kl": 2.5, "perplexity": 90.0, "base_perplexity": 20.0,
+     "top1_agreement": 0.2, "mechanisms": [{"last(0)": [0.5, 0.5]}, {"last(0)": [0.5, 0.5]}]},
+    {"kind": "train", "step": 10, "stage": "transfer", "loss": 0.8, "lr": 1e-3, "mechanism_lr": 1e-2,
+     "tokens": 1000, "seconds": 5.0, "tokens_per_second": 200.0},
+    {"kind": "samples", "step": 10, "stage": "transfer",
+     "texts": [{"prompt": "Once", "base": " upon a time", "variant": " the the"}]},
+    {"kind": "train", "step": 20, "stage": "distil", "loss": 1.5, "kl": 1.2, "ce": 0.3, "lr": 5e-4,
+     "tokens": 2000, "seconds": 3725.4, "tokens_per_second": 210.0},
+    {"kind": "eval", "step": 20, "stage": "distil", "kl": 0.25, "perplexity": 25.0, "base_perplexity": 20.0,
+     "top1_agreement": 0.8, "mechanisms": [{"last(0)": [0.25, 0.75]}, {"last(0)": [0.9, 1.0]}]},
+]  # fmt: skip
+CARD = """---
+base_model: some/base
+datasets:
+- Salesforce/wikitext
+model-index:
+- name: masks
+  results:
+  - task: {type: text-generation}
+    dataset: {type: text, name: test.txt}
+    metrics:
+    - {type: kl, name: KL to the base, value: 0.0712}
+    - {type: perplexity, name: Perplexity, value: "not a number"}
+---
+# A card
+"""
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "training.jsonl").write_text(LINES, encoding="utf-8")
+    (tmp_path / "README.md").write_text(CARD, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def entry(folder):
+    return Entry("masks", str(folder), folder, "masks", "…", 2_500_000, False, "base", {"candidates": ["a", "b"]})
+
+
+def chart(charts: list[dict], title: str) -> dict[str, list]:
+    """The points of a chart's curves, by name."""
+    found = next(each for each in charts if each["title"] == title)
+    return {series["name"]: series["points"] for series in found["series"]}
+
+
+def test_a_history_is_read_as_it_is(folder):
+    assert read_history(folder) == ROWS
+
+
+def test_lines_that_are_no_rows_are_left_out(folder):
+    junk = ["", "not json", "[1]", "3", '{"kind": "eval"}', '{"kind": 3, "step": 1}', '{"kind": "eval", "step": "x"}']
+    (folder / "training.jsonl").write_text("\n".join([*junk, LINES, '{"kind": "ev']), encoding="utf-8")
+    assert read_history(folder) == ROWS
+    (folder / "training.jsonl").write_bytes(b"\xff\xfe\x00" * 10)
+    assert read_history(folder) == []
+
+
+def test_what_was_not_recorded_is_left_out(tmp_path):
+    assert read_history(tmp_path) == []
+    assert curves([]) == learned([]) == samples([]) == []
+    titles = [each["title"] for each in curves([{"kind": "train", "step": 1, "loss": 2.0}])]
+    assert titles == ["Training loss"]
+
+
+def test_curves(folder):
+    charts = curves(read_history(folder))
+    assert chart(charts, "Training loss") == {"transfer": [[10, 0.8]], "distil": [[20, 1.5]]}
+    assert chart(charts, "KL to the base") == {"KL": [[0, 2.5], [20, 0.25]]}
+    assert chart(charts, "Perplexity") == {"this model": [[0, 90.0], [20, 25.0]], "base": [[0, 20.0], [20, 20.0]]}
+    assert chart(charts, "Learning rate") == {"weights": [[10, 1e-3], [20, 5e-4]], "mechanisms": [[10, 1e-2]]}
+    assert chart(charts, "Terms of the loss") == {"kl": [[20, 1.2]], "ce": [[20, 0.3]]}
+
+
+def test_a_logarithmic_axis_only_where_there_is_a_logarithm(folder):
+    rows = [{"kind": "eval", "step": step, "kl": kl} for step, kl in ((0, 1.0), (1, 0.0))]
+    assert curves(rows)[0]["y"]["log"] is False
+    assert curves(rows[:1])[0]["y"]["log"] is True
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, True, [1.0], {"a": "b"}])
+def test_values_that_are_no_numbers_are_no_points(value):
+    rows = [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "train", "step": 2, "loss": value}]
+    assert curves(rows)[0]["series"][0]["points"] == [[1, 2.0]]
+    assert learned([{"kind": "eval", "step": 1, "mechanisms": value}]) == []
+    assert learned([{"kind": "eval", "step": 1, "mechanisms": [value]}]) == []
+    assert samples([{"kind": "samples", "step": 1, "texts": [value]}]) == []
+
+
+def test_what_the_layers_learned(folder):
+    (one,) = learned(read_history(folder))
+    assert one["title"] == "last(0)"
+    assert one["y"]["max"] == 1
+    points = {series["name"]: [[x, round(y, 6)] for x, y in series["points"]] for series in one["series"]}
+    assert points == {"layer 0": [[0, 0.5], [20, 0.5]], "layer 1": [[0, 0.5], [20, 0.95]]}
+    assert [series["shade"] for series in one["series"]] == [0, 1]
+
+
+def test_samples(folder):
+    texts = [{"prompt": "Once", "base": " upon a time", "variant": " the the"}]
+    assert samples(read_history(folder)) == [{"step": 10, "texts": texts}]
+    alone = samples([{"kind": "samples", "step": 1, "texts": [{"prompt": "", "base": None, "variant": "x"}]}])
+    assert alone[0]["texts"][0]["base"] is None
+
+
+def test_facts_say_on_what_for_how_long_and_how_close(entry, folder):
+    said = dict(facts(entry, read_history(folder), read_card(folder)))
+    assert said["Fitted on"] == "Salesforce/wikitext"
+    assert said["Stages"] == "transfer, distil"
+    assert (said["Steps"], said["Tokens"], said["Time"]) == ("20", "2,000", "1:02:05")
+    assert said["KL to the base, validation"] == "0.25 nats/token"
+    assert said["Perplexity, validation"] == "25 (base 20)"
+    assert said["Same first choice, validation"] == "80.0% of tokens"
+    assert said["KL to the base, test.txt"] == "0.0712"
+    assert said["Options"] == "candidates a b"
+    assert said["Weights on disk"] == "2.5 MB"
+    assert "Perplexity, test.txt" not in said
+
+
+@pytest.mark.parametrize(
+    "card", ["", "---\n: [\n---\n", "---\n- 1\n---\n", "no front matter", "---\nmodel-index: 3\n---\n", "\x00\xff"]
+)
+def test_broken_cards_are_no_reason_to_fail(entry, folder, card):
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    said = dict(facts(entry, [], read_card(folder)))
+    assert said["Method"] == "masks"
+    assert "Fitted on" not in said
+
+
+@given(st.integers(0, 3000), st.integers(1, 500))
+def test_thin_keeps_the_last_point(count, most):
+    points = [[i, i * i] for i in range(count)]
+    kept = thin(points, most)
+    assert len(kept) <= most
+    assert kept == sorted(kept)
+    assert kept[-1:] == points[-1:]
+    if count <= most:
+        assert kept == points
+
+
+def test_the_tab_shows_what_the_store_has(store):
+    handlers = Handlers(store)
+    about, history, texts, inside = handlers.show("masks")
+    assert ["Method", "masks"] in about
+    assert (history, texts, inside) == ([], [], [])
+    assert handlers.show("../etc") == ([], [], [], [])
