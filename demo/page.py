@@ -15,10 +15,12 @@ from .context import App, Session
 from .generate_tab import build_generate_tab
 from .models import ModelStore
 from .models_tab import build_models_tab
+from .speed_tab import build_speed_tab
+from .training_tab import build_training_tab
 
 TITLE = "Efficient attention, side by side"
 STYLE = Path(__file__).with_name("page.css")
-TABS = (build_generate_tab, build_attention_tab, build_models_tab)
+TABS = (build_generate_tab, build_attention_tab, build_speed_tab, build_training_tab, build_models_tab)
 SESSIONS = 200  # visitors whose state is kept; the one who was away longest goes
 UPLOAD_LIMIT = "1mb"  # the page takes no files, but Gradio's route for them is there
 
@@ -36,13 +38,12 @@ def build(app: App) -> gr.Blocks:
         refresh: dict[str, Any] = {
             "fn": lambda: (app.store.names(), notices_of(app.store), gr.Timer(active=bool(app.store.pulling))),
             "outputs": [session.names, notices, poll],
-            "queue": False,
             "show_progress": "hidden",
             "api_visibility": "private",
         }
         blocks.load(**refresh)
         poll.tick(**refresh)
-    return blocks.queue(max_size=app.limits.queue, default_concurrency_limit=8)
+    return blocks.queue(max_size=app.limits.queue, default_concurrency_limit=16)
 
 
 def notices_of(store: ModelStore) -> list[dict[str, str]]:
