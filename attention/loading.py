@@ -132,7 +132,7 @@ def load(
     """
     found = describe(spec, hub, progress)
     tokenizer = read_tokenizer(found.folder)
-    device = torch.device(device or (base.device if base is not None else "cpu"))
+    device = _device(device, base)
     if not found.is_variant:
         if base is not None:
             raise ValueError(f"{spec} is a plain model; only a variant has a base")
@@ -255,6 +255,14 @@ def _mechanism(folder: Path, config: dict[str, Any]) -> MechanismConfig:
         return config_from_dict(config.get("attention") or {})
     except ConfigError as error:
         raise NotAModelError(f"{folder} was made by another version of this package: {error}") from error
+
+
+def _device(device: torch.device | str | None, base: PreTrainedModel | None) -> torch.device:
+    """The device to load to; the base's where "cuda" means it, too."""
+    if base is None:
+        return torch.device(device or "cpu")
+    given = torch.device(device or base.device)
+    return base.device if given.type == base.device.type and given.index is None else given
 
 
 def _load_plain(found: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

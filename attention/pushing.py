@@ -227,12 +227,12 @@ def _includes_base(base: dict[str, Any] | None, spec: HubSpec, include_base: boo
 def _check_card(path: Path, command: str) -> None:
     """Parses the card's metadata, `model-index` included, as the Hub's client does."""
     if not path.is_file():
-        logger.warning("%s has no %s, so the Hub will show an empty page", path.parent, path.name)
+        logger.warning("the variant has no %s, so its page on the Hub will be empty", path.name)
         return
     try:
         ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
     except Exception as error:  # yaml's errors have no common class with the others
-        raise PushError(f"The metadata of {path} is not valid: {error}.", retry=False, command=command) from error
+        raise PushError(f"The metadata of {path.name} is not valid: {error}.", retry=False, command=command) from error
 
 
 def _persistently(

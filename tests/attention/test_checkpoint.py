@@ -514,7 +514,7 @@ def test_gathered_weights_are_saved(tmp_path, base):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in gathered.items())
 
 
-def test_the_loss_needs_no_guess(base, recwarn):
+def test_the_loss_needs_no_guess(base):
     variant = make_variant(base)
     assert variant.loss_type == "ForCausalLM"
     assert torch.isclose(variant(IDS, labels=IDS).loss, attention_loss(variant))
