@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attention.mechanism import ConfigError
 from attention.registry import config_from_dict
@@ -200,6 +200,7 @@ class DistilConfig(StageConfig):
     objective: Objective = Objective()
 
 
+KINDS = ("pretrain", "transfer", "distil")
 AnyStage = Annotated[PretrainConfig | TransferConfig | DistilConfig, Field(discriminator="stage")]
 
 
@@ -243,7 +244,24 @@ class CheckpointConfig(Section):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
-class TokenizerAndModel(Section):
+class CardConfig(Section):
+    """What the model card cannot know by itself.
+
+    Attributes:
+        name: the variant's name; None: the method and the base's name.
+        license: an SPDX identifier that the Hub knows.
+        language: ISO 639-1 code of the text.
+        train_data, eval_data: what the training text and `eval.text` are, in a few words.
+    """
+
+    name: str | None = None
+    license: str = "mit"
+    language: str = "en"
+    train_data: str | None = None
+    eval_data: str | None = None
+
+
+class NewModel(Section):
     """A new model to pretrain.
 
     Attributes:
@@ -271,15 +289,17 @@ class RunConfig(Section):
         precision: "auto" is bf16 where the device has it in hardware, otherwise float32.
         cpu: use the CPU even where there is a GPU.
         gradient_checkpointing: recompute activations in the backward pass.
-        push_to: repository on the Hub, "user/repo[/subfolder]", to push the result to.
+        push_to: repository on the Hub, "user/repo[/subfolder][@revision]", to push the variant to at the end.
+        push_every: steps between pushes while training, in the background; None: only at the end.
         private: whether a repository that is created is private.
+        card: what the model card cannot know by itself.
         trackers: trackers of Accelerate, for example tensorboard, wandb or trackio.
         dry_run: one step of each stage, one evaluation, one save, and an estimate for the whole run.
         log_every: steps between rows of the history.
     """
 
     base: str | None = None
-    new: TokenizerAndModel | None = None
+    new: NewModel | None = None
     variant: str | None = None
     attention: dict[str, Any] | None = None
     data: DataConfig = DataConfig()
@@ -295,7 +315,9 @@ class RunConfig(Section):
     cpu: bool = False
     gradient_checkpointing: bool = False
     push_to: str | None = None
+    push_every: Annotated[int, Field(ge=1)] | None = None
     private: bool = False
+    card: CardConfig = CardConfig()
     trackers: list[str] = []
     dry_run: bool = False
     log_every: Annotated[int, Field(ge=1)] = 10
@@ -304,50 +326,68 @@ class RunConfig(Section):
     def pretrains(self) -> bool:
         return self.stages[0].stage == "pretrain"
 
+    def to_yaml(self) -> str:
+        """The config as a recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @field_validator("attention")
+    @classmethod
+    def _attention_exists(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            try:
+                config_from_dict(value)
+            except ConfigError as error:
+                raise ValueError("\n".join(error.problems)) from None
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        problems = self._model_problems()
-        if len({stage.stage == "pretrain" for stage in self.stages}) > 1:
-            problems.append("stages: pretrain cannot be mixed with transfer and distil; make two runs")
-        if self.max_steps is not None and self.max_steps < len(self.stages):
-            problems.append(f"max_steps: {len(self.stages)} stages need at least as many steps; got {self.max_steps}")
-        if problems:
+        if problems := contradictions(self.model_dump()):
             raise ValueError("\n".join(problems))
-        self._share_steps()
+        if self.max_steps is not None:
+            shares = share_steps([stage.steps for stage in self.stages], self.max_steps)
+            for stage, steps in zip(self.stages, shares, strict=True):
+                stage.steps = steps
+            self.max_steps = None
         return self
 
-    def _model_problems(self) -> list[str]:
-        problems = []
-        if self.pretrains:
-            if (self.base is None) == (self.new is None):
-                problems.append("pretrain starts either from base or from new; give one of the two")
-            if self.attention is not None or self.variant is not None:
-                problems.append("pretrain trains a base; attention and variant have no meaning there")
-            if self.new is not None and not (self.data.train or self.data.dataset):
-                problems.append("a new model cannot write its own training text; give data.train or data.dataset")
-            return problems
-        if self.base is None or self.new is not None:
-            problems.append("transfer and distil need base, a pretrained model, and no new")
-        if (self.attention is None) == (self.variant is None):
-            problems.append("give either attention (method and options) or variant (a folder to continue with)")
-        if self.attention is not None:
-            try:
-                config_from_dict(self.attention)
-            except ConfigError as error:
-                problems += [f"attention: {problem}" for problem in error.problems]
-        return problems
 
-    def _share_steps(self) -> None:
-        if self.max_steps is None:
-            return
-        total, left, spent = sum(stage.steps for stage in self.stages), self.max_steps, 0
-        for index, stage in enumerate(self.stages):
-            spent += stage.steps
-            until = max(index + 1, round(self.max_steps * spent / total))
-            until = min(until, self.max_steps - (len(self.stages) - index - 1))
-            stage.steps = until - (self.max_steps - left)
-            left = self.max_steps - until
-        self.max_steps = None
+def contradictions(values: Mapping[str, Any]) -> list[str]:
+    """Sentences on options of a run that do not go together; `values` may be wrong in other ways, too."""
+    stages = values.get("stages")
+    kinds = [stage.get("stage") for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, list) else []
+    data = values.get("data") if isinstance(values.get("data"), Mapping) else {}
+    has = {name: values.get(name) is not None for name in ("base", "new", "variant", "attention")}
+    problems = []
+    if "pretrain" in kinds:
+        if set(kinds) != {"pretrain"}:
+            problems.append("stages: pretrain cannot be mixed with transfer and distil; make two runs")
+        if has["base"] == has["new"]:
+            problems.append("pretrain starts either from base or from new: give one of the two")
+        if has["attention"] or has["variant"]:
+            problems.append("pretrain trains a base: attention and variant have no meaning there")
+        if has["new"] and not (data.get("train") or data.get("dataset")):
+            problems.append("a new model cannot write its own training text: give data.train or data.dataset")
+        if values.get("push_to"):
+            problems.append("push_to is for variants; push a base with `hf upload`")
+    elif kinds:
+        if not has["base"] or has["new"]:
+            problems.append("transfer and distil need base, a pretrained model, and no new")
+        if has["attention"] == has["variant"]:
+            problems.append("give either attention (method and options) or variant (a folder to continue with)")
+    steps = values.get("max_steps")
+    if isinstance(steps, int) and steps < len(kinds):
+        problems.append(f"max_steps: {len(kinds)} stages need at least as many steps; got {steps}")
+    return problems
+
+
+def share_steps(steps: Sequence[int], total: int) -> list[int]:
+    """Shares `total` ≥ len(steps) steps in the proportions of `steps`, at least 1 each."""
+    shares = [max(1, round(total * part / sum(steps))) for part in steps]
+    while (excess := sum(shares) - total) != 0:
+        largest = max(range(len(shares)), key=shares.__getitem__)
+        shares[largest] -= 1 if excess > 0 else -1
+    return shares
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -370,9 +410,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(str(path), problems + _sentences(error)) from None
+        problems += [*_sentences(error), *contradictions(values)]
     if problems:
-        raise ConfigError(str(path), problems)
+        raise ConfigError(str(path), list(dict.fromkeys(problems)))
     return config
 
 
@@ -416,10 +456,10 @@ def _place(items: list[Any], name: str) -> int:
 def _sentences(error: ValidationError) -> list[str]:
     sentences = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"])
+        place = ".".join(str(part) for part in item["loc"] if part not in KINDS)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "is not an option"
-        given = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+        given = f" (got {item['input']!r})" if isinstance(item["input"], str | int | float | bool | None) else ""
         sentences += [f"{place}: {line}{given}" if place else line for line in message.splitlines()]
     return sentences

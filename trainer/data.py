@@ -6,8 +6,8 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # otherwise offline loading waits for a request
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DataConfig
+from .config import DataConfig, StageConfig
 
 logger = logging.getLogger(__name__)
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -30,52 +30,73 @@ class DataError(Exception):
     """Data that cannot be used; the message says what to do."""
 
 
-@dataclass(frozen=True)
 class Blocks:
-    """Blocks of a stream of tokens for one part of a stage.
+    """Blocks of a stream of tokens, in an order that follows from the seed alone.
 
     Every pass over the text starts the blocks at another random place, wraps around at the end of the text, and takes
     the blocks in another random order: each pass shows every token at least once, all but a block's worth once.
 
-    Attributes:
+    Args:
         tokens: (N,) the stream.
-        context: tokens C of a block; N ≥ C.
+        context: tokens C of a block.
         seed: of offsets and orders.
+
+    Raises:
+        DataError: if N < C.
     """
 
-    tokens: np.ndarray
-    context: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) < self.context:
-            raise DataError(f"the text has {len(self.tokens)} tokens, fewer than the context of {self.context}")
-
-    @property
-    def per_pass(self) -> int:
-        return -(-len(self.tokens) // self.context)
+    def __init__(self, tokens: np.ndarray, context: int, seed: Sequence[int]):
+        if len(tokens) < context:
+            raise DataError(f"the training text has {len(tokens)} tokens, fewer than the context of {context}")
+        self.tokens, self.context, self.seed = tokens, context, tuple(seed)
+        self.per_pass = -(-len(tokens) // context)
+        self._pass = lru_cache(maxsize=2)(self._new_pass)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(C,) the index-th block, for any index ≥ 0."""
-        turn, place = divmod(index, self.per_pass)
-        start, order = self._turn(turn)
-        first = (start + int(order[place]) * self.context) % len(self.tokens)
+        start, order = self._pass(index // self.per_pass)
+        first = (start + int(order[index % self.per_pass]) * self.context) % len(self.tokens)
         block = self.tokens[first : first + self.context]
-        rest = self.context - len(block)
-        return block if not rest else np.concatenate([block, self.tokens[:rest]])
+        return np.concatenate([block, self.tokens[: self.context - len(block)]])
 
     def batch(self, start: int, size: int) -> Tensor:
         """(size, C) blocks `start` to `start + size − 1`."""
         blocks = np.stack([self[index] for index in range(start, start + size)])
         return torch.from_numpy(blocks.astype(np.int64))
 
-    def _turn(self, turn: int) -> tuple[int, np.ndarray]:
-        cached = self.__dict__.get("_cached")
-        if cached is None or cached[0] != turn:
-            rng = np.random.default_rng((self.seed, turn))
-            cached = (turn, int(rng.integers(len(self.tokens))), rng.permutation(self.per_pass))
-            object.__setattr__(self, "_cached", cached)
-        return cached[1], cached[2]
+    def _new_pass(self, number: int) -> tuple[int, np.ndarray]:
+        rng = np.random.default_rng((*self.seed, number))
+        return int(rng.integers(len(self.tokens))), rng.permutation(self.per_pass)
+
+
+class StageBatches:
+    """The batches of a stage: what a step sees depends on the text, the seed, the stage and the step alone.
+
+    Args:
+        tokens: (N,) the training text.
+        stage: the stage.
+        seed: of the run and of the stage.
+
+    Raises:
+        DataError: if the text is shorter than a block.
+    """
+
+    def __init__(self, tokens: np.ndarray, stage: StageConfig, seed: Sequence[int]):
+        self.size = stage.batch_size
+        self.blocks = Blocks(tokens, stage.context, (*seed, 0))
+        self.last_part = stage.steps
+        if stage.final_context is not None:
+            self.last_part -= round(stage.final_fraction * stage.steps)
+            self.last_size = stage.batch_size * stage.context // stage.final_context
+            self.last_blocks = Blocks(tokens, stage.final_context, (*seed, 1))
+
+    def __call__(self, step: int) -> tuple[Tensor, int]:
+        """The (B, T) tokens of 0-based `step`, and the index of its first block."""
+        if step < self.last_part:
+            first = step * self.size
+            return self.blocks.batch(first, self.size), first
+        first = (step - self.last_part) * self.last_size
+        return self.last_blocks.batch(first, self.last_size), first
 
 
 def load_tokens(

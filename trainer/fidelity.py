@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -80,8 +79,8 @@ def measure(
             bar.update(batch.numel())
     for model, training in modes:
         model.train(training)
-    kl, loss, base_loss, agreement = (sums / count).tolist()
-    return Fidelity(count, kl, math.exp(loss), math.exp(base_loss), agreement)
+    kl, loss, base_loss, agreement = sums / count
+    return Fidelity(count, kl.item(), loss.exp().item(), base_loss.exp().item(), agreement.item())
 
 
 def _batches(tokens: np.ndarray, context: int, batch_size: int) -> list[Tensor]:

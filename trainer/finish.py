@@ -1,4 +1,4 @@
-"""What a run leaves: the model, its figures, its curves, a summary."""
+"""The end of a run: the model and its figures, a summary; for a dry run, an estimate."""
 
 from __future__ import annotations
 
@@ -6,66 +6,74 @@ import logging
 from pathlib import Path
 
 import attention
-from attention.gpt2 import GPT2VariantLMHeadModel
 
 from .data import read_files
+from .export import save_base, save_variant
 from .fidelity import Fidelity, measure
-from .history import plot
-from .loop import Loop, describe
+from .loop import Loop
+from .observer import describe, peak_memory_mb
 
 logger = logging.getLogger(__name__)
 
 
 def finish(loop: Loop) -> None:
-    """Saves the model, measures what was saved, and says what was reached."""
-    if not loop.main:
+    """Saves the model, measures what was saved, pushes it, and says what was reached.
+
+    Raises:
+        attention.CheckpointError: if it could not be saved; the run's checkpoints are there to resume from.
+    """
+    setup = loop.setup
+    if (model := setup.whole_model()) is None:
         return
-    plot(loop.history.rows, loop.folder / "curves.png")
-    if isinstance(loop.setup.model, GPT2VariantLMHeadModel):
-        place = loop.folder / "variant"
-        attention.save(
-            loop.setup.model,
-            place,
-            base=loop.setup.base,
-            tokenizer=loop.setup.tokenizer,
-            history=loop.history.rows,
-            state_dict=None,
-        )
-        figures = _measure_saved(loop, place)
+    test = pushed = None
+    if setup.base is None:
+        place = Path(loop.config.output) / "model"
+        save_base(setup, model, place)
     else:
-        place = loop.folder / "model"
-        save_base(loop, place)
-        figures = None
-    logger.info("%s", summary(loop, place, figures))
+        place = save_variant(setup, loop.observer, model, loop.step)
+        if loop.config.eval.text is not None:
+            test = measure_saved(loop, place)
+            save_variant(setup, loop.observer, model, loop.step, test)
+        if loop.publisher is not None and not loop.config.dry_run:
+            pushed = loop.publisher.push(place)
+    logger.info("%s", summary(loop, place, test, pushed))
+    if loop.config.dry_run:
+        logger.info("%s", estimate(loop))
 
 
-def save_base(loop: Loop, place: Path) -> None:
-    """Writes a pretrained base as a plain Hugging Face folder."""
-    model = loop.setup.model
-    model.save_pretrained(place)
-    loop.setup.tokenizer.save_pretrained(place)
-
-
-def _measure_saved(loop: Loop, place: Path) -> Fidelity | None:
-    options = loop.config.eval
-    if options.text is None:
-        return None
-    variant, tokenizer = attention.load(place, base=loop.setup.base)
+def measure_saved(loop: Loop, place: Path) -> Fidelity:
+    """Measures a saved variant on `eval.text`."""
+    options, base = loop.config.eval, loop.setup.base
+    variant, tokenizer = attention.load(place, base=base)
     tokens = read_files([options.text], tokenizer)
-    return measure(variant, loop.setup.base, tokens, options.context, options.batch_size, description=options.text)
+    return measure(variant, base, tokens, options.context, options.batch_size, description=Path(options.text).name)
 
 
-def summary(loop: Loop, place: Path, figures: Fidelity | None) -> str:
+def summary(loop: Loop, place: Path, test: Fidelity | None, pushed: str | None) -> str:
     """What was reached, what it cost, where it lies, and how to see it."""
-    last = loop.history.of_kind("eval")[-1]
-    reached = f"perplexity {last['perplexity']:.2f}"
-    if loop.setup.base is not None:
-        reached = f"KL {last['kl']:.4f} nats/token, {reached} (base {last['base_perplexity']:.2f})"
+    observer, has_base = loop.observer, loop.setup.base is not None
     lines = [
-        f"reached  {reached} on validation text",
-        *([f"         {describe(figures, True)} on {loop.config.eval.text}"] if figures else []),
-        f"cost     {loop.tokens:,} tokens, {loop.step:,} steps, {loop._elapsed():,.0f} s",
+        "done",
+        f"reached  {describe(observer.last_figures(), has_base)} on the validation text",
+        *([f"         {describe(test, has_base)} on {loop.config.eval.text}"] if test is not None else []),
+        f"cost     {observer.tokens:,} tokens in {loop.step:,} steps, {observer.seconds:,.0f} s, "
+        f"{peak_memory_mb():,.0f} MB at most",
         f"saved    {place}",
+        *([f"pushed   {pushed}"] if pushed is not None else []),
         f"see it   python app.py --checkpoints {place}",
     ]
-    return "\n".join(["done", *lines])
+    return "\n".join(lines)
+
+
+def estimate(loop: Loop) -> str:
+    """What the whole run would take, going by one step of each stage and one validation."""
+    config, durations = loop.config, loop.observer.durations
+    steps = [stage.steps for stage in config.stages]
+    training = sum(count * seconds for count, seconds in zip(steps, loop.step_seconds, strict=True))
+    validations = len(steps) + (sum(steps) // config.eval.every if config.eval.every else 0)
+    samples = 1 + (sum(steps) // config.samples.every if config.samples.every else 0)
+    aside = validations * durations.get("eval", 0.0) + samples * durations.get("samples", 0.0)
+    return (
+        f"the whole run: {sum(steps):,} steps, about {(training + aside) / 60:,.1f} minutes, {training / 60:,.1f} of "
+        f"them training, and at least {peak_memory_mb():,.0f} MB. First steps are slow, so it may take less"
+    )

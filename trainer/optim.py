@@ -76,7 +76,7 @@ def is_mechanism(name: str) -> bool:
 
 
 def build_optimizers(stage: StageConfig, model: nn.Module) -> list[Optimizer]:
-    """The optimisers of a stage for the parameters that require gradients."""
+    """The optimisers of a stage for the parameters that require gradients; a group's `name` is its learning rate's."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = []
     if isinstance(stage, PretrainConfig) and stage.muon:
@@ -87,25 +87,27 @@ def build_optimizers(stage: StageConfig, model: nn.Module) -> list[Optimizer]:
         optimizers.append(_muon(stage, matrices))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = group["lr"]  # what `set_lr` scales
     return optimizers
 
 
 def _adamw(stage: StageConfig, named: list[tuple[str, Tensor]]) -> AdamW:
+    mechanism = [p for name, p in named if is_mechanism(name)]
+    matrices = [p for name, p in named if not is_mechanism(name) and p.ndim >= 2]
+    vectors = [p for name, p in named if not is_mechanism(name) and p.ndim < 2]
     groups = [
-        ([p for name, p in named if is_mechanism(name)], stage.mechanism_lr, 0.0),
-        ([p for name, p in named if not is_mechanism(name) and p.ndim >= 2], stage.lr, stage.weight_decay),
-        ([p for name, p in named if not is_mechanism(name) and p.ndim < 2], stage.lr, 0.0),
+        {"name": "mechanism_lr", "params": mechanism, "lr": stage.mechanism_lr, "weight_decay": 0.0},
+        {"name": "lr", "params": matrices, "lr": stage.lr, "weight_decay": stage.weight_decay},
+        {"name": "lr", "params": vectors, "lr": stage.lr, "weight_decay": 0.0},
     ]
-    groups = [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in groups if params]
-    return AdamW(groups, betas=stage.betas, fused=True)
+    return AdamW([group for group in groups if group["params"]], betas=stage.betas, fused=True)
 
 
 def _muon(stage: PretrainConfig, named: list[tuple[str, Tensor]]) -> Muon:
     fused = [p for name, p in named if name.endswith("c_attn.weight")]
     single = [p for name, p in named if not name.endswith("c_attn.weight")]
     return Muon(
-        [{"params": fused, "parts": 3}, {"params": single}],
+        [{"name": "muon_lr", "params": fused, "parts": 3}, {"name": "muon_lr", "params": single}],
         lr=stage.muon_lr,
         momentum=stage.muon_momentum,
         weight_decay=stage.weight_decay,

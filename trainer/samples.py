@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import SampleConfig
 
 
 @torch.no_grad()
 def write_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    length: int,
-    temperature: float,
-    seed: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SampleConfig, seed: int
 ) -> list[str]:
-    """Continues each prompt by up to `length` tokens; the global random state is left as it was.
+    """Continues each prompt; the global random state is left as it was.
 
     Args:
-        temperature: 0 takes the most likely token.
         seed: the same for each prompt.
     """
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    choice = {"do_sample": bool(options.temperature)}
+    if options.temperature:
+        choice |= {"temperature": options.temperature, "top_k": 0}
     training = model.training
     model.eval()
     texts = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        for prompt in prompts:
+        for prompt in options.prompts:
             torch.manual_seed(seed)
             input_ids = prompt_ids(tokenizer, prompt).to(model.device)
+            room = model.config.max_position_embeddings - input_ids.shape[1]
             output = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=min(length, model.config.max_position_embeddings - input_ids.shape[1]),
+                max_new_tokens=min(options.length, room),
                 pad_token_id=tokenizer.eos_token_id,
                 **choice,
             )
@@ -44,7 +41,7 @@ def write_texts(
     return texts
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     """(1, T ≥ 1) token ids; an empty prompt is the beginning of a document."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     return torch.tensor([ids])

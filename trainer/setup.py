@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import platform
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.files import fingerprint
+from attention.files import fingerprint, write_json
 
+from .checkpointing import restore_weights, whole
 from .config import RunConfig
-from .data import DataError, load_tokens, sampled_tokens
+from .data import load_tokens, sampled_tokens
+from .optim import is_mechanism
+from .stages import trains
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+LONGEST_WAIT = timedelta(hours=2)  # of the other processes, while one samples, validates or saves
 
 
 @dataclass
@@ -45,41 +53,97 @@ class Setup:
     train: np.ndarray
     valid: np.ndarray
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.accelerator.is_main_process
+
+    def trained_tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The tensors of a model that the run changes, whole, by name; all processes must call it."""
+        tied = model.config.tie_word_embeddings
+        return {
+            name: whole(tensor).detach()
+            for name, tensor in model.state_dict().items()
+            if (is_mechanism(name) or any(trains(stage, name) for stage in self.config.stages))
+            and not (tied and name == "lm_head.weight")
+        }
+
+    def whole_model(self) -> PreTrainedModel | None:
+        """The model to measure and save: on the main process, with all its weights; elsewhere None.
+
+        All processes must call it: where the weights are sharded, they are gathered into a copy.
+        """
+        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            return self.model if self.is_main else None
+        tensors = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
+        if not self.is_main:
+            return None
+        model = type(self.model)(copy.deepcopy(self.model.config)).to(self.accelerator.device)
+        restore_weights(model, tensors)
+        return model
+
 
 def build(config: RunConfig) -> Setup:
     """Loads and checks everything that a run needs.
 
     Raises:
-        DataError, attention.CheckpointError, ValueError: saying what cannot be used and what to do.
+        DataError, attention.CheckpointError, OSError, ValueError: saying what cannot be used and what to do.
     """
     accelerator = Accelerator(
         cpu=config.cpu,
-        mixed_precision=None if config.precision == "auto" and not _has_bf16(config) else _precision(config),
+        mixed_precision=_precision(config),
         log_with=config.trackers or None,
         project_dir=config.output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
+    check_processes(config, accelerator)
     set_seed(config.seed)
-    with accelerator.main_process_first():  # downloads and sampled text come from one process
+    with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
+        check_contexts(config, model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        check_contexts(config, model)
-        source = model if base is None else base
+        source, is_main = model if base is None else base, accelerator.is_main_process
         train, valid = load_tokens(
-            config.data,
-            tokenizer,
-            lambda: _sample(config, source, show_progress=accelerator.is_main_process),
-            show_progress=accelerator.is_main_process,
+            config.data, tokenizer, lambda: _sample(config, source, show_progress=is_main), show_progress=is_main
         )
+    if config.trackers:
+        accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
     return Setup(config, accelerator, model, base, tokenizer, train, valid)
 
 
-def _has_bf16(config: RunConfig) -> bool:
-    return not config.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _precision(config: RunConfig) -> str | None:
+    """The precision to ask for; None leaves it to the launcher."""
+    if config.precision != "auto":
+        return config.precision
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 and not config.cpu else None
 
 
-def _precision(config: RunConfig) -> str:
-    return "bf16" if config.precision == "auto" else config.precision
+def check_processes(config: RunConfig, accelerator: Accelerator) -> None:
+    """Checks what a config asks for against how it was launched.
+
+    Raises:
+        ValueError: naming what does not go together.
+    """
+    problems = []
+    for place, stage in enumerate(config.stages):
+        smallest = min(stage.batch_size, stage.batch_size * stage.context // (stage.final_context or stage.context))
+        if smallest < accelerator.num_processes:
+            problems.append(
+                f"stages.{place}: batches of {smallest} sequences are too few for {accelerator.num_processes} processes"
+            )
+    if accelerator.distributed_type in SHARDED and len(config.stages) > 1:
+        problems.append("FSDP and DeepSpeed run one stage; start the next with --variant FOLDER")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if any(stage.micro_batch_size for stage in config.stages):
+            problems.append("under DeepSpeed a step is one pass: leave micro_batch_size out")
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
+            config.stages[0].batch_size // accelerator.num_processes
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def load_models(
@@ -97,10 +161,12 @@ def load_models(
     if config.pretrains:
         return base, None, tokenizer
     base.requires_grad_(False)
-    if config.variant is not None:
-        shared, _ = attention.load(config.variant, base=base)
-        return attention.convert(shared, shared.mechanisms[0].config), base, tokenizer
-    return attention.convert(base, attention.config_from_dict(config.attention)), base, tokenizer
+    if config.variant is None:
+        return attention.convert(base, attention.config_from_dict(config.attention)), base, tokenizer
+    variant, _ = attention.load(config.variant, base=base)
+    for parameter in [*variant.parameters(), *variant.buffers()]:
+        parameter.data = parameter.data.clone()  # no longer the base's
+    return variant, base, tokenizer
 
 
 def check_contexts(config: RunConfig, model: PreTrainedModel) -> None:
@@ -119,12 +185,11 @@ def check_contexts(config: RunConfig, model: PreTrainedModel) -> None:
 
 
 def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:
-    length = max(stage.context for stage in config.stages)
     return sampled_tokens(
         base,
         fingerprint({name: tensor.cpu() for name, tensor in base.state_dict().items()}),
         config.data.sampled_tokens,
-        length=length,
+        length=max(stage.context for stage in config.stages),
         batch_size=config.data.sample_batch,
         seed=config.seed,
         cache=config.data.cache,
@@ -132,18 +197,28 @@ def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) ->
     )
 
 
+def write_record(config: RunConfig, folder: Path) -> None:
+    """Writes the config as it is run, and the environment, into the run's folder."""
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    write_json(folder / "environment.json", environment())
+
+
 def environment() -> dict[str, Any]:
     """Where and how this process runs, for the record."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "platform": platform.platform(),
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
+
+
+def command() -> str:
+    """How to run this again from the repository's root."""
+    return "accelerate launch trainer/train.py " + shlex.join(sys.argv[1:])
 
 
 def _cpu_name() -> str:
@@ -154,21 +229,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
+    """The commit of this code, where it is a clone; marked if files differ from it."""
     root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
-
-
-def write_record(config: RunConfig, folder: Path) -> None:
-    """Writes the config as it is run, and the environment, into the run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    import yaml
-
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-
-
-__all__ = ["DataError", "Setup", "build", "check_contexts", "environment", "load_models", "write_record"]

@@ -18,12 +18,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
 import attention
-from attention.errors import CheckpointError
 from trainer import setup
 from trainer.config import RunConfig, load_config
 from trainer.data import DataError
 from trainer.finish import finish
-from trainer.loop import Loop, NonFiniteLossError, StoppedError
+from trainer.loop import Loop, NonFiniteError, StoppedError
 from trainer.signals import EXIT_STOPPED
 
 logger = logging.getLogger("trainer")
@@ -39,22 +38,25 @@ def main(arguments: list[str] | None = None) -> int:
     except attention.ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    if config.dry_run:
+        config.output = str(Path(config.output) / "dry-run")
     with logging_redirect_tqdm(loggers=[logging.getLogger()]):
         return run(config)
 
 
 def run(config: RunConfig) -> int:
     """Sets up, fits and saves; returns the exit code."""
-    start_logging(Path(config.output))
+    folder = Path(config.output)
+    start_logging(folder)
     try:
         parts = setup.build(config)
-    except (DataError, CheckpointError, OSError, ValueError) as error:
+    except (DataError, OSError, ValueError) as error:
         logger.error("%s", error)
         return 2
-    if parts.accelerator.is_main_process:
-        setup.write_record(config, Path(config.output))
+    if parts.is_main:
+        setup.write_record(config, folder)
     else:
-        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger().setLevel(logging.WARNING)
     loop = Loop(parts)
     try:
         loop.fit()
@@ -62,7 +64,7 @@ def run(config: RunConfig) -> int:
     except StoppedError:
         logger.info("stopped after step %d; --resume goes on from there", loop.step)
         return EXIT_STOPPED
-    except (NonFiniteLossError, CheckpointError) as error:
+    except (DataError, NonFiniteError, OSError) as error:
         logger.error("%s", error)
         return 1
     finally:

@@ -1,0 +1,109 @@
+"""The chunked losses against the formulas written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainer.losses import TERMS, vocabulary_loss
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, terms: dict[str, float], labels: Tensor, teacher_logits: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The definitions, on all logits at once."""
+    log_q, log_p = (hidden @ weight.T).log_softmax(-1), teacher_logits.log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return F.kl_div(log_b, log_a, log_target=True, reduction="sum")
+
+    every = {
+        "kl": kl(log_p, log_q),
+        "ce": F.nll_loss(log_q, labels, reduction="sum"),
+        "reverse_kl": kl(log_q, log_p),
+        "jsd": 0.5 * kl(log_p, log_m) + 0.5 * kl(log_q, log_m),
+    }
+    return sum(terms[name] * every[name] for name in terms), every
+
+
+@given(
+    tokens=st.integers(1, 12),
+    vocabulary=st.integers(2, 30),
+    width=st.integers(1, 8),
+    chunk=st.integers(1, 13),
+    terms=st.dictionaries(st.sampled_from(TERMS), st.floats(0.1, 3), min_size=1),
+    seed=st.integers(0, 999),
+)
+@settings(deadline=None, max_examples=60)
+def test_values_and_gradients_are_those_of_the_definition(tokens, vocabulary, width, chunk, terms, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = random(tokens, width).requires_grad_(), random(vocabulary, width).requires_grad_()
+    teacher_hidden, teacher_weight = random(tokens, width + 1), random(vocabulary, width + 1)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    loss, sums = vocabulary_loss(
+        hidden,
+        weight,
+        terms,
+        labels=labels,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        chunk_tokens=chunk,
+    )
+    gradients = torch.autograd.grad(2.5 * loss, (hidden, weight))
+    wanted, every = plain(hidden, weight, terms, labels, teacher_hidden @ teacher_weight.T)
+    torch.testing.assert_close(loss, wanted.float(), atol=1e-4, rtol=1e-4)
+    for gradient, expected in zip(gradients, torch.autograd.grad(2.5 * wanted, (hidden, weight)), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=2e-4, rtol=2e-4)
+    assert set(sums) == set(terms)
+    for name, value in sums.items():
+        torch.testing.assert_close(value, every[name].float(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_kl_to_itself_is_zero_with_zero_gradient():
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
+    loss, _ = vocabulary_loss(hidden, weight, {"kl": 1.0}, teacher_hidden=hidden.detach(), teacher_weight=weight)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden.grad, torch.zeros(5, 4), atol=1e-6, rtol=0)
+
+
+def test_extreme_logits_stay_finite():
+    hidden = torch.full((2, 1), 300.0, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    terms = dict.fromkeys(TERMS, 1.0)
+    teacher = torch.full((2, 1), -300.0)
+    loss, sums = vocabulary_loss(
+        hidden, weight, terms, labels=torch.tensor([1, 2]), teacher_hidden=teacher, teacher_weight=weight
+    )
+    loss.backward()
+    assert torch.stack(list(sums.values())).isfinite().all()
+    assert hidden.grad.isfinite().all()
+
+
+def test_frozen_output_matrix_gets_no_gradient():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
+    loss, _ = vocabulary_loss(hidden, weight, {"ce": 1.0}, labels=torch.tensor([0, 1, 2]))
+    loss.backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [({}, "at least one"), ({"kl": 0.0}, "at least one"), ({"mse": 1.0}, "mse"), ({"kl": 1.0}, r"\['kl'\] need")],
+)
+def test_what_is_missing_is_said(terms, message):
+    with pytest.raises(ValueError, match=message):
+        vocabulary_loss(torch.randn(2, 3), torch.randn(5, 3), terms)
+
+
+def test_ce_needs_labels():
+    with pytest.raises(ValueError, match="ce needs labels"):
+        vocabulary_loss(torch.randn(2, 3), torch.randn(5, 3), {"ce": 1.0})

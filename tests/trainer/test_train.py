@@ -1,0 +1,149 @@
+"""The command, from a recipe to a variant that can be loaded."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import attention
+from tests.trainer.conftest import recipe, write_recipe
+from trainer.train import main
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    options = recipe(workplace, output=str(folder / "run"))
+    options["eval"]["text"] = str(workplace / "valid.txt")
+    assert main(["--config", str(write_recipe(folder, options))]) == 0
+    return folder / "run"
+
+
+def test_a_run_leaves_all_that_it_should(finished: Path):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        *("config.yaml", "environment.json", "train.log", "training.jsonl", "curves.png", "checkpoints", "variant")
+    }
+
+
+def test_history_has_every_step_and_what_is_on_schedule(finished: Path):
+    history = rows(finished)
+    train = [row for row in history if row["kind"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, 9))
+    assert [row["stage"] for row in train] == ["transfer"] * 3 + ["distil"] * 5
+    assert [row["step"] for row in history if row["kind"] == "eval"] == [0, 3, 4, 8]
+    assert [row["step"] for row in history if row["kind"] == "samples"] == [4, 8]
+    assert train[-1]["tokens"] == 3 * 2 * 32 + 5 * 4 * 16
+    assert all(row["mechanisms"] for row in history if row["kind"] == "eval")
+
+
+def test_the_variant_is_better_than_before_and_carries_its_history(finished: Path):
+    measured = [row for row in rows(finished) if row["kind"] == "eval"]
+    assert measured[-1]["kl"] < measured[0]["kl"]
+    assert (finished / "variant" / "training.jsonl").read_text() == (finished / "training.jsonl").read_text()
+    variant, tokenizer = attention.load(finished / "variant")
+    assert variant.config.attention["method"] == "masks"
+    assert variant(torch.tensor([tokenizer("The sea")["input_ids"]])).logits.isfinite().all()
+
+
+def test_the_config_as_run_can_be_run_again(finished: Path, tmp_path: Path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert [stage["steps"] for stage in config["stages"]] == [3, 5]
+    again = tmp_path / "again"
+    assert main(["--config", str(finished / "config.yaml"), "--output", str(again)]) == 0
+    assert (again / "variant" / "model.safetensors").read_bytes() == (
+        finished / "variant" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_card_has_what_the_hub_wants(finished: Path):
+    card = ModelCard.load(finished / "variant" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    measured = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    last = [row for row in rows(finished) if row["kind"] == "eval"][-1]
+    assert measured["validation text", "kl"] == pytest.approx(last["kl"], abs=1e-5)
+    assert ("valid.txt", "perplexity") in measured
+    for part in ("accelerate launch trainer/train.py", "attention.load", "## Limits", "curves.png"):
+        assert part in card.content
+
+
+def test_pretraining_lowers_the_loss_and_leaves_a_plain_model(workplace: Path, tmp_path: Path):
+    stage = {"stage": "pretrain", "steps": 12, "batch_size": 4, "context": 32, "muon": True, "lr": 1e-2}
+    options = recipe(workplace, output=str(tmp_path / "run"), stages=[stage], attention=None)
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 0
+    losses = [row["loss"] for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    assert losses[-1] < losses[0] - 1
+    model, tokenizer = attention.load(tmp_path / "run" / "model")
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert tokenizer is not None
+
+
+def test_without_data_it_trains_on_text_of_the_base_which_is_sampled_once(workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"))
+    options["data"] = {"sampled_tokens": 1024, "sample_batch": 8, "cache": str(tmp_path / "cache")}
+    path = str(write_recipe(tmp_path, options))
+    assert main(["--config", path, "--max_steps", "2"]) == 0
+    (cached,) = (tmp_path / "cache").iterdir()
+    written = cached.stat().st_mtime_ns
+    assert main(["--config", path, "--max_steps", "2"]) == 0
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()] == [written]
+
+
+def test_max_steps_is_shared_among_the_stages(workplace: Path, tmp_path: Path):
+    path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run")))
+    assert main(["--config", str(path), "--max_steps", "2"]) == 0
+    assert [row["stage"] for row in rows(tmp_path / "run") if row["kind"] == "train"] == ["transfer", "distil"]
+
+
+def test_dry_run_does_a_step_of_each_stage_and_estimates(workplace: Path, tmp_path: Path):
+    path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run")))
+    assert main(["--config", str(path), "--dry_run"]) == 0
+    folder = tmp_path / "run" / "dry-run"
+    assert [row["step"] for row in rows(folder) if row["kind"] == "train"] == [1, 2]
+    assert "the whole run: 8 steps" in (folder / "train.log").read_text()
+    assert (folder / "variant" / "model.safetensors").exists()
+
+
+def test_a_variant_can_be_continued(finished: Path, workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"), attention=None, variant=str(finished / "variant"))
+    options["stages"] = options["stages"][1:]
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 0
+    before = [row for row in rows(finished) if row["kind"] == "eval"][-1]["kl"]
+    first = next(row for row in rows(tmp_path / "run") if row["kind"] == "eval")
+    assert first["kl"] == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "nowhere/at-all/x/y"}, "nowhere"),
+        ({"data": {"train": "missing-*.txt"}}, "no file matches missing-*.txt"),
+        ({"eval": {"context": 65}}, "the model holds 64 tokens, but eval.context is 65"),
+    ],
+)
+def test_what_cannot_be_used_is_named(change: dict, message: str, workplace: Path, tmp_path: Path):
+    path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run"), **change))
+    assert main(["--config", str(path)]) == 2
+    assert message in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_what_is_not_finite_stops_the_run_with_the_step_named_and_keeps_the_checkpoint(workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"), log_every=8, eval={"every": None, "context": 32})
+    options |= {"samples": {"every": None}, "checkpoint": {"every": 5}}
+    options["stages"][1] |= {"lr": 1e30, "clip": None, "train": "all", "schedule": {"warmup": 0}}
+    path = str(write_recipe(tmp_path, options))
+    assert main(["--config", path]) == 1
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert re.search(r"step \d \(stage distil.*(nan|not finite)", log)
+    saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == ["step-00000003"]
+    assert main(["--config", path, "--resume", "--stages.distil.lr", "1e-4"]) == 0

@@ -1,0 +1,185 @@
+"""The model card of a variant: what it is, how it was made, what it measures, where its limits are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from attention.mechanism import MechanismConfig
+
+from .config import RunConfig
+from .fidelity import Fidelity
+
+TAGS = ["efficient-attention", "distillation", "gpt2"]
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a variant was made.
+
+    Attributes:
+        config: the run's.
+        method: the mechanism's config.
+        environment: see `setup.environment`.
+        tokens, steps, seconds: what the training took.
+    """
+
+    config: RunConfig
+    method: MechanismConfig
+    environment: dict[str, Any]
+    tokens: int
+    steps: int
+    seconds: float
+
+    @property
+    def base(self) -> str:
+        """Name or path of the base, as the config has it."""
+        return self.config.base
+
+
+def write_card(making: Making, valid: Fidelity, test: Fidelity | None) -> ModelCard:
+    """The card, with metadata of the Hub's schema.
+
+    Args:
+        valid: what was measured on the validation text.
+        test: what was measured on `eval.text`, if there is one.
+    """
+    measured = {"validation": ("validation text", valid)}
+    if test is not None:
+        measured["test"] = (making.config.card.eval_data or Path(making.config.eval.text).name, test)
+    data = ModelCardData(
+        model_name=_title(making),
+        base_model=making.base if _is_hub_name(making.base) else None,
+        datasets=[making.config.data.dataset] if making.config.data.dataset else None,
+        tags=[*TAGS, making.method.method],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=making.config.card.license,
+        language=making.config.card.language,
+        eval_results=[
+            result for split, (name, figures) in measured.items() for result in _results(split, name, figures)
+        ],
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(making, dict(measured.values()))}")
+
+
+def _results(split: str, name: str, figures: Fidelity) -> list[EvalResult]:
+    shared = {"task_type": "text-generation", "dataset_type": "text", "dataset_name": name, "dataset_split": split}
+    values = {
+        "kl": ("KL(base ‖ variant), nats per token", figures.kl),
+        "perplexity": ("perplexity", figures.perplexity),
+        "top1_agreement": ("share of tokens with the base's most likely one", figures.top1_agreement),
+    }
+    return [
+        EvalResult(**shared, metric_type=kind, metric_name=title, metric_value=round(value, 5))
+        for kind, (title, value) in values.items()
+    ]
+
+
+def _title(making: Making) -> str:
+    return making.config.card.name or f"{making.method.method}-{Path(making.base).name}"
+
+
+def _is_hub_name(base: str) -> bool:
+    return not base.startswith((".", "/")) and not Path(base).exists() and base.count("/") <= 1
+
+
+def _body(making: Making, measured: dict[str, Fidelity]) -> str:
+    return "\n\n".join(
+        [
+            f"# {_title(making)}",
+            _what(making),
+            f"## What it measures\n\n{_figures(making, measured)}",
+            "![curves](curves.png)",
+            f"## Use\n\n{_usage(making)}",
+            f"## How it was made\n\n{_how(making)}",
+            f"## Limits\n\n{_limits(making)}",
+            "",
+        ]
+    )
+
+
+def _what(making: Making) -> str:
+    return (
+        f"`{making.base}` with its softmax attention swapped for **{making.method.method}**. "
+        f"{making.method.description} The swapped model was fitted to predict what the original predicts; weights that "
+        "no stage below trains are the original's."
+    )
+
+
+def _figures(making: Making, measured: dict[str, Fidelity]) -> str:
+    rows = [
+        "| text | tokens | KL(base ‖ variant), nats/token | perplexity | perplexity of the base | same top token |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {figures.tokens:,} | {figures.kl:.4f} | {figures.perplexity:.2f} | "
+            f"{figures.base_perplexity:.2f} | {figures.top1_agreement:.1%} |"
+            for name, figures in measured.items()
+        ),
+    ]
+    context = making.config.eval.context
+    note = (
+        f"Means over the predicted tokens of blocks of {context}; in each block every token but the first is predicted "
+        "once, from those before it. The validation text guided choices, the others did not."
+    )
+    return "\n".join(rows) + f"\n\n{note}"
+
+
+def _usage(making: Making) -> str:
+    place = making.config.push_to or "PATH/TO/THIS/FOLDER"
+    return (
+        "From a clone of the project that made it:\n\n"
+        "```python\n"
+        "import attention\n\n"
+        f'model, tokenizer = attention.load("{place}")\n'
+        'inputs = tokenizer("The old man looked at the sea and", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
+        "```\n\n"
+        "Pushed to the Hub, the code travels with it: "
+        '`AutoModelForCausalLM.from_pretrained("user/repo", trust_remote_code=True)` needs nothing but transformers.'
+    )
+
+
+def _how(making: Making) -> str:
+    config, environment = making.config, making.environment
+    data = config.data
+    sources = [data.dataset] if data.dataset else [Path(path).name for path in data.train or []]
+    text = config.card.train_data or ", ".join(sources) or "sampled from the base itself at temperature 1"
+    libraries = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "accelerate"))
+    options = ", ".join(f"{name}={value!r}" for name, value in making.method.to_dict().items() if name != "method")
+    stages = "\n".join(f"- {_stage(stage)}" for stage in config.stages)
+    return (
+        f"```\n{environment['command']}\n```\n\n"
+        f"{stages}\n\n"
+        f"Method options: `{options or 'none'}`. Text: {text}. In all {making.steps:,} steps, {making.tokens:,} "
+        f"tokens, {making.seconds:,.0f} s on {environment['device']} ({environment['threads']} threads), "
+        f"seed {config.seed}; {libraries}, Python {environment['python']}"
+        + (f", code at {environment['commit']}" if environment["commit"] else "")
+        + "."
+    )
+
+
+def _stage(stage: Any) -> str:
+    trained = {"transfer": "mechanism"}.get(stage.stage) or stage.train
+    goal = (
+        {"output": stage.output, "weights": stage.weights}
+        if stage.stage == "transfer"
+        else stage.objective.model_dump()
+    )
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in goal.items() if weight)
+    return (
+        f"**{stage.stage}**: {stage.steps:,} steps of {stage.batch_size} × {stage.context} tokens, objective {terms}, "
+        f"training {trained}, learning rates {stage.lr:g} (base's weights) and {stage.mechanism_lr:g} (mechanism's)"
+    )
+
+
+def _limits(making: Making) -> str:
+    context = max(stage.final_context or stage.context for stage in making.config.stages)
+    return (
+        "It inherits whatever the base knows, gets wrong and is biased towards, and adds the differences measured "
+        f"above. It was fitted at contexts of up to {context} tokens; beyond that, expect larger differences. It does "
+        "not follow instructions, and what it writes is not fit to be relied on."
+    )
