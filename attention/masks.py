@@ -8,9 +8,7 @@ the distance i − j alone or on the key j alone, hence M_ij = f(i − j) + g(j)
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from math import inf, isfinite
 from typing import ClassVar, Literal
 
@@ -19,83 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .block_attention import block_attention
+from .masks_plan import SYNTAX, Candidate, Layout, Plan
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
 from .reference import effective_mask, masked_softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
-
-FARTHEST = 65_536  # the largest number in a candidate: bounds what a typo can allocate
-SMALLEST = {"last": (0,), "window": (1,), "first": (1,), "dilated": (1, 1), "causal": ()}
-SYNTAX = "last(i), window(w), first(k), dilated(w, s) or causal"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One mask: which keys j a query i may read.
-
-    Attributes:
-        kind: `last(i)`: the key exactly i back; `window(w)`: the last w keys, the query's own among them;
-            `first(k)`: the first k keys; `dilated(w, s)`: w keys, every s-th back from the query's own; `causal`: all.
-        numbers: what stands between the parentheses.
-    """
-
-    kind: str
-    numbers: tuple[int, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Candidate:
-        """Reads the syntax of `MasksConfig.candidates`.
-
-        Raises:
-            ValueError: saying what is wrong with the text.
-        """
-        match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
-        if not match or match[1] not in SMALLEST:
-            raise ValueError(f"candidate {text!r} is unknown; write {SYNTAX}")
-        kind, inside = match.groups()
-        smallest = SMALLEST[kind]
-        parts = [part.strip() for part in inside.split(",")] if inside and inside.strip() else []
-        if len(parts) != len(smallest) or not all(re.fullmatch(r"-?\d+", part) for part in parts):
-            raise ValueError(f"candidate {text!r} needs {len(smallest) or 'no'} whole number(s); write {SYNTAX}")
-        numbers = tuple(map(int, parts))
-        for number, least in zip(numbers, smallest, strict=True):
-            if not least <= number <= FARTHEST:
-                raise ValueError(f"candidate {text!r}: {number} must lie between {least} and {FARTHEST}")
-        return cls(kind, numbers)
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}({', '.join(map(str, self.numbers))})" if self.numbers else self.kind
-
-    @property
-    def reach(self) -> int:
-        """One more than the largest distance at which this mask holds; 0 where distance does not matter."""
-        match self.kind, self.numbers:
-            case "last", (back,):
-                return back + 1
-            case "window", (width,):
-                return width
-            case "dilated", (width, step):
-                return (width - 1) * step + 1
-        return 0
-
-    @property
-    def sinks(self) -> int:
-        """How many first keys this mask holds for."""
-        return self.numbers[0] if self.kind == "first" else 0
-
-    def at_distance(self, distance: Tensor) -> Tensor:
-        """Whether the mask holds at a distance i − j (integers of any shape), by distance alone."""
-        if self.kind == "causal":
-            return distance >= 0
-        near = (distance >= 0) & (distance < self.reach)
-        if self.kind == "last":
-            return near & (distance == self.reach - 1)
-        return near & (distance % self.numbers[1] == 0) if self.kind == "dilated" else near
-
-    def at_key(self, key: Tensor) -> Tensor:
-        """Whether the mask holds at a key's position j (integers of any shape), by position alone."""
-        return key < self.sinks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,201 +70,6 @@ class MasksConfig(MechanismConfig):
 
     def build(self, layer: LayerShape) -> MasksAttention:
         return MasksAttention(self, layer)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a block of b consecutive queries reads: columns for the sinks first, then for the band of keys near it.
-
-    Attributes:
-        block: queries b in a block.
-        relative: (U,) the band's keys, counted from the block's first query.
-        distance: (b, S + U) i − j in the band; j for the sinks. A query at this position or later has that key.
-        own: (b, S + U) whether a column of the band is the query's own key.
-        candidates: (C, b·(S + U)) float: 1 where a candidate holds.
-        active: (1 or H, C) float: 1 where a candidate counts.
-        depth: the position from which on no key is missing.
-    """
-
-    block: int
-    relative: Tensor
-    distance: Tensor
-    own: Tensor
-    candidates: Tensor
-    active: Tensor
-    depth: int
-
-    @classmethod
-    def make(cls, plan: Plan, block: int, device: torch.device) -> Layout:
-        relative = torch.tensor(plan.band(block), device=device)
-        key = torch.arange(plan.sinks, device=device).expand(block, -1)
-        distance = torch.arange(block, device=device)[:, None] - relative
-        holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in plan.candidates]
-        return cls(
-            block=block,
-            relative=relative,
-            distance=torch.cat([key, distance], 1),
-            own=torch.cat([torch.zeros_like(key), distance == 0], 1).bool(),
-            candidates=torch.stack(holds).flatten(1).float(),
-            active=torch.tensor(plan.active, device=device).float(),
-            depth=plan.depth,
-        )
-
-    @property
-    def sinks(self) -> int:
-        return self.distance.shape[1] - len(self.relative)
-
-    def blocks(self, length: int) -> int:
-        """How many blocks `length` queries make, the last one perhaps not full."""
-        return -(-length // self.block)
-
-    def index(self, blocks: int, before: int, length: int) -> Tensor:
-        """(blocks, S + U) where the blocks find their keys in a buffer of `length` keys with the sinks at its start.
-
-        Args:
-            blocks: how many blocks.
-            before: where in the buffer the key of the very first query stands.
-            length: keys in the buffer. Columns that lie outside of it are hidden and may point anywhere.
-        """
-        start = before + self.block * torch.arange(blocks, device=self.relative.device)
-        sinks = torch.arange(self.sinks, device=start.device).expand(blocks, -1)
-        return torch.cat([sinks, start[:, None] + self.relative], 1).clamp(0, length - 1)
-
-    @cached_property
-    def decode_index(self) -> Tensor | None:
-        """For b = 1: the columns' places in a decode state; None if the columns are the whole state."""
-        reach = 1 - int(self.relative[0])
-        size = self.sinks + reach
-        return None if self.distance.shape[1] == size else self.index(1, size - 1, size)[0]
-
-    @cached_property
-    def read(self) -> Tensor:
-        """(1 or H, b, S + U) whether a query that misses no key reads it."""
-        return (self.active @ self.candidates > 0).view(-1, *self.distance.shape)
-
-    @cached_property
-    def unread(self) -> Tensor:
-        """(1 or H, b·(S + U)) float, the opposite of `read`."""
-        return (~self.read).float().flatten(1)
-
-    def hidden(self, start: Tensor, blocks: int) -> Tensor:
-        """(B, 1 or H, blocks, b, S + U): −∞ for keys that are not read or not there, else 0.
-
-        Args:
-            start: (B,) the position of the first query.
-            blocks: how many blocks.
-        """
-        row = torch.arange(blocks * self.block, device=start.device).view(blocks, self.block)
-        there = self.distance <= (start[:, None, None] + row)[..., None]
-        read = self.read[:, None] & there[:, None]
-        read = read | (self.own & ~read.any(-1, keepdim=True))
-        return torch.zeros(read.shape, device=read.device).masked_fill(~read, -inf)
-
-    @cached_property
-    def hidden_at_start(self) -> Tensor:
-        """(1, 1 or H, N, b, S + U) `hidden` for the blocks from position 0 on; from the last of them on, all equal."""
-        start = torch.zeros(1, dtype=torch.long, device=self.relative.device)
-        return self.hidden(start, self.blocks(self.depth) + 1)
-
-    def log_mask(self, weights: Tensor) -> Tensor:
-        """(1 or H, 1, b, S + U) log M for weights (1 or H, C); 0 where not read, so that gradients are finite."""
-        with torch.autocast(weights.device.type, enabled=False):
-            mask = torch.addmm(self.unread, weights * self.active, self.candidates)
-        return mask.log().view(-1, 1, *self.distance.shape)
-
-
-@dataclass
-class Plan:
-    """What the kernel computes for a set of active candidates; made on the host, once for each set.
-
-    Attributes:
-        candidates: all candidates of the config, in its order.
-        active: for each head, or once for all that agree, whether each candidate counts.
-        layouts: those made so far, by block size and device.
-    """
-
-    candidates: list[Candidate]
-    active: list[list[bool]]
-    layouts: dict[tuple[int, torch.device], Layout] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if all(row == self.active[0] for row in self.active):
-            self.active = self.active[:1]
-
-    @cached_property
-    def used(self) -> list[Candidate]:
-        """The candidates that count for some head."""
-        return [c for c, *on in zip(self.candidates, *self.active, strict=True) if any(on)]
-
-    @cached_property
-    def dense(self) -> bool:
-        """Whether some head reads every key."""
-        return any(c.kind == "causal" for c in self.used)
-
-    @cached_property
-    def softmax(self) -> bool:
-        """Whether every head's only candidate is `causal`: its weight cancels."""
-        return self.dense and len(self.used) == 1 and len(self.active) == 1
-
-    @cached_property
-    def distances(self) -> list[int]:
-        """The distances i − j at which some head reads, unless `dense`."""
-        distance = torch.arange(max((c.reach for c in self.used), default=0))
-        return sorted({d for c in self.used for d in distance[c.at_distance(distance)].tolist()})
-
-    @cached_property
-    def offsets(self) -> list[int]:
-        """The distances that the kernel computes: 0 among them, for queries whose support is empty."""
-        return sorted({0, *self.distances})
-
-    @cached_property
-    def sinks(self) -> int:
-        return max((c.sinks for c in self.used), default=0)
-
-    @cached_property
-    def reach(self) -> int:
-        """How many of the latest keys a decode state holds."""
-        return self.offsets[-1] + 1
-
-    @cached_property
-    def depth(self) -> int:
-        """The position from which on no query misses a key."""
-        return max(self.reach, self.sinks) - 1
-
-    @cached_property
-    def reads_at_once(self) -> bool:
-        """Whether no query of any head has an empty support: each reads its own key or the first."""
-        zero = torch.zeros((), dtype=torch.long)
-        at_once = [bool(c.at_distance(zero) | c.at_key(zero)) for c in self.candidates]
-        return all(any(a and b for a, b in zip(on, at_once, strict=True)) for on in self.active)
-
-    def band(self, block: int) -> list[int]:
-        """The keys near a block that it reads, counted from its first query."""
-        return sorted({row - offset for row in range(block) for offset in self.offsets})
-
-    @cached_property
-    def block(self) -> int:
-        """The block size that costs least for a query: its columns, its part of gathering them and of a small product.
-
-        The two constants are fitted to times of SDPA and index_select on a CPU with AVX2.
-        """
-
-        def cost(block: int) -> float:
-            columns = self.sinks + len(self.band(block))
-            return columns + (16 * columns + 448) / block
-
-        return min((8, 16, 32, 64, 128), key=cost)
-
-    def block_for(self, length: int) -> int:
-        """The block size for `length` new queries: no longer than they need."""
-        return 1 if length == 1 else min(self.block, max(8, 1 << (length - 1).bit_length()))
-
-    def layout(self, length: int, device: torch.device) -> Layout:
-        """The layout for `length` new queries."""
-        key = (self.block_for(length), device)
-        if key not in self.layouts:
-            self.layouts[key] = Layout.make(self, *key)
-        return self.layouts[key]
 
 
 class MasksState(State):
@@ -462,7 +193,10 @@ class MasksAttention(Mechanism):
 
     def weights(self) -> Tensor:
         """(1 or H, C) σ(α) in float32, 0 where pruned or disabled and nowhere else."""
-        return self._weights() * torch.tensor(self.plan().active, device=self.alpha.device)
+        weights = self._weights() * self._rows(self.active)
+        if self.disabled:
+            weights = weights * torch.tensor([name not in self.disabled for name in self.branches]).to(weights)
+        return weights
 
     def _weights(self) -> Tensor:
         # The least positive number, not 0, keeps the support as planned when σ underflows.
@@ -498,13 +232,15 @@ class MasksAttention(Mechanism):
     def _check(state: State | None, plan: Plan) -> None:
         if state is None:
             return
-        same = state.plan is plan or state.plan == plan if isinstance(state, MasksState) else plan.dense
+        same = plan.dense
+        if isinstance(state, MasksState):
+            same = state.plan is plan or state.plan == plan
         if not same:
             raise ValueError("the active candidates changed since this state was made; start with a new one")
 
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows that start here: only the first blocks can miss keys."""
-        layout = plan.layout(q.shape[2], q.device)
+        layout = plan.layout(plan.block_for(q.shape[2]), q.device)
         bias = layout.log_mask(self._weights()) + layout.hidden_at_start[:, :, : layout.blocks(q.shape[2])]
         return self._blocks(layout, q, k, v, bias, 0)
 
@@ -512,8 +248,8 @@ class MasksAttention(Mechanism):
         self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState, lengths: Tensor | None
     ) -> Tensor:
         """Tokens after what the state has seen."""
-        layout = plan.layout(q.shape[2], q.device)
-        hidden = layout.hidden_at_start[:, :, -1:]
+        layout = plan.layout(plan.block_for(q.shape[2]), q.device)
+        hidden = layout.hidden_later
         if state.least < plan.depth:
             hidden = layout.hidden(state.positions(len(q), q.device), layout.blocks(q.shape[2]))
         tails = state.keys[:, :, plan.sinks :], state.values[:, :, plan.sinks :]
@@ -537,7 +273,7 @@ class MasksAttention(Mechanism):
         """One token in every row: none misses a key, or all miss the same."""
         layout = plan.layout(1, q.device)
         if state.bias is None:
-            bias = layout.log_mask(self._weights().detach()) + layout.hidden_at_start[:, :, -1:]
+            bias = layout.log_mask(self._weights().detach()) + layout.hidden_later
             state.bias = bias[:, :, 0].to(q.dtype).expand(len(q), -1, -1, -1)
         bias = state.bias
         if state.least < plan.depth:
