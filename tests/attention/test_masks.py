@@ -1,0 +1,456 @@
+"""The masks method: its syntax, its mathematics, pruning, and what its states cost."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from attention.block_attention import block_attention
+from attention.masks import MasksAttention, MasksConfig
+from attention.masks_plan import Candidate, Plan
+from attention.mechanism import ConfigError, LayerShape, repeat_heads
+from attention.reference import candidate_mask, effective_mask, masked_softmax_weights, softmax_weights
+
+from .configs import CONFIGS
+
+TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def layer(heads: int = 2, kv_heads: int | None = None, width: int = 4, dropout: float = 0.0) -> LayerShape:
+    return LayerShape(
+        num_heads=heads,
+        num_kv_heads=kv_heads or heads,
+        head_dim=width,
+        hidden_size=heads * width,
+        max_length=64,
+        dropout=dropout,
+    )
+
+
+def build(*candidates: str, shape: LayerShape | None = None, **options) -> MasksAttention:
+    return MasksConfig(candidates=candidates, **options).build(shape or layer()).eval()
+
+
+def inputs(length: int, shape: LayerShape | None = None, batch: int = 1, seed: int = 0) -> tuple[Tensor, ...]:
+    shape, generator = shape or layer(), torch.Generator().manual_seed(seed)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    q, k, v = (torch.randn(batch, n, length, shape.head_dim, generator=generator) for n in heads)
+    return q, k, v, torch.zeros(batch, length, shape.hidden_size)
+
+
+def reference(mechanism: MasksAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The definition, with weights computed here: σ(α), 0 where a candidate is pruned or disabled."""
+    candidates = [Candidate.parse(text) for text in mechanism.config.candidates]
+    enabled = torch.tensor([c.name not in mechanism.disabled for c in candidates])
+    weights = (mechanism.alpha.sigmoid() * mechanism.active * enabled).view(-1, len(candidates))
+    mask = effective_mask([(c.kind, c.numbers) for c in candidates], weights, q.shape[2])
+    return masked_softmax_weights(q, repeat_heads(k, q.shape[1]), mask[None]) @ repeat_heads(v, q.shape[1])
+
+
+# Configuration.
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "numbers"),
+    [
+        ("last(0)", "last", (0,)),
+        (" window( 8 ) ", "window", (8,)),
+        ("first(1)", "first", (1,)),
+        ("dilated(4,16)", "dilated", (4, 16)),
+        ("causal", "causal", ()),
+        ("causal()", "causal", ()),
+    ],
+)
+def test_syntax(text, kind, numbers):
+    assert Candidate.parse(text) == Candidate(kind, numbers)
+    assert Candidate.parse(Candidate.parse(text).name) == Candidate(kind, numbers)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("latest(3)", "unknown"),
+        ("last 3", "unknown"),
+        ("window(3", "unknown"),
+        ("", "unknown"),
+        ("last", "needs 1 whole number"),
+        ("causal(3)", "needs no whole number"),
+        ("dilated(3)", "needs 2 whole number"),
+        ("window(1.5)", "needs 1 whole number"),
+        ("window(0)", "between 1 and"),
+        ("last(-1)", "between 0 and"),
+        ("dilated(2, 0)", "between 1 and"),
+        ("window(99999999)", "between 1 and 65536"),
+        ("dilated(300, 300)", "reaches 89700 back"),
+    ],
+)
+def test_mistakes_are_named_with_the_candidate(text, complaint):
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        MasksConfig(candidates=("causal", text))
+    assert [repr(text) in problem for problem in caught.value.problems] == [True]
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        MasksConfig(candidates=("window(0)", "nonsense", "first(2)", "first( 2 )"), scale=-1.0, seed=-1)
+    assert len(caught.value.problems) == 5
+    with pytest.raises(ConfigError, match="candidates is empty"):
+        MasksConfig(candidates=())
+
+
+def test_start_is_zero_or_a_seeded_draw_that_differs_between_layers():
+    assert not build("window(2)", "first(1)").alpha.any()
+    config = MasksConfig(candidates=("window(2)", "first(1)"), init="random", scale=2.0, seed=5)
+    shapes = [LayerShape(2, 2, 4, 8, 64, layer_idx=i) for i in (0, 0, 1)]
+    first, again, other = (config.build(shape).alpha for shape in shapes)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    many = MasksConfig(candidates=tuple(f"last({i})" for i in range(500)), init="random", scale=2.0).build(layer())
+    assert many.alpha.std().item() == pytest.approx(2.0, rel=0.1)
+
+
+def test_weights_are_per_head_or_per_layer():
+    assert build("window(2)", "first(1)", per_head=True).alpha.shape == (2, 2)
+    assert build("window(2)", "first(1)", per_head=False).alpha.shape == (2,)
+
+
+def test_defaults_read_at_most_72_keys():
+    assert MasksConfig().build(layer()).keys_read(1023) == 72
+
+
+# The mathematics.
+
+
+@given(data=st.data())
+def test_equals_the_reference_in_outputs_and_gradients(data):
+    """Also with candidates pruned, per head, and others disabled."""
+    kv_heads, groups = data.draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+    shape = layer(kv_heads * groups, kv_heads)
+    mechanism = data.draw(CONFIGS["masks"]).build(shape)
+    tensors = inputs(data.draw(st.integers(1, 80)), shape, data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99)))
+    with torch.no_grad():
+        mechanism.alpha += torch.randn_like(mechanism.alpha)
+    mechanism.prune(data.draw(st.sampled_from([0.0, 0.4])))
+    mechanism.disable(*data.draw(st.sets(st.sampled_from(mechanism.branches), max_size=1)))
+    variables = [t.requires_grad_() for t in tensors[:3]]
+    actual, expected = mechanism(*tensors), reference(mechanism, *variables)
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    direction = torch.randn_like(actual)
+    variables.append(mechanism.alpha)
+    grads = torch.autograd.grad((actual * direction).sum(), variables, allow_unused=True)
+    expected_grads = torch.autograd.grad((expected * direction).sum(), variables)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        grad = torch.zeros_like(expected_grad) if grad is None else grad  # where α cancels
+        torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_equals_the_reference_over_many_pieces(per_head):
+    """Long enough that the kernel takes several pieces, the last of them one short block."""
+    shape = layer(heads=8, width=8)
+    mechanism = build(
+        *("window(64)", "last(0)", "last(7)", "first(4)", "dilated(5, 20)"),
+        **{"shape": shape, "per_head": per_head, "init": "random"},
+    )
+    tensors = inputs(701, shape, batch=2)
+    variables = [*(t.requires_grad_() for t in tensors[:3]), mechanism.alpha]
+    actual, expected = mechanism(*tensors), reference(mechanism, *tensors[:3])
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    direction = torch.randn_like(actual)
+    grads, expected_grads = (torch.autograd.grad((out * direction).sum(), variables) for out in (actual, expected))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-4 * expected_grad.abs().max().item(), rtol=1e-4)
+
+
+@given(st.integers(1, 40), st.floats(-9, 9), st.booleans())
+def test_only_causal_equals_softmax_whatever_its_weight(length, alpha, per_head):
+    mechanism = build("causal", per_head=per_head)
+    torch.nn.init.constant_(mechanism.alpha, alpha)
+    q, k, v, x = inputs(length)
+    torch.testing.assert_close(mechanism(q, k, v, x), softmax_weights(q, k) @ v, **TOLERANCE)
+
+
+def test_causal_left_over_by_pruning_is_softmax_again():
+    mechanism = build("causal", "window(3)")
+    with torch.no_grad():
+        mechanism.alpha[:, 1] = -9.0
+    mechanism.prune(0.01)
+    q, k, v, x = inputs(20)
+    torch.testing.assert_close(mechanism(q, k, v, x), scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert mechanism.operations(64) == 2 * 2 * 2 * 4 * 64 * 65 // 2
+
+
+def test_a_row_with_empty_support_reads_itself():
+    q, k, v, x = inputs(8)
+    out = build("last(3)")(q, k, v, x)
+    torch.testing.assert_close(out[:, :, :3], v[:, :, :3])
+    torch.testing.assert_close(out[:, :, 3:], v[:, :, :5])  # exactly three back, and nothing else
+
+
+def test_without_any_candidate_every_row_reads_itself():
+    mechanism = build("window(3)", "first(2)", "causal")
+    mechanism.disable("window(3)", "first(2)", "causal")
+    q, k, v, x = inputs(8)
+    torch.testing.assert_close(mechanism(q, k, v, x), v)
+    assert mechanism.keys_read(7) == 1
+
+
+@pytest.mark.parametrize("candidates", [("window(3)", "first(2)"), ("causal", "window(3)")])
+def test_underflowing_weights_keep_the_support(candidates):
+    """σ(−200) is 0 in float32: rows must neither lose their keys nor become NaN, forwards or backwards."""
+    mechanism = build(*candidates)
+    torch.nn.init.constant_(mechanism.alpha, -200.0)
+    q, k, v, x = inputs(8)
+    out = mechanism(q, k, v, x)
+    out.sum().backward()
+    assert torch.isfinite(mechanism.alpha.grad).all()
+    torch.nn.init.constant_(mechanism.alpha, 0.0)  # equal weights in both cases
+    torch.testing.assert_close(out, mechanism(q, k, v, x), **TOLERANCE)
+
+
+def test_a_larger_weight_draws_more_attention():
+    mechanism = build("window(6)", "last(2)", per_head=False)
+    q, k, _, x = inputs(12)
+    before = mechanism.attention_map(q, k, x).diagonal(-2, 2, 3)
+    with torch.no_grad():
+        mechanism.alpha[1] = 3.0
+    assert (mechanism.attention_map(q, k, x).diagonal(-2, 2, 3) > before).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "row"),
+    [
+        ("last", (2,), [0, 0, 0, 1, 0, 0]),
+        ("window", (3,), [0, 0, 0, 1, 1, 1]),
+        ("first", (2,), [1, 1, 0, 0, 0, 0]),
+        ("dilated", (2, 3), [0, 0, 1, 0, 0, 1]),
+        ("causal", (), [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_reference_masks_read_what_their_names_say(kind, numbers, row):
+    assert candidate_mask(kind, numbers, 6)[5].int().tolist() == row
+
+
+def test_parts_hold_the_effective_mask():
+    mechanism = build("window(2)", "first(1)", per_head=False)
+    q, k, _, x = inputs(4)
+    expected = torch.tensor([[1.0, 0, 0, 0], [1, 0.5, 0, 0], [0.5, 0.5, 0.5, 0], [0.5, 0, 0.5, 0.5]])
+    torch.testing.assert_close(mechanism.attention_parts(q, k, x)["mask"], expected[None, None])
+
+
+# The kernel.
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_the_kernel_equal_finite_differences(dropout):
+    torch.manual_seed(0)
+    shapes = [(2, 2, 5, 3), (2, 2, 6, 3), (2, 2, 6, 3), (4, 2, 2, 4)]
+    q, k, v, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    index = torch.tensor([[0, 1, 2, 2], [0, 3, 2, 1], [5, 4, 1, 0]])
+
+    def function(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return block_attention(*tensors, index, dropout)
+
+    assert torch.autograd.gradcheck(function, (q, k, v, bias))
+
+
+def test_dropout_keeps_the_mean_and_stops_in_evaluation():
+    shape = layer(dropout=0.25)
+    mechanism = build("window(8)", "first(1)", shape=shape).train()
+    q, k, _, x = inputs(900, shape)
+    ones = torch.ones_like(k)
+    torch.manual_seed(0)
+    out = mechanism(q, k, ones, x)
+    assert out.std() > 0.1
+    assert out.mean().item() == pytest.approx(1.0, abs=0.02)
+    torch.testing.assert_close(mechanism.eval()(q, k, ones, x), ones)
+
+
+def test_heads_can_be_merged_without_a_copy():
+    out = build("window(4)")(*inputs(10))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_compiles_into_one_graph_once_it_has_run():
+    mechanism = build("window(4)", "first(2)")
+    tensors = inputs(20)
+    expected = mechanism(*tensors)
+    compiled = torch.compile(mechanism, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), expected)
+
+
+def test_training_after_use_in_inference_mode():
+    mechanism = build("window(4)", "first(2)")
+    tensors = inputs(20)
+    with torch.inference_mode():
+        mechanism(*tensors)
+    mechanism(*tensors).sum().backward()
+    assert mechanism.alpha.grad is not None
+
+
+# Pruning and ablation.
+
+
+def pruned(per_head: bool) -> tuple[MasksAttention, list[str]]:
+    mechanism = build("window(20)", "last(1)", "first(2)", per_head=per_head)
+    with torch.no_grad():
+        mechanism.alpha[..., 0] = -16.0
+        if per_head:
+            mechanism.alpha[0, 2] = -16.0
+    return mechanism, mechanism.prune(1e-3)
+
+
+def test_prune_names_what_it_drops():
+    assert pruned(per_head=False)[1] == ["window(20)"]
+    mechanism, dropped = pruned(per_head=True)
+    assert dropped == ["head 0: window(20)", "head 0: first(2)", "head 1: window(20)"]
+    assert mechanism.prune(1e-3) == []
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+def test_prune_refuses_thresholds_that_are_no_weights(threshold):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        build("window(3)").prune(threshold)
+
+
+def test_pruning_makes_the_kernel_cheaper_and_changes_little():
+    mechanism = build("window(20)", "last(0)", "last(1)", "first(2)")
+    with torch.no_grad():
+        mechanism.alpha[:, 0] = -16.0
+    tensors = inputs(40)
+    before, keys, operations = mechanism(*tensors), mechanism.keys_read(39), mechanism.operations(40)
+    large = mechanism.new_state()
+    mechanism(*tensors, large)
+    mechanism.prune(1e-3)
+    small = mechanism.new_state()
+    torch.testing.assert_close(mechanism(*tensors, small), before, atol=1e-4, rtol=1e-4)
+    assert (keys, mechanism.keys_read(39)) == (22, 4)
+    assert mechanism.operations(40) < operations
+    assert small.nbytes() < large.nbytes() / 4
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_pruning_survives_saving_and_loading(assign, used):
+    """Also into a mechanism that ran before, and so has a plan for what it was."""
+    mechanism, _ = pruned(per_head=True)
+    fresh = mechanism.config.build(layer()).eval()
+    tensors = inputs(30)
+    if used:
+        fresh(*tensors)
+    fresh.load_state_dict(copy.deepcopy(mechanism.state_dict()), assign=assign)
+    assert torch.equal(fresh.active, mechanism.active)
+    assert fresh.keys_read(29) == mechanism.keys_read(29) == 3
+    torch.testing.assert_close(fresh(*tensors), mechanism(*tensors))
+
+
+def test_plan_is_made_once_for_each_set_of_candidates(monkeypatch):
+    made = []
+    monkeypatch.setattr(Plan, "__post_init__", lambda self: made.append(self))
+    mechanism = build("window(3)", "first(2)")
+    for length in (5, 5, 9):
+        mechanism(*inputs(length))
+    assert len(made) == 1
+    mechanism.disable("first(2)")
+    mechanism(*inputs(5))
+    assert len(made) == 2
+
+
+def test_disabling_removes_from_the_support_and_comes_back():
+    mechanism = build("window(3)", "first(2)")
+    assert mechanism.branches == ("window(3)", "first(2)")
+    mechanism.disable("first(2)")
+    assert mechanism.keys_read(20) == 3
+    mechanism.disable()
+    assert mechanism.keys_read(20) == 5
+
+
+def test_penalty_is_the_sum_of_weights_meaned_over_heads_and_pulls_them_down():
+    mechanism, _ = pruned(per_head=True)
+    penalty = mechanism.penalty()
+    assert penalty.item() == pytest.approx((0.5 + 1.0) / 2)  # last(1) in head 0; last(1) and first(2) in head 1
+    penalty.backward()
+    assert (mechanism.alpha.grad > 0).tolist() == mechanism.active.tolist()
+    assert build("window(3)", "first(2)", per_head=False).penalty().item() == pytest.approx(1.0)
+
+
+def test_summary_names_the_weights():
+    assert build("window(3)", "first(2)", per_head=False).summary() == {"window(3)": [0.5], "first(2)": [0.5]}
+    assert pruned(per_head=True)[0].summary() == {
+        "window(20)": [0.0, 0.0],
+        "last(1)": [0.5, 0.5],
+        "first(2)": [0.0, 0.5],
+    }
+
+
+# States and counts.
+
+
+@given(config=CONFIGS["masks"], position=st.integers(0, 40))
+def test_keys_read_is_the_size_of_the_support(config, position):
+    candidates = [Candidate.parse(text) for text in config.candidates]
+    masks = [candidate_mask(c.kind, c.numbers, position + 1)[position] for c in candidates]
+    assert config.build(layer()).keys_read(position) == max(1, int(torch.stack(masks).any(0).sum()))
+
+
+@torch.no_grad()
+def test_state_has_constant_size():
+    mechanism = build("window(8)", "first(2)", "dilated(3, 6)")
+    state = mechanism.new_state()
+    sizes = []
+    for length in (1, 30, 200, 1, 1):
+        mechanism(*inputs(length), state)
+        sizes.append(state.keys.shape[2])
+    assert sizes == [2 + 13] * 5
+    assert state.nbytes() <= 2 * 2 * 15 * 4 * 4 + 2 * 15 * 4
+
+
+@torch.no_grad()
+def test_one_token_costs_few_operations():
+    """The hot path: what the state holds is shifted, and SDPA runs on it; nothing is computed from α again."""
+    mechanism = build("window(8)", "first(2)")
+    state = mechanism.new_state()
+    mechanism(*inputs(20), state)
+    mechanism(*inputs(1), state)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        mechanism(*inputs(1), state)
+    assert not {"aten::sigmoid", "aten::log", "aten::addmm", "aten::gather"} & {e.key for e in profile.key_averages()}
+
+
+@torch.no_grad()
+def test_state_is_refused_after_the_candidates_changed():
+    mechanism = build("window(3)", "first(2)")
+    state = mechanism.new_state()
+    mechanism(*inputs(5), state)
+    mechanism.disable("first(2)")
+    with pytest.raises(ValueError, match="start with a new one"):
+        mechanism(*inputs(1), state)
+
+
+@torch.no_grad()
+def test_reset_and_copied_states_start_and_continue_as_they_should():
+    mechanism = build("window(3)", "first(2)", init="random")
+    tensors = inputs(9)
+    state = mechanism.new_state()
+    first = mechanism(*tensors, state)
+    copied = copy.deepcopy(state)
+    next_token = inputs(1, seed=1)
+    torch.testing.assert_close(mechanism(*next_token, copied), mechanism(*next_token, state))
+    state.reset()
+    torch.testing.assert_close(mechanism(*tensors, state), first)
+
+
+@torch.no_grad()
+def test_long_decoding_equals_one_forward():
+    """Past every window, token by token, from a prompt of one token."""
+    mechanism = build("window(5)", "first(2)", "dilated(3, 7)", "last(2)", init="random")
+    tensors = inputs(60)
+    state = mechanism.new_state()
+    out = [mechanism(*(t[:, :, a:b] for t in tensors[:3]), tensors[3][:, a:b], state) for a, b in pairwise(range(61))]
+    torch.testing.assert_close(torch.cat(out, 2), mechanism(*tensors), **TOLERANCE)
