@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -57,7 +57,8 @@ def write(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     target = folder / f"step-{snapshot.state['step']:08d}"
     with replaced(target) as new:
         for name, tensors in _files(snapshot).items():
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, new / name)
+            # Not `save_file`, whose errors do not say that the disk is full.
+            (new / name).write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
         (new / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
         write_manifest(new)
     for old in _steps(folder)[:-keep]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,30 @@ class History:
       `mechanisms`, each layer's `summary`.
     - "samples": `step`, `stage`, `texts`, each with `prompt`, `base` (None in pretraining) and `variant`.
 
+    Two runs that are equal differ only in the values named by `TIMES`.
+
     Args:
         path: the file; None keeps rows in memory only.
         rows: what the file is to hold at the start.
     """
 
-    TIMES = ("seconds", "tokens_per_second", "peak_memory_mb")  # what two equal runs may differ in
+    TIMES = ("seconds", "tokens_per_second", "peak_memory_mb")
 
     def __init__(self, path: Path | None, rows: list[Row] | None = None):
         self.path = path
         self.rows: list[Row] = list(rows or [])
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            partial = path.with_name(f".{path.name}.partial")
             partial.write_text("".join(map(_line, self.rows)), encoding="utf-8")
             partial.replace(path)
 
     def add(self, row: Row) -> None:
+        """Adds a row.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -79,18 +79,19 @@ class _VocabularyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        sums = hidden.new_zeros(len(terms), dtype=torch.float32)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        sums = hidden.new_zeros(len(terms), dtype=dtype)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            student = (hidden[part] @ weight.t()).float()
-            teacher = None if teacher_hidden is None else (teacher_hidden[part] @ teacher_weight.t()).float()
+            student = (hidden[part] @ weight.t()).to(dtype)
+            teacher = None if teacher_hidden is None else (teacher_hidden[part] @ teacher_weight.t()).to(dtype)
             values, grad = _chunk_terms(student, teacher, None if labels is None else labels[part], terms)
             sums += values
             if needs_hidden:
                 grad_hidden[part] = grad.to(weight.dtype) @ weight
             if needs_weight:
-                grad_weight.addmm_(grad.t(), hidden[part].float())
+                grad_weight.addmm_(grad.t(), hidden[part].to(dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(sums)

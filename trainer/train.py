@@ -82,6 +82,7 @@ def start_logging(folder: Path) -> None:
         handlers=[logging.StreamHandler(), logging.FileHandler(folder / "train.log", encoding="utf-8")],
         force=True,
     )
+    logging.raiseExceptions = False  # a full disk must not bury its own message
     for name in ("httpx", "httpx2", "filelock", "matplotlib", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
