@@ -11,22 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from attention.errors import CheckpointError
 from attention.files import check, replaced, write_manifest
 
 logger = logging.getLogger(__name__)
-WEIGHTS, OPTIMIZERS, BEST, RNG, STATE = (
-    "weights.safetensors",
-    "optimizers.safetensors",
-    "best.safetensors",
-    "rng.safetensors",
-    "state.json",
-)
+TENSORS, STATE = "model.safetensors", "state.json"  # names of files that a manifest covers
 
 
 @dataclass
@@ -48,20 +42,27 @@ class Snapshot:
     state: dict[str, Any]
 
 
+PARTS = ("weights", "optimizers", "best", "rng")
+
+
 def write(folder: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Writes `folder`/step-N beside, checks it in, and then deletes all but the last `keep` checkpoints.
+    """Writes `folder`/step-N beside, renames it, and then deletes all others but the last `keep` − 1 before it.
+
+    Checkpoints of later steps go, too: a run that writes step N has skipped them as broken.
 
     Raises:
         CheckpointError: if the disk refuses; earlier checkpoints are untouched.
     """
     target = folder / f"step-{snapshot.state['step']:08d}"
     with replaced(target) as new:
-        for name, tensors in _files(snapshot).items():
-            # Not `save_file`, whose errors do not say that the disk is full.
-            (new / name).write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
+        parts = {part: getattr(snapshot, part) for part in PARTS}
+        tensors = {f"{part}/{name}": tensor for part in parts for name, tensor in parts[part].items()}
+        # Not `save_file`, whose errors do not say that the disk is full.
+        (new / TENSORS).write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
         (new / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
         write_manifest(new)
-    for old in _steps(folder)[:-keep]:
+    kept = [path for path in _steps(folder) if path <= target][-keep:]
+    for old in set(_steps(folder)) - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -72,14 +73,14 @@ def read_newest(folder: Path) -> Snapshot | None:
         try:
             check(path)
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            return Snapshot(*(load_file(path / name) for name in (WEIGHTS, OPTIMIZERS, BEST, RNG)), state)
-        except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+            parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+            for name, tensor in load_file(path / TENSORS).items():
+                part, _, key = name.partition("/")
+                parts[part][key] = tensor
+            return Snapshot(**parts, state=state)
+        except (OSError, SafetensorError) as error:
             logger.warning("skipping a broken checkpoint: %s", error)
     return None
-
-
-def _files(snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
-    return {WEIGHTS: snapshot.weights, OPTIMIZERS: snapshot.optimizers, BEST: snapshot.best, RNG: snapshot.rng}
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -53,18 +53,50 @@ class Loop:
         self.checkpoints = Path(self.config.output) / "checkpoints"
         self.observer = Observer(setup)
         self.publisher = Publisher(self.config.push_to, private=self.config.private) if self.config.push_to else None
+        self.snapshot: Snapshot | None = None
         self.step = 0
         self.step_seconds = [0.0] * len(self.config.stages)
 
+    def restore(self) -> None:
+        """Takes up the newest intact checkpoint if the config says so, and opens the history.
+
+        Raises:
+            ValueError: if the config does not say so, and the folder holds an unfinished run.
+        """
+        snapshot = checkpointing.read_newest(self.checkpoints)
+        if snapshot is not None and not self.config.resume:
+            if not snapshot.state["finished"]:
+                raise ValueError(
+                    f"{self.config.output} holds a run that stopped after step {snapshot.state['step']}: go on with it "
+                    "by --resume, choose another --output, or delete it"
+                )
+            snapshot = None
+        if snapshot is not None:
+            self._take_up(snapshot)
+        elif self.config.resume:
+            logger.info("%s has no intact checkpoint to resume from; starting", self.checkpoints)
+        history = Path(self.config.output) / "training.jsonl" if self.setup.is_main else None
+        self.observer.open(history, snapshot and snapshot.state["observer"])
+
+    def _take_up(self, snapshot: Snapshot) -> None:
+        checkpointing.restore_weights(self.setup.model, snapshot.weights)
+        self.snapshot = snapshot
+        self.step = snapshot.state["step"]
+        if snapshot.best:
+            self.observer.best = (snapshot.state["best"], snapshot.best)
+        if snapshot.state["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
+        logger.info("resuming after step %d", self.step)
+
     def fit(self) -> None:
-        """Runs all stages, from the newest checkpoint if the config says so.
+        """Runs all stages, from where `restore` left them.
 
         Raises:
             StoppedError: after a signal; a checkpoint was written.
             NonFiniteError: naming step and batch; earlier checkpoints stay.
             attention.CheckpointError: if a checkpoint could not be written.
         """
-        snapshot = self._restore()
+        snapshot, self.snapshot = self.snapshot, None
         first = snapshot.state["stage"] if snapshot else 0
         total = sum(map(self._steps, self.config.stages))
         self.stop = StopRequest()
@@ -211,6 +243,7 @@ class Loop:
             state={
                 "stage": index,
                 "stage_step": done,
+                "finished": index == len(self.config.stages) - 1 and done == self._steps(self.config.stages[index]),
                 "step": self.step,
                 "best": self.observer.best[0] if self.observer.best[1] else None,
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -220,24 +253,6 @@ class Loop:
         if self.setup.is_main:
             checkpointing.write(self.checkpoints, snapshot, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
-
-    def _restore(self) -> Snapshot | None:
-        snapshot = checkpointing.read_newest(self.checkpoints) if self.config.resume else None
-        history = Path(self.config.output) / "training.jsonl" if self.setup.is_main else None
-        if snapshot is None:
-            self.observer.open(history)
-            if self.config.resume:
-                logger.info("%s has no intact checkpoint to resume from; starting", self.checkpoints)
-            return None
-        checkpointing.restore_weights(self.setup.model, snapshot.weights)
-        self.observer.open(history, snapshot.state["observer"])
-        self.step = snapshot.state["step"]
-        if snapshot.best:
-            self.observer.best = (snapshot.state["best"], snapshot.best)
-        if snapshot.state["scaler"] and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
-        logger.info("resuming after step %d", self.step)
-        return snapshot
 
     def _rng(self) -> dict[str, Tensor]:
         """States of every process's generators, by process and device."""

@@ -50,6 +50,8 @@ def run(config: RunConfig) -> int:
     start_logging(folder)
     try:
         parts = setup.build(config)
+        loop = Loop(parts)
+        loop.restore()
     except (DataError, OSError, ValueError) as error:
         logger.error("%s", error)
         return 2
@@ -57,7 +59,6 @@ def run(config: RunConfig) -> int:
         setup.write_record(config, folder)
     else:
         logging.getLogger().setLevel(logging.WARNING)
-    loop = Loop(parts)
     try:
         loop.fit()
         finish(loop)

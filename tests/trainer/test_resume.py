@@ -152,8 +152,8 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_checkpoint_before_intact(
 
 
 def snapshot(step: int) -> Snapshot:
-    tensors = {"a": torch.full((3,), float(step))}
-    return Snapshot(tensors, tensors, {}, {"0.cpu": torch.get_rng_state()}, {"step": step})
+    weights, memory = ({"a": torch.full((3,), value)} for value in (float(step), 0.0))
+    return Snapshot(weights, memory, {}, {"0.cpu": torch.get_rng_state()}, {"step": step})
 
 
 def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -191,6 +191,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     caplog.clear()
     assert checkpointing.read_newest(tmp_path).state["step"] == 1
     assert "step-00000002" in caplog.text
+
+
+def test_a_skipped_checkpoint_does_not_outlive_the_one_written_after_it(two_checkpoints: Path, tmp_path: Path):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "step-00000001")
+    checkpointing.write(tmp_path, snapshot(1), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpointing.read_newest(tmp_path).state["step"] == 1
+
+
+def test_an_unfinished_run_is_not_overwritten(
+    uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ["--config", str(uninterrupted["pretrain"] / "recipe.yaml"), "--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_stop_asked", lambda self: self.step == 3)
+        assert train.main(arguments) == EXIT_STOPPED
+    assert train.main(arguments) == 2
+    assert "stopped after step 3: go on with it by --resume" in (tmp_path / "train.log").read_text()
+    assert checkpoints(tmp_path) == ["step-00000002", "step-00000003"]
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path):
