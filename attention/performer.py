@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, see
 from .reference import softmax_weights
 from .state import State
 
-SEGMENT = 1024  # tokens worked on at a time: what is temporary stays small and near the processor
+CPU_SEGMENT, SEGMENT = 384, 8192  # tokens worked on at a time: on a CPU what is temporary must fit its cache
 NOTHING = -1e30  # log of a feature that no key has; finite, so that differences of two are not NaN
 MAX_SHIFT = 80.0  # a first key of log-feature −80 is still a normal number
 HEADROOM = 60.0  # features up to e^60, their products and sums over keys stay far from float32's e^88
@@ -88,6 +89,7 @@ class PerformerState(State):
         norms: Σ φ(k_j) (B, H, m) over the same keys.
         peaks: largest log-feature of those keys (B, H, m); `favor` only, whose sums are kept relative to it.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
+        fading: what the learned map keeps for single steps; the same for all rows.
     """
 
     def __init__(self, window: int):
@@ -98,6 +100,7 @@ class PerformerState(State):
         self.peaks: Tensor | None = None
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
+        self.fading: tuple[Tensor] | None = None
 
     def missing(self) -> int | Tensor:
         """How many slots of the window are still empty; (B,) where the rows differ."""
@@ -137,23 +140,68 @@ def random_projections(num: int, width: int, orthogonal: bool, generator: torch.
     return directions.transpose(-1, -2).reshape(-1, width)[:num] * gaussian.norm(dim=1, keepdim=True)
 
 
+class Steps(NamedTuple):
+    """Which of the T steps of a segment are real.
+
+    Attributes:
+        length: T.
+        missing: how many of a row's first keys are empty, one number or (B,).
+        lengths: (B,) how many steps of each row are real, the first ones; None: all.
+    """
+
+    length: int
+    missing: int | Tensor = 0
+    lengths: Tensor | None = None
+
+    def hidden(self, device: torch.device) -> Tensor | None:
+        """(1 or B, T) which keys do not count, or None where all do."""
+        if isinstance(self.missing, int) and not self.missing and self.lengths is None:
+            return None
+        slots = torch.arange(self.length, device=device)[None]
+        hidden = slots < (self.missing if isinstance(self.missing, int) else self.missing[:, None])
+        return hidden if self.lengths is None else hidden | (slots >= self.lengths[:, None])
+
+    def counts(self, size: int) -> list[int] | list[Tensor]:
+        """How many steps are real in each chunk of `size`: numbers, or (B, 1, 1)."""
+        starts = range(0, self.length, size)
+        if self.lengths is None:
+            return [min(size, self.length - start) for start in starts]
+        return [(self.lengths - start).clamp(0, size)[:, None, None] for start in starts]
+
+
 class Scaled(NamedTuple):
     """Features in chunks, each on the scale of its chunk, and how the sums over keys change scale between chunks.
 
     Attributes:
         q, k: (B, H, N, C, m).
-        top: (B, H, N, C) logs of what the features of each query were divided by.
+        top: (B, H, N, C, 1) logs of what the features of each query were divided by.
         entry: (·, H, m) factor of the state's sums before the first chunk, or None for 1.
-        factor: (·, H, N, m) factor of the sums after each chunk, or None for 1.
-        exit: (·, H, m) factor of the sums after the last chunk, for the state, or None for 1.
+        factors: for each of the N chunks the factor (·, H, m) of the sums after it, or None for 1.
+        exit: (H, m) factor of the sums that go into the state, or None for 1.
     """
 
     q: Tensor
     k: Tensor
     top: Tensor
     entry: Tensor | None = None
-    factor: Tensor | None = None
+    factors: Sequence[Tensor] | None = None
     exit: Tensor | None = None
+
+
+class Single(NamedTuple):
+    """Features of one token; as `Scaled`, with q, k (B, H, 1, m), top (B, H, 1, 1) and factors (·, H, m)."""
+
+    q: Tensor
+    k: Tensor
+    top: Tensor
+    entry: Tensor | None = None
+    factor: Tensor | None = None
+
+
+def _exp_relative(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """exp of (…, m), divided by the largest of each m, and the logs (…, 1) of the divisors."""
+    top = logs.detach().amax(-1, keepdim=True)
+    return (logs - top).exp_(), top
 
 
 class FeatureMap(nn.Module, ABC):
@@ -163,19 +211,23 @@ class FeatureMap(nn.Module, ABC):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """log φ (B, H, T, m) of queries and of keys (B, H, T, D)."""
 
-    def scale(self, q_log: Tensor, k_log: Tensor, counts: Tensor, missing: int | Tensor, state: State) -> Scaled:
+    def scale(self, q_log: Tensor, k_log: Tensor, steps: Steps, state: PerformerState) -> Scaled:
         """Takes exp, on a scale that float32 can hold.
 
         What a query is divided by depends on no later key, so that no result does, to the last bit.
 
         Args:
             q_log, k_log: (B, H, N, C, m), the latter −∞ where there is no key.
-            counts: (1 or B, N) how many steps of each chunk are real.
-            missing: how many of a row's first keys are empty, one number or (B,).
+            steps: which are real.
             state: what came before.
         """
-        top = q_log.detach().amax(-1, keepdim=True)
-        return Scaled((q_log - top).exp(), k_log.exp(), top.squeeze(-1))
+        q, top = _exp_relative(q_log)
+        return Scaled(q, k_log.exp(), top)
+
+    def single(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Single:
+        """`scale` for one token."""
+        q, top = _exp_relative(q_log)
+        return Single(q, k_log.exp(), top)
 
     @abstractmethod
     def operations(self) -> int:
@@ -204,7 +256,7 @@ class RandomMap(FeatureMap):
         return self._log_features(q), self._log_features(k)
 
     def _log_features(self, x: Tensor) -> Tensor:
-        u = (x * x.shape[-1] ** -0.25) @ self.omega.float().T
+        u = x @ (self.omega.float().T * x.shape[-1] ** -0.25)
         return ((F.relu(u) + RELU_EPSILON) * self.config.num_features**-0.5).log()
 
     def operations(self) -> int:
@@ -221,11 +273,11 @@ class FavorMap(RandomMap):
         super().__init__(config, layer, config.num_features // 2 if config.hyperbolic else config.num_features)
 
     def _log_features(self, x: Tensor) -> Tensor:
-        x = x * x.shape[-1] ** -0.25
-        u = x @ self.omega.float().T
+        omega = self.omega.float() * x.shape[-1] ** -0.25
         if self.config.hyperbolic:
-            u = torch.cat([u, -u], -1)
-        return u - (x.square().sum(-1, keepdim=True) + math.log(self.config.num_features)) / 2
+            omega = torch.cat([omega, -omega])
+        half_square = x.square().sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5)
+        return (x @ omega.T).sub_(half_square + math.log(self.config.num_features) / 2)
 
     @torch.no_grad()
     def _reference(self, peaks: Tensor) -> Tensor:
@@ -239,23 +291,30 @@ class FavorMap(RandomMap):
             highest = torch.cat([highest, highest])
         return peaks + (highest - HEADROOM - peaks).clamp(0, MAX_SHIFT)
 
-    def scale(self, q_log: Tensor, k_log: Tensor, counts: Tensor, missing: int | Tensor, state: State) -> Scaled:
+    def scale(self, q_log: Tensor, k_log: Tensor, steps: Steps, state: PerformerState) -> Scaled:
         """Keeps a running maximum of each log-feature of the keys; a chunk's scale comes from it and its first key.
 
         Exact unless a key exceeds all before it by more than MAX_SHIFT + HEADROOM in the same chunk.
         """
         with torch.no_grad():
             peaks = torch.cat([state.peaks[:, :, None], k_log.amax(-2)], 2).cummax(2).values
-            visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, missing))
+            visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, steps.missing))
             reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2))
             factor = (reference[:, :, :-1] - reference[:, :, 1:]).exp()
             entry = (self._reference(state.peaks) - reference[:, :, 0]).exp()
             reference = reference[:, :, :-1, None]
         state.peaks = peaks[:, :, -1]
-        q_log = q_log + reference
-        top = q_log.detach().amax(-1, keepdim=True)
-        k = (k_log - reference).clamp(max=HEADROOM).exp()
-        return Scaled((q_log - top).exp(), k, top.squeeze(-1), entry, factor)
+        q, top = _exp_relative(q_log + reference)
+        k = (k_log - reference).clamp_(max=HEADROOM).exp_()
+        return Scaled(q, k, top, entry, factor.unbind(2))
+
+    def single(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Single:
+        with torch.no_grad():
+            before = self._reference(state.peaks)
+            state.peaks = torch.maximum(state.peaks, k_log[:, :, 0])
+            reference = self._reference(state.peaks)
+        q, top = _exp_relative(q_log + reference[:, :, None])
+        return Single(q, (k_log - reference[:, :, None]).exp_(), top, (before - reference).exp_())
 
     @staticmethod
     def _first_keys(k_log: Tensor, missing: int | Tensor) -> Tensor:
@@ -289,11 +348,12 @@ class LearnedMap(FeatureMap):
         generator = seeded_generator(config.seed, layer.layer_idx)
         axes = torch.eye(width)
         start = torch.cat([axes, -axes])[torch.arange(num) % (2 * width)].T
-        self.weight = nn.Parameter(start + 0.1 * torch.randn(2, heads, width, num, generator=generator))
+        noise = 0.1 * torch.randn(2, heads, width, num, generator=generator)
+        self.weight = nn.Parameter(width**-0.25 * (start + noise))
         self.bias = nn.Parameter(torch.zeros(2, heads, 1, num))
         if config.hidden:
-            inner = torch.randn(2, heads, width, config.hidden, generator=generator) * width**-0.5
-            self.inner = nn.Parameter(inner)
+            inner = torch.randn(2, heads, width, config.hidden, generator=generator)
+            self.inner = nn.Parameter(width**-0.75 * inner)
             self.outer = nn.Parameter(torch.zeros(2, heads, config.hidden, num))
         if config.fade:
             rates = torch.logspace(math.log10(0.5), -4, num)  # from tokens to the whole context
@@ -301,31 +361,37 @@ class LearnedMap(FeatureMap):
             self.rate = nn.Parameter((rates[order] / MAX_RATE).logit())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self._log_features(q, 0), self._log_features(k, 1).clamp(-KEY_CAP, KEY_CAP)
-
-    def _log_features(self, x: Tensor, side: int) -> Tensor:
-        x = x * x.shape[-1] ** -0.25
-        u = x @ self.weight[side].float() + self.bias[side].float()
+        x = torch.cat([q, k], 1)
+        weight, bias = self.weight.float().flatten(0, 1), self.bias.float().flatten(0, 1)
+        u = (x @ weight).add_(bias)
         if self.config.hidden:
-            u = u + F.gelu(x @ self.inner[side].float()) @ self.outer[side].float()
-        return u
+            u += F.gelu(x @ self.inner.float().flatten(0, 1)) @ self.outer.float().flatten(0, 1)
+        q_log, k_log = u.chunk(2, 1)
+        return q_log, k_log.clamp(-KEY_CAP, KEY_CAP)
 
     def rates(self) -> Tensor:
         """r (H, m), what the logarithm of each feature loses a token."""
         return MAX_RATE * self.rate.float().sigmoid()
 
-    def scale(self, q_log: Tensor, k_log: Tensor, counts: Tensor, missing: int | Tensor, state: State) -> Scaled:
-        """Fading, e^−r(i−j) = e^−r(i−h) e^r(j−h) with h the middle of the chunk, so that neither factor is large."""
+    def scale(self, q_log: Tensor, k_log: Tensor, steps: Steps, state: PerformerState) -> Scaled:
+        """Fading: e^−r(i−j) = e^−r(i−h) e^r(j−h), with h the middle of the chunk, so that neither factor is large."""
         if not self.config.fade:
-            return super().scale(q_log, k_log, counts, missing, state)
+            return super().scale(q_log, k_log, steps, state)
+        size = q_log.shape[3]
         rates = self.rates()
-        middle = (q_log.shape[3] - 1) / 2
-        offsets = torch.arange(q_log.shape[3], device=q_log.device) - middle
+        middle = (size - 1) / 2
+        offsets = torch.arange(size, device=q_log.device) - middle
         fading = (rates[:, None] * offsets[:, None])[:, None]  # (H, 1, C, m)
-        top = q_log.detach().amax(-1, keepdim=True)
-        factor = (-rates[:, None] * counts[:, None, :, None]).exp()
-        shift = (rates * middle).exp()[None]
-        return Scaled((q_log - top - fading).exp(), (k_log + fading).exp(), top.squeeze(-1), 1 / shift, factor, shift)
+        q, top = _exp_relative(q_log - fading)
+        factors = [(-rates * count).exp() for count in steps.counts(size)]
+        shift = (rates * middle).exp()
+        return Scaled(q, (k_log + fading).exp_(), top, 1 / shift, factors, shift)
+
+    def single(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Single:
+        q, top = _exp_relative(q_log)
+        if self.config.fade and state.fading is None:
+            state.fading = ((-self.rates()).exp(),)
+        return Single(q, k_log.exp(), top, factor=state.fading[0] if self.config.fade else None)
 
     def operations(self) -> int:
         width, num, hidden = self.weight.shape[2], self.config.num_features, self.config.hidden
@@ -343,6 +409,12 @@ def chunked(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
     return x.unflatten(2, (-1, size))
 
 
+def joined(x: Tensor, length: int) -> Tensor:
+    """Chunks (B, H, N, C, ...) as (B, H, length, ...), without what `chunked` filled up."""
+    x = x.flatten(2, 3)
+    return x if x.shape[2] == length else x[:, :, :length]
+
+
 def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Causal linear attention in chunks: O_c = tril(Q_c K_cᵀ) V_c + Q_c S, then S ← (S + K_cᵀ V_c) · factor_c.
 
@@ -354,18 +426,18 @@ def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor, norms: Tensor) -> tup
     Returns:
         Numerator (B, H, N, C, D), denominator (B, H, N, C), and `sums` and `norms` after the last chunk.
     """
-    q, k, factor = scaled.q, scaled.k, scaled.factor
-    new_sums, new_norms = k.transpose(-1, -2) @ v, k.sum(-2)
+    q, k = scaled.q, scaled.k
+    new_sums, new_norms = (k.transpose(-1, -2) @ v).unbind(2), k.sum(-2).unbind(2)
     sums_before, norms_before = [], []
     for chunk in range(q.shape[2]):
         sums_before.append(sums)
         norms_before.append(norms)
-        sums, norms = sums + new_sums[:, :, chunk], norms + new_norms[:, :, chunk]
-        if factor is not None:
-            sums, norms = sums * factor[:, :, chunk, :, None], norms * factor[:, :, chunk]
-    inside = (q @ k.transpose(-1, -2)).tril()
-    numerator = inside @ v + q @ torch.stack(sums_before, 2)
-    denominator = inside.sum(-1) + (q @ torch.stack(norms_before, 2)[..., None]).squeeze(-1)
+        sums, norms = sums + new_sums[chunk], norms + new_norms[chunk]
+        if scaled.factors is not None:
+            sums, norms = sums * scaled.factors[chunk][..., None], norms * scaled.factors[chunk]
+    inside = (q @ k.transpose(-1, -2)).tril_()
+    numerator = (inside @ v).add_(q @ torch.stack(sums_before, 2))
+    denominator = inside.sum(-1).add_((q * torch.stack(norms_before, 2)[..., None, :]).sum(-1))
     return numerator, denominator, sums, norms
 
 
@@ -396,7 +468,7 @@ def window_attention(
     total = weights.sum(-1, keepdim=True)
     mixed = F.dropout(weights, dropout) @ values.transpose(-1, -2) / total
     logs = (top + total.log()).squeeze(-1)
-    return mixed.flatten(2, 3)[:, :, :length], logs.flatten(2, 3)[:, :, :length]
+    return joined(mixed, length), joined(logs, length)
 
 
 def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
@@ -410,15 +482,6 @@ def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
         missing = torch.tensor([missing], device=q.device)
     position = slots + block * torch.arange(number, device=q.device)[:, None]
     return near & (position >= missing[:, None, None])[:, None, :, None]
-
-
-def _hidden(length: int, missing: int | Tensor, lengths: Tensor | None, device: torch.device) -> Tensor | None:
-    """(1 or B, T) which of a segment's keys do not count, or None where all do; see `PerformerAttention._linear`."""
-    if isinstance(missing, int) and not missing and lengths is None:
-        return None
-    slots = torch.arange(length, device=device)[None]
-    hidden = slots < (missing if isinstance(missing, int) else missing[:, None])
-    return hidden if lengths is None else hidden | (slots >= lengths[:, None])
 
 
 class PerformerAttention(Mechanism):
@@ -454,13 +517,25 @@ class PerformerAttention(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, lengths: Tensor | None, dropout: float
     ) -> Tensor:
         q, k, v = q.float(), k.float(), v.float()
-        outputs = []
-        for start in range(0, q.shape[2], SEGMENT):
-            part = [t[:, :, start : start + SEGMENT] for t in (q, k, v)]
+        if q.shape[2] == 1 and state.seen and state.lengths is None and lengths is None and not self.disabled:
+            output = self._step(q, k, v, state)
+            state.advance(1, None)
+            return output
+        segment = CPU_SEGMENT if q.device.type == "cpu" else SEGMENT
+        whole = None if torch.is_grad_enabled() or q.shape[2] <= segment else v.new_empty(*q.shape[:3], v.shape[3])
+        outputs, start = [], 0
+        for part in zip(*(t.split(segment, 2) for t in (q, k, v)), strict=True):
             size = part[0].shape[2]
             real = None if lengths is None else (lengths - start).clamp(0, size)
-            outputs.append(self._segment(*part, state, real, dropout))
+            output = self._segment(*part, state, real, dropout)
             state.advance(size, real)
+            if whole is None:
+                outputs.append(output)
+            else:
+                whole[:, :, start : start + size] = output
+            start += size
+        if whole is not None:
+            return whole
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
     def _segment(
@@ -469,7 +544,7 @@ class PerformerAttention(Mechanism):
         """Output (B, H, T, D) for tokens that follow those in the state, which takes them up."""
         heads, length = q.shape[1:3]
         if not state.window:
-            return self._linear(q, k, v, state, 0, lengths)[0]
+            return self._linear(q, k, v, state, Steps(length, 0, lengths))[0]
         missing = state.missing()
         keys, values = state.join(k, v)
         state.keep_recent(keys, values, lengths)
@@ -478,48 +553,84 @@ class PerformerAttention(Mechanism):
         near, near_log = window_attention(q, keys, values, state.window, missing, block, dropout)
         if isinstance(missing, int) and missing >= length:
             return near
-        far, far_log = self._linear(q, keys[:, :, :length], values[:, :, :length], state, missing, lengths)
+        steps = Steps(length, missing, lengths)
+        far, far_log = self._linear(q, keys[:, :, :length], values[:, :, :length], state, steps)
         share = torch.sigmoid(far_log + self.mix.float()[:, None] - near_log)
         return torch.lerp(near, far, share[..., None])
 
     def _linear(
-        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, missing: int | Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, steps: Steps
+    ) -> tuple[Tensor, Tensor | None]:
         """The linear part: query t reads the state's sums and the keys up to t, which the state takes up.
 
         Args:
             q: (B, H, T, D).
             k, v: (B, H_kv, T, D).
-            missing: how many of a row's first keys are empty, one number or (B,).
-            lengths: (B,) how many of the T steps are real.
+            steps: which are real.
 
         Returns:
-            (B, H, T, D), zero where there was nothing to read, and the logs of the normalisers (B, H, T).
+            (B, H, T, D), zero where there was nothing to read, and, where there is a window, the logs of the
+            normalisers (B, H, T).
         """
         heads, length = q.shape[1:3]
         v = repeat_heads(v, heads)
         if "linear" in self.disabled:
             return torch.zeros_like(v), v.new_full(v.shape[:3], -torch.inf)
         q_log, k_log = self.features(q, repeat_heads(k, heads))
-        if (hidden := _hidden(length, missing, lengths, q.device)) is not None:
+        if (hidden := steps.hidden(q.device)) is not None:
             k_log = k_log.masked_fill(hidden[:, None, :, None], -torch.inf)
         if state.sums is None:
             self._start(state, v)
         size = min(self.config.chunk_size, length)
-        starts = torch.arange(0, length, size, device=q.device)
-        counts = ((length if lengths is None else lengths[:, None]) - starts[None]).clamp(0, size)
-        scaled = self.features.scale(chunked(q_log, size), chunked(k_log, size, -torch.inf), counts, missing, state)
+        scaled = self.features.scale(chunked(q_log, size), chunked(k_log, size, -torch.inf), steps, state)
         sums, norms = state.sums, state.norms
         if scaled.entry is not None:
             sums, norms = sums * scaled.entry[..., None], norms * scaled.entry
-        numerator, denominator, sums, norms = linear_chunks(scaled, chunked(v, size), sums, norms)
+        v = chunked(v, size).contiguous()
+        numerator, denominator, sums, norms = linear_chunks(scaled, v, sums, norms)
         if scaled.exit is not None:
             sums, norms = sums * scaled.exit[..., None], norms * scaled.exit
         state.sums, state.norms = sums, norms
         bounded = denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
-        logs = (scaled.top + bounded.log()).masked_fill(denominator == 0, -torch.inf)
-        mixed = numerator / bounded[..., None]
-        return mixed.flatten(2, 3)[:, :, :length], logs.flatten(2, 3)[:, :, :length]
+        mixed = joined(numerator.div_(bounded[..., None]), length)
+        if not state.window:
+            return mixed, None
+        logs = (scaled.top.squeeze(-1) + bounded.log()).masked_fill(denominator == 0, -torch.inf)
+        return mixed, joined(logs, length)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
+        """What `_segment` gives for a single token of rows of one length, in few operations."""
+        heads, missing = q.shape[1], state.missing()
+        if not state.window:
+            return self._linear_step(q, repeat_heads(k, heads), repeat_heads(v, heads), state)[0]
+        keys, values = state.join(k, v)
+        state.recent_keys, state.recent_values = keys[:, :, 1:], values[:, :, 1:]
+        keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
+        first = max(1, missing)
+        scores = (q * q.shape[-1] ** -0.5) @ keys[:, :, first:].transpose(-1, -2)
+        near = values[:, :, first:]
+        if missing:
+            return scores.softmax(-1) @ near
+        far, logs = self._linear_step(q, keys[:, :, :1], values[:, :, :1], state)
+        # the linear part is one more value, with the log of its normaliser for a score
+        scores = torch.cat([scores, logs + self.mix.float()[:, None, None]], -1)
+        return scores.softmax(-1) @ torch.cat([near, far], 2)
+
+    def _linear_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, Tensor]:
+        """What `_linear` gives for one token: (B, H, 1, D) and the logs of the normalisers (B, H, 1, 1)."""
+        if state.sums is None:
+            self._start(state, v)
+        q, k, top, entry, factor = self.features.single(*self.features(q, k), state)
+        sums, norms = state.sums, state.norms
+        if entry is not None:
+            sums, norms = sums * entry[..., None], norms * entry
+        sums, norms = torch.addcmul(sums, k.transpose(-1, -2), v), norms + k[:, :, 0]
+        denominator = q @ norms[..., None]
+        mixed = q @ sums / denominator
+        if factor is not None:
+            sums, norms = sums * factor[..., None], norms * factor
+        state.sums, state.norms = sums, norms
+        return mixed, top + denominator.log() if state.window else denominator
 
     def _start(self, state: PerformerState, v: Tensor) -> None:
         batch, heads, _, width = v.shape
