@@ -16,7 +16,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
 from .nsa_kernel import (
-    CHUNK,
     choose_blocks,
     compressed_branch,
     gather_blocks,
@@ -37,6 +36,7 @@ from .reference import (
 from .state import State, store
 
 BRANCHES = ("compressed", "selected", "window")
+CHUNK, GRADIENT_CHUNK = 512, 4096  # queries for which scores, masks and gathered keys exist at the same time
 FORCED = 3  # blocks that are always read: the first one, the one before the query's, the query's own
 
 Index = TypeVar("Index", int, Tensor)
@@ -233,18 +233,18 @@ class NativeSparseAttention(Mechanism):
         state: NSAState | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        branches = self._token if state is not None and state.seen and q.shape[2] == 1 else self._block
-        outputs = branches(self._queries(q), k, v, state, lengths)
-        return self._combine(outputs, self.gates(x)).to(v.dtype)
+        mix = self._token if state is not None and state.seen and q.shape[2] == 1 else self._block
+        return mix(self._queries(q), k, v, self.gates(x), state, lengths).to(v.dtype)
 
     def gates(self, x: Tensor) -> Tensor:
-        """(3, B, H, T) in float32, in the order of `branches`; 0 for a branch that is off."""
-        logits = F.linear(x, self.gate_weight, self.gate_bias).float()
-        gates = logits.sigmoid().unflatten(-1, (len(BRANCHES), -1)).permute(2, 0, 3, 1)
-        if self.disabled:
-            off = [BRANCHES.index(name) for name in self.disabled]
-            gates = gates.index_fill(0, torch.tensor(off, device=x.device), 0)
-        return gates
+        """(B, 3·H, T, 1) in float32, by branch and head; 0 for a branch that is off."""
+        gates = F.linear(x, self.gate_weight, self.gate_bias).float().sigmoid().transpose(1, 2)[..., None]
+        if not self.disabled:
+            return gates
+        off = [name in self.disabled for name in BRANCHES]
+        return gates.masked_fill(
+            torch.tensor(off, device=x.device).repeat_interleave(self.layer.num_heads)[:, None, None], 0
+        )
 
     def _queries(self, q: Tensor) -> tuple[Tensor, ...]:
         """The query of each branch; q·(kW) = (qWᵀ)·k, so a map of keys is applied to queries."""
@@ -253,21 +253,28 @@ class NativeSparseAttention(Mechanism):
         maps = self.key_maps.repeat_interleave(q.shape[1] // self.layer.num_kv_heads, dim=1)
         return tuple(q @ part.transpose(-1, -2) for part in maps)
 
-    def _combine(self, outputs: tuple[Tensor, ...], gates: Tensor) -> Tensor:
+    def _combine(self, compressed: Tensor, selected: Tensor, window: Tensor, gates: Tensor) -> Tensor:
         """Σ_c g_c · output_c; Σ_j a_j (v_j W) = (Σ_j a_j v_j) W, so a map of values is applied to outputs."""
         if self.config.separate_kv:
             maps = self.value_maps.repeat_interleave(self.layer.num_heads // self.layer.num_kv_heads, dim=1)
-            outputs = tuple(output @ part for output, part in zip(outputs, maps, strict=True))
-        return sum(gate[..., None] * output for gate, output in zip(gates, outputs, strict=True))
+            compressed, selected, window = compressed @ maps[0], selected @ maps[1], window @ maps[2]
+        to_compressed, to_selected, to_window = gates.chunk(len(BRANCHES), dim=1)
+        return to_compressed * compressed + to_selected * selected + to_window * window
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         dropout = self.layer.dropout if self.training else 0.0
         return scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=q.shape[1] != k.shape[1])
 
     def _block(
-        self, queries: tuple[Tensor, ...], k: Tensor, v: Tensor, state: NSAState | None, lengths: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Outputs (B, H, T, D) of the branches for T tokens that continue `state`."""
+        self,
+        queries: tuple[Tensor, ...],
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        state: NSAState | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """The output (B, H, T, D) of T tokens that continue `state`."""
         config, length = self.config, k.shape[2]
         start = 0 if state is None else state.position
         shift = start % config.select_block  # as many queries are made up, to begin with a whole block
@@ -278,40 +285,71 @@ class NativeSparseAttention(Mechanism):
         else:
             keys, values = state.append(k, v)
         compressed = self._compress(keys, values, state, start, length)
-        to_compressed, to_selected, to_window = (take(q, -shift, padded).contiguous() for q in queries)
+        *queries, gates = (take(t, -shift, padded) for t in (*queries, gates))
         positions = _column(first, k.device) + torch.arange(padded, device=k.device)
-        blocks = self._choose(to_compressed, compressed[0], positions, keys.shape[2])
+        blocks = self._choose(queries[0], compressed[0], positions, keys.shape[2])
         if state is not None:
             blocks = self._resume(blocks, state, _column(start, k.device))
             state.advance(length, lengths)
             state.selected = take(blocks, (state.position - first) // config.select_every, 1)[:, :, 0]
+        chunk = config.whole_blocks(GRADIENT_CHUNK if torch.is_grad_enabled() else CHUNK)
+        outputs = []
+        for begin in range(0, padded, chunk):
+            end = min(begin + chunk, padded)
+            outputs.append(
+                self._chunk(
+                    [q[:, :, begin:end] for q in queries],
+                    keys,
+                    values,
+                    compressed,
+                    blocks[:, :, begin // config.select_every : end // config.select_every],
+                    positions[:, begin:end],
+                    first + begin,
+                    gates[:, :, begin:end],
+                ).transpose(1, 2)
+            )
+        return take(torch.cat(outputs, dim=1).transpose(1, 2), shift, length)
 
-        def bounds(query: int) -> tuple[int, int]:
-            if isinstance(first, int):
-                return (config.visible(first + query),) * 2
-            return 0, compressed[0].shape[2]
-
-        outputs = (
-            compressed_branch(to_compressed, *compressed, config.visible(positions), bounds, self._attend),
-            selected_branch(
-                to_selected, keys, values, blocks, positions, config.select_block, config.select_every, self._attend
-            ),
-            window_branch(to_window, keys, values, first, positions, config.window, config.select_block, self._attend),
+    def _chunk(
+        self,
+        queries: list[Tensor],
+        keys: Tensor,
+        values: Tensor,
+        compressed: tuple[Tensor, Tensor],
+        blocks: Tensor,
+        positions: Tensor,
+        first: int | Tensor,
+        gates: Tensor,
+    ) -> Tensor:
+        """The output (B, H, T, D) of whole blocks of queries that stand at `positions` (P, T) from `first` on."""
+        config, size = self.config, self.config.select_block
+        bounds = 0, compressed[0].shape[2]
+        if isinstance(first, int):
+            bounds = config.visible(first), config.visible(first + positions.shape[1] - 1)
+        return self._combine(
+            compressed_branch(queries[0], *compressed, config.visible(positions), bounds, self._attend),
+            selected_branch(queries[1], keys, values, blocks, positions, size, config.select_every, self._attend),
+            window_branch(queries[2], keys, values, first, positions, config.window, size, self._attend),
+            gates,
         )
-        return tuple(take(output, shift, length) for output in outputs)
 
     def _token(
-        self, queries: tuple[Tensor, ...], k: Tensor, v: Tensor, state: NSAState, lengths: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Outputs (B, H, 1, D) of the branches for one token that continues `state`."""
+        self,
+        queries: tuple[Tensor, ...],
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        state: NSAState,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """The output (B, H, 1, D) of one token that continues `state`."""
         start = state.position
         keys, values = state.append(k, v)
         compressed = self._compress(keys, values, state, start, 1)
         self._choose_for_token(queries[0], compressed[0], state, start)
         state.advance(1, lengths)
-        if isinstance(start, int):
-            return self._token_of_equal_rows(queries, keys, values, compressed, state.selected, start)
-        return self._token_of_any_rows(queries, keys, values, compressed, state.selected, start)
+        branches = self._token_of_equal_rows if isinstance(start, int) else self._token_of_any_rows
+        return self._combine(*branches(queries, keys, values, compressed, state.selected, start), gates)
 
     def _token_of_equal_rows(
         self,
@@ -322,17 +360,15 @@ class NativeSparseAttention(Mechanism):
         blocks: Tensor,
         position: int,
     ) -> tuple[Tensor, ...]:
-        """`_token` where all rows stand at one position: what a branch sees is a slice, so nothing is masked."""
-        to_compressed, to_selected, to_window = queries
-        config, size = self.config, self.config.select_block
+        """The branches where all rows stand at one position: what each reads is a slice, so nothing is masked."""
+        size = self.config.select_block
         blocks = blocks[:, :, -(position // size + 1) :]
-        last = blocks.shape[-1] * size - size + position % size + 1
-        near = slice(max(0, position + 1 - config.window), position + 1)
-        some = compressed[0].shape[2] > 0
+        last = (blocks.shape[-1] - 1) * size + position % size + 1
+        near = slice(max(0, position + 1 - self.config.window), position + 1)
         return (
-            self._attend(to_compressed, *compressed) if some else torch.zeros_like(to_compressed),
-            self._attend(to_selected, *(self._read(t, blocks)[:, :, :last] for t in (keys, values))),
-            self._attend(to_window, keys[:, :, near], values[:, :, near]),
+            self._attend(queries[0], *compressed) if compressed[0].shape[2] else torch.zeros_like(queries[0]),
+            self._attend(queries[1], *(self._read(t, blocks)[:, :, :last] for t in (keys, values))),
+            self._attend(queries[2], keys[:, :, near], values[:, :, near]),
         )
 
     def _token_of_any_rows(
@@ -344,22 +380,15 @@ class NativeSparseAttention(Mechanism):
         blocks: Tensor,
         position: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`_token` where every row has its own position (B,)."""
-        to_compressed, to_selected, to_window = queries
-        config, before = self.config, self.config.window - 1
-        here = position[:, None]
-        near = (here - before + torch.arange(before + 1, device=here.device) >= 0)[:, None, None]
+        """The branches where every row has its own position (B,)."""
+        config, before, here = self.config, self.config.window - 1, position[:, None]
         chosen = selected_mask(here[..., None], config.num_selected, config.select_block)
+        near = (here - before + torch.arange(config.window, device=here.device) >= 0)[:, None, None]
+        bounds = 0, compressed[0].shape[2]
         return (
-            compressed_branch(
-                to_compressed,
-                *compressed,
-                config.visible(here),
-                lambda _: (0, compressed[0].shape[2]),
-                self._attend,
-            ),
-            self._attend(to_selected, *(self._read(t, blocks) for t in (keys, values)), chosen),
-            self._attend(to_window, *(take(t, position - before, before + 1) for t in (keys, values)), near),
+            compressed_branch(queries[0], *compressed, config.visible(here), bounds, self._attend),
+            self._attend(queries[1], *(self._read(t, blocks) for t in (keys, values)), chosen),
+            self._attend(queries[2], *(take(t, position - before, config.window) for t in (keys, values)), near),
         )
 
     def _read(self, x: Tensor, blocks: Tensor) -> Tensor:
@@ -451,7 +480,7 @@ class NativeSparseAttention(Mechanism):
             "compressed": weights @ repeat_heads(spread, heads),
             "selected": visible_weights(to_selected, k, read),
             "window": visible_weights(to_window, k, window),
-            "gates": self.gates(x).permute(1, 2, 3, 0),
+            "gates": self.gates(x).unflatten(1, (len(BRANCHES), heads)).squeeze(-1).permute(0, 2, 3, 1),
             "selected_blocks": chosen,
         }
 

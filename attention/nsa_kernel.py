@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 512  # queries whose scores, masks and gathered keys exist at the same time
-
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # softmax attention of q, k, v and a mask
 
 
@@ -77,26 +75,22 @@ def window_branch(
 
 
 def compressed_branch(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, bounds: Callable[[int], tuple[int, int]], attend: Attend
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, bounds: tuple[int, int], attend: Attend
 ) -> Tensor:
     """(B, H, T, D): attention over the compressed blocks that are complete, 0 for a query that sees none.
 
     Args:
         visible: (P, T) how many blocks each query sees; they are the first ones.
-        bounds: for the index of a query, the smallest and the largest number of blocks it sees in any row.
+        bounds: the smallest and the largest of these numbers, or wider bounds.
     """
     if keys.shape[2] == 0:
         return torch.zeros_like(q)
-    outputs = []
-    for first in range(0, q.shape[2], CHUNK):
-        last = min(first + CHUNK, q.shape[2])
-        least, most = bounds(first)[0], max(1, min(bounds(last - 1)[1], keys.shape[2]))
-        part, mask = visible[:, first:last, None], None
-        if least < most:
-            mask = (torch.arange(most, device=q.device) < part.clamp(min=1))[:, None]
-        out = attend(q[:, :, first:last], keys[:, :, :most], values[:, :, :most], mask)
-        outputs.append(out if least > 0 else out.masked_fill((part == 0)[:, None], 0))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    least, most = bounds[0], max(1, min(bounds[1], keys.shape[2]))
+    visible, mask = visible[:, None, :, None], None
+    if least < most:
+        mask = torch.arange(most, device=q.device) < visible.clamp(min=1)
+    out = attend(q, keys[:, :, :most], values[:, :, :most], mask)
+    return out if least > 0 else out.masked_fill(visible == 0, 0)
 
 
 def gather_blocks(x: Tensor, blocks: Tensor, size: int) -> Tensor:
@@ -111,17 +105,11 @@ def selected_branch(
 ) -> Tensor:
     """(B, H, T, D): attention over the tokens of the chosen blocks (B, H_kv, T / every, n) of `size` tokens."""
     heads, kv_heads = q.shape[1], keys.shape[1]
-    queries, index = fold(q, kv_heads, every), blocks.flatten(0, 1).transpose(0, 1)
-    groups = positions.unflatten(1, (-1, every))
-    # Autograd would keep what every chunk gathered, and give each chunk's keys a gradient of full length.
-    chunk = len(queries) if torch.is_grad_enabled() else max(1, CHUNK // every)
-    outputs = []
-    for first in range(0, len(queries), chunk):
-        part = slice(first, first + chunk)
-        k, v = (gather_blocks(t, index[part], size) for t in (keys, values))
-        mask = fold_mask(selected_mask(groups[:, part], blocks.shape[-1], size), heads, kv_heads)
-        outputs.append(attend(queries[part], k, v, mask))
-    return unfold(torch.cat(outputs), heads, kv_heads)
+    index = blocks.flatten(0, 1).transpose(0, 1)
+    k, v = (gather_blocks(t, index, size) for t in (keys, values))
+    readable = selected_mask(positions.unflatten(1, (-1, every)), blocks.shape[-1], size)
+    out = attend(fold(q, kv_heads, every), k, v, fold_mask(readable, heads, kv_heads))
+    return unfold(out, heads, kv_heads)
 
 
 def selected_mask(positions: Tensor, number: int, size: int) -> Tensor:
@@ -153,8 +141,9 @@ def selection_scores(q: Tensor, keys: Tensor, visible: Tensor, overlap: int, per
     hidden = torch.arange(keys.shape[2], device=q.device) >= visible[:, None, None, :, None]
     scores = (grouped @ keys[:, :, None].transpose(-1, -2)).float().masked_fill(hidden, -torch.inf)
     weights = scores.softmax(-1).masked_fill(hidden, 0).sum(2)
-    padded = F.pad(weights, (overlap - 1, number * per_block - keys.shape[2]))
-    return padded.unfold(-1, overlap, 1).sum(-1).unflatten(-1, (number, per_block)).sum(-1)
+    padded, spans = F.pad(weights, (overlap - 1, number * per_block - keys.shape[2])), number * per_block
+    covering = sum(padded[..., n : n + spans] for n in range(overlap))
+    return sum(covering[..., m::per_block] for m in range(per_block))
 
 
 @torch.no_grad()
