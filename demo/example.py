@@ -89,7 +89,7 @@ class FirstRun:
         self._run = stored(store)
         self._thread: threading.Thread | None = None
         if self._run is None and store.names():
-            self._thread = threading.Thread(target=self._make, args=(store,), name="first-run", daemon=True)
+            self._thread = threading.Thread(target=self._make, args=(store,), name="first-run")
             self._thread.start()
 
     def _make(self, store: ModelStore) -> None:

@@ -103,15 +103,16 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
         trigger_mode="once",
         **app.lane(GENERATE),
     )
-    private: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    stop.click(handlers.stop, [current, session.runs], page, cancels=[running], **private)
+    queued: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    private = {**queued, "queue": False}  # changes of a State are only told of by events in the queue
+    stop.click(handlers.stop, [current, session.runs], page, cancels=[running], **queued)
     link.click(None, js=COPY_ADDRESS, **private)
     save.click(handlers.dump, session.runs, file, **private).then(None, file, js=SAVE_FILE, **private)
     session.runs.change(handlers.list_earlier, session.runs, earlier, **private)
     earlier.change(handlers.show_earlier, [earlier, session.runs], [earlier_columns, earlier_costs], **private)
-    session.names.change(handlers.offer, [session.names, controls.models], controls.models, **private)
-    session.blocks.load(handlers.open_link, None, [*controls.fields, linked], **private)
-    session.blocks.load(handlers.open_example, None, [columns, costs, session.runs], **private)
+    session.names.change(handlers.offer, session.names, controls.models, **private)
+    session.blocks.load(handlers.open_link, None, [*controls.fields, linked], **queued)
+    session.blocks.load(handlers.open_example, None, [columns, costs, session.runs], **queued)
     return tab
 
 
@@ -230,9 +231,9 @@ class Handlers:
         run = runs[index + 1]
         return columns_view(run, self.store), cost_table(run)
 
-    def offer(self, names: list[str], chosen: list[str]) -> dict[str, Any]:
+    def offer(self, names: list[str]) -> dict[str, Any]:
         """The models that can be chosen; what was chosen stays so."""
-        return gr.CheckboxGroup(choices=model_choices(self.store, names), value=[n for n in chosen if n in names])
+        return gr.CheckboxGroup(choices=model_choices(self.store, names))
 
     def open_link(self, request: gr.Request) -> tuple[Any, ...]:
         """The settings in the page's address; a link with a prompt also runs it."""

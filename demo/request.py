@@ -86,7 +86,8 @@ def from_query(query: QueryParams, store: ModelStore) -> tuple[dict[str, Any], b
     filler = {"prompt": "x", "models": store.names()[:1]}
     for name, value in [*values.items(), ("prompt", query.get("prompt")), ("models", models)]:
         try:
-            usable[name] = asdict(read_settings({**filler, name: value}, store))[name]
+            value = asdict(read_settings({**filler, name: value}, store))[name]
+            usable[name] = list(value) if name == "models" else value
         except RequestError:
             continue
     return usable, "prompt" in usable

@@ -1,5 +1,6 @@
 """Tiny checkpoints as the app finds them: a base with the bundled tokenizer, and a variant of it."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from demo.limits import Limits
 from demo.models import Access, ModelStore
 
 BUNDLED = Path(__file__).parents[2] / "checkpoints"
-CONTEXT = 64
+CONTEXT = 128
 OPTIONS = {"masks": {"candidates": ["last(0)", "window(6)", "first(2)"]}}
 
 
@@ -40,3 +41,10 @@ def store(checkpoints) -> ModelStore:
     """A store with both, and small limits."""
     limits = Limits(new_tokens=24, models_per_run=3, prompt_characters=2000, seconds=30)
     return ModelStore([checkpoints / "base", checkpoints / "masks"], limits, Access(None, (checkpoints,)))
+
+
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_columns_grow_one_token_each_in_turn(store):
     lengths = [[c.generated for c in run.columns] for run in map(snapshot, Generation(store, SETTINGS).stream())]
     writing = [pair for pair in lengths if 0 < pair[0] < 12]
     assert all(a - b in (0, 1) for a, b in writing)
-    assert all(sum(after) - sum(before) <= 1 for before, after in zip(lengths, lengths[1:], strict=False))
+    assert all(sum(after) - sum(before) <= 1 for before, after in pairwise(lengths))
 
 
 def snapshot(run):
@@ -140,9 +141,9 @@ def test_texts_end_at_the_end_token_the_context_and_the_time_limit(store, checkp
     end = finished(store, replace(SETTINGS, models=("base",))).columns[0]
     store.get("base").model.generation_config.eos_token_id = end.token_ids[end.prompt_length + 3]
     assert finished(store, replace(SETTINGS, models=("base",))).columns[0].stopped == "end"
-    long = replace(SETTINGS, models=("masks",), prompt=" a" * 60, max_new_tokens=24)
+    long = replace(SETTINGS, models=("masks",), prompt=" a" * 124, max_new_tokens=24)
     column = finished(store, long).columns[0]
-    assert (column.stopped, len(column.token_ids)) == ("context", 64)
+    assert (column.stopped, len(column.token_ids)) == ("context", 128)
     hasty = ModelStore([checkpoints / "base"], Limits(seconds=0.0), Access())
     column = finished(hasty, replace(SETTINGS, models=("base",))).columns[0]
     assert (column.stopped, column.generated) == ("time", 1)
@@ -164,9 +165,9 @@ def test_one_model_failing_leaves_the_others(store, monkeypatch):
 
 
 def test_a_prompt_too_long_for_one_model_is_said_in_its_column(store):
-    run = finished(store, replace(SETTINGS, prompt=" a" * 64))
+    run = finished(store, replace(SETTINGS, prompt=" a" * 128))
     assert [column.stage for column in run.columns] == ["failed", "failed"]
-    assert "64 tokens long" in run.columns[0].problem
+    assert "128 tokens long" in run.columns[0].problem
 
 
 def test_a_column_before_it_starts():

@@ -70,6 +70,6 @@ def small_store(checkpoints):
 def test_links(store):
     link = QueryParams("prompt=Hi%00there&models=masks&models=gone&temperature=0.5&seed=abc&top_k=7&other=1")
     given_, run_it = from_query(link, store)
-    assert given_ == {"prompt": "Hi\x00there", "models": ("masks",), "temperature": 0.5, "top_k": 7}
+    assert given_ == {"prompt": "Hi\x00there", "models": ["masks"], "temperature": 0.5, "top_k": 7}
     assert run_it
     assert from_query(QueryParams("__theme=dark"), store) == ({}, False)
