@@ -32,8 +32,8 @@ class Piece:
             yield cls(block, slice(start * block, stop * block), slice(start, stop), bias)
             start = stop
         if rest := length % block:
-            bias = min(whole, biases - 1)
-            yield cls(rest, slice(whole * block, length), slice(whole, whole + 1), slice(bias, bias + 1))
+            last = slice(biases - 1, biases)
+            yield cls(rest, slice(whole * block, length), slice(whole, whole + 1), last)
 
     def queries(self, x: Tensor) -> Tensor:
         """Rows of (B, H, T, D) as blocks (B·H, blocks, size, D)."""
@@ -72,8 +72,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor
         q: queries (B, H, T, D), cut into blocks of b.
         k: keys (B, H, S, D).
         v: values (B, H, S, D).
-        bias: (1 or B·H, N, b, K), added to the scores; block i reads row min(i, N − 1) of the second dimension. A
-            query needs at least one key whose bias is finite.
+        bias: (1 or B·H, N ≤ ⌈T/b⌉, b, K), added to the scores; block i reads row min(i, N − 1) of the second
+            dimension. A query needs at least one key whose bias is finite.
         index: (⌈T/b⌉, K), which keys each block reads; one that is listed twice counts twice.
         dropout: probability of dropping a weight.
 
