@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
 from .reference import softmax_weights
@@ -86,8 +87,8 @@ class PerformerState(State):
 
     Attributes:
         sums: Σ φ(k_j) v_jᵀ (B, H, m, D) over the keys that have left the window.
-        norms: Σ φ(k_j) (B, H, m) over the same keys.
-        peaks: largest log-feature of those keys (B, H, m); `favor` only, whose sums are kept relative to it.
+        norms: Σ φ(k_j)ᵀ (B, H, 1, m) over the same keys.
+        peaks: largest log-features of those keys (B, H, 1, m); `favor` only, which keeps its sums relative to them.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
         fading: what the learned map keeps for single steps; the same for all rows.
     """
@@ -100,7 +101,7 @@ class PerformerState(State):
         self.peaks: Tensor | None = None
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
-        self.fading: tuple[Tensor] | None = None
+        self.fading: list[Tensor] | None = None
 
     def missing(self) -> int | Tensor:
         """How many slots of the window are still empty; (B,) where the rows differ."""
@@ -118,7 +119,7 @@ class PerformerState(State):
         """Keeps the last w real tokens of each row of what `join` returned, of whose new tokens `lengths` are real."""
         if lengths is None:
             start = keys.shape[2] - self.window
-            self.recent_keys, self.recent_values = keys[:, :, start:], values[:, :, start:]
+            self.recent_keys, self.recent_values = keys[:, :, start:].clone(), values[:, :, start:].clone()
             return
         index = (lengths[:, None] + torch.arange(self.window, device=keys.device))[:, None, :, None]
         self.recent_keys = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3]))
@@ -162,40 +163,31 @@ class Steps(NamedTuple):
         return hidden if self.lengths is None else hidden | (slots >= self.lengths[:, None])
 
     def counts(self, size: int) -> list[int] | list[Tensor]:
-        """How many steps are real in each chunk of `size`: numbers, or (B, 1, 1)."""
+        """How many steps are real in each chunk of `size`: numbers, or (B, 1, 1, 1)."""
         starts = range(0, self.length, size)
         if self.lengths is None:
             return [min(size, self.length - start) for start in starts]
-        return [(self.lengths - start).clamp(0, size)[:, None, None] for start in starts]
+        return [(self.lengths - start).clamp(0, size)[:, None, None, None] for start in starts]
 
 
 class Scaled(NamedTuple):
     """Features in chunks, each on the scale of its chunk, and how the sums over keys change scale between chunks.
 
     Attributes:
-        q, k: (B, H, N, C, m).
+        q: (B, H, N, C, m).
         top: (B, H, N, C, 1) logs of what the features of each query were divided by.
-        entry: (·, H, m) factor of the state's sums before the first chunk, or None for 1.
-        factors: for each of the N chunks the factor (·, H, m) of the sums after it, or None for 1.
-        exit: (H, m) factor of the sums that go into the state, or None for 1.
+        k: (B, H, N, C, m).
+        entry: (·, H, 1, m) factor of the state's sums before the first chunk, or None for 1.
+        factors: for each of the N chunks the factor (·, H, 1, m) of the sums after it, or None for 1.
+        exit: (H, 1, m) factor of the sums that go into the state, or None for 1.
     """
 
     q: Tensor
-    k: Tensor
     top: Tensor
+    k: Tensor
     entry: Tensor | None = None
     factors: Sequence[Tensor] | None = None
     exit: Tensor | None = None
-
-
-class Single(NamedTuple):
-    """Features of one token; as `Scaled`, with q, k (B, H, 1, m), top (B, H, 1, 1) and factors (·, H, m)."""
-
-    q: Tensor
-    k: Tensor
-    top: Tensor
-    entry: Tensor | None = None
-    factor: Tensor | None = None
 
 
 def _exp_relative(logs: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,13 +213,11 @@ class FeatureMap(nn.Module, ABC):
             steps: which are real.
             state: what came before.
         """
-        q, top = _exp_relative(q_log)
-        return Scaled(q, k_log.exp(), top)
+        return Scaled(*_exp_relative(q_log), k_log.exp())
 
-    def single(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Single:
-        """`scale` for one token."""
-        q, top = _exp_relative(q_log)
-        return Single(q, k_log.exp(), top)
+    def scale_one(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Scaled:
+        """`scale` for one token, q_log and k_log (B, H, 1, m)."""
+        return Scaled(*_exp_relative(q_log), k_log.exp())
 
     @abstractmethod
     def operations(self) -> int:
@@ -297,24 +287,21 @@ class FavorMap(RandomMap):
         Exact unless a key exceeds all before it by more than MAX_SHIFT + HEADROOM in the same chunk.
         """
         with torch.no_grad():
-            peaks = torch.cat([state.peaks[:, :, None], k_log.amax(-2)], 2).cummax(2).values
+            peaks = torch.cat([state.peaks, k_log.amax(-2)], 2).cummax(2).values
             visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, steps.missing))
-            reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2))
-            factor = (reference[:, :, :-1] - reference[:, :, 1:]).exp()
+            reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2))[:, :, :, None]
+            factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp().unbind(2)
             entry = (self._reference(state.peaks) - reference[:, :, 0]).exp()
-            reference = reference[:, :, :-1, None]
-        state.peaks = peaks[:, :, -1]
-        q, top = _exp_relative(q_log + reference)
-        k = (k_log - reference).clamp_(max=HEADROOM).exp_()
-        return Scaled(q, k, top, entry, factor.unbind(2))
+        state.peaks = peaks[:, :, -1:]
+        k = (k_log - reference[:, :, :-1]).clamp_(max=HEADROOM).exp_()
+        return Scaled(*_exp_relative(q_log + reference[:, :, :-1]), k, entry, factors)
 
-    def single(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Single:
+    def scale_one(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Scaled:
         with torch.no_grad():
             before = self._reference(state.peaks)
-            state.peaks = torch.maximum(state.peaks, k_log[:, :, 0])
+            state.peaks = torch.maximum(state.peaks, k_log)
             reference = self._reference(state.peaks)
-        q, top = _exp_relative(q_log + reference[:, :, None])
-        return Single(q, (k_log - reference[:, :, None]).exp_(), top, (before - reference).exp_())
+        return Scaled(*_exp_relative(q_log + reference), (k_log - reference).exp_(), (before - reference).exp_())
 
     @staticmethod
     def _first_keys(k_log: Tensor, missing: int | Tensor) -> Tensor:
@@ -335,10 +322,10 @@ class LearnedMap(FeatureMap):
     with every token after it, or after it left the window.
 
     Attributes:
-        weight: W (2, H, D, m), for queries and keys.
-        bias: b (2, H, 1, m).
-        inner, outer: U (2, H, D, hidden) and V (2, H, hidden, m).
-        rate: (H, m), by which r = 0.7 σ(rate).
+        weight: W (2 H, D, m), for the heads of the queries, then for those of the keys.
+        bias: b (2 H, 1, m).
+        inner, outer: U (2 H, D, hidden) and V (2 H, hidden, m).
+        rate: (H, 1, m), by which r = 0.7 σ(rate).
     """
 
     def __init__(self, config: PerformerConfig, layer: LayerShape):
@@ -348,53 +335,50 @@ class LearnedMap(FeatureMap):
         generator = seeded_generator(config.seed, layer.layer_idx)
         axes = torch.eye(width)
         start = torch.cat([axes, -axes])[torch.arange(num) % (2 * width)].T
-        noise = 0.1 * torch.randn(2, heads, width, num, generator=generator)
+        noise = 0.1 * torch.randn(2 * heads, width, num, generator=generator)
         self.weight = nn.Parameter(width**-0.25 * (start + noise))
-        self.bias = nn.Parameter(torch.zeros(2, heads, 1, num))
+        self.bias = nn.Parameter(torch.zeros(2 * heads, 1, num))
         if config.hidden:
-            inner = torch.randn(2, heads, width, config.hidden, generator=generator)
+            inner = torch.randn(2 * heads, width, config.hidden, generator=generator)
             self.inner = nn.Parameter(width**-0.75 * inner)
-            self.outer = nn.Parameter(torch.zeros(2, heads, config.hidden, num))
+            self.outer = nn.Parameter(torch.zeros(2 * heads, config.hidden, num))
         if config.fade:
             rates = torch.logspace(math.log10(0.5), -4, num)  # from tokens to the whole context
             order = torch.stack([torch.randperm(num, generator=generator) for _ in range(heads)])
-            self.rate = nn.Parameter((rates[order] / MAX_RATE).logit())
+            self.rate = nn.Parameter((rates[order][:, None] / MAX_RATE).logit())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat([q, k], 1)
-        weight, bias = self.weight.float().flatten(0, 1), self.bias.float().flatten(0, 1)
-        u = (x @ weight).add_(bias)
+        u = (x @ self.weight.float()).add_(self.bias.float())
         if self.config.hidden:
-            u += F.gelu(x @ self.inner.float().flatten(0, 1)) @ self.outer.float().flatten(0, 1)
+            u += F.gelu(x @ self.inner.float()) @ self.outer.float()
         q_log, k_log = u.chunk(2, 1)
         return q_log, k_log.clamp(-KEY_CAP, KEY_CAP)
 
     def rates(self) -> Tensor:
-        """r (H, m), what the logarithm of each feature loses a token."""
+        """r (H, 1, m), what the logarithm of each feature loses a token."""
         return MAX_RATE * self.rate.float().sigmoid()
 
     def scale(self, q_log: Tensor, k_log: Tensor, steps: Steps, state: PerformerState) -> Scaled:
         """Fading: e^−r(i−j) = e^−r(i−h) e^r(j−h), with h the middle of the chunk, so that neither factor is large."""
         if not self.config.fade:
             return super().scale(q_log, k_log, steps, state)
-        size = q_log.shape[3]
-        rates = self.rates()
+        rates, size = self.rates(), q_log.shape[3]
         middle = (size - 1) / 2
-        offsets = torch.arange(size, device=q_log.device) - middle
-        fading = (rates[:, None] * offsets[:, None])[:, None]  # (H, 1, C, m)
-        q, top = _exp_relative(q_log - fading)
+        fading = (rates * (torch.arange(size, device=rates.device)[:, None] - middle))[:, None]  # (H, 1, C, m)
         factors = [(-rates * count).exp() for count in steps.counts(size)]
         shift = (rates * middle).exp()
-        return Scaled(q, (k_log + fading).exp_(), top, 1 / shift, factors, shift)
+        return Scaled(*_exp_relative(q_log - fading), (k_log + fading).exp_(), 1 / shift, factors, shift)
 
-    def single(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Single:
-        q, top = _exp_relative(q_log)
-        if self.config.fade and state.fading is None:
-            state.fading = ((-self.rates()).exp(),)
-        return Single(q, k_log.exp(), top, factor=state.fading[0] if self.config.fade else None)
+    def scale_one(self, q_log: Tensor, k_log: Tensor, state: PerformerState) -> Scaled:
+        if not self.config.fade:
+            return super().scale_one(q_log, k_log, state)
+        if state.fading is None:
+            state.fading = [(-self.rates()).exp()]
+        return Scaled(*_exp_relative(q_log), k_log.exp(), factors=state.fading)
 
     def operations(self) -> int:
-        width, num, hidden = self.weight.shape[2], self.config.num_features, self.config.hidden
+        width, num, hidden = self.weight.shape[1], self.config.num_features, self.config.hidden
         return 2 * 2 * (width * num + hidden * (width + num))
 
 
@@ -415,29 +399,33 @@ def joined(x: Tensor, length: int) -> Tensor:
     return x if x.shape[2] == length else x[:, :, :length]
 
 
+def _rescaled(sums: Tensor, norms: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums (B, H, m, D) and norms (B, H, 1, m), feature by feature times a factor (·, H, 1, m), None for 1."""
+    return (sums, norms) if factor is None else (sums * factor.transpose(-1, -2), norms * factor)
+
+
 def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Causal linear attention in chunks: O_c = tril(Q_c K_cᵀ) V_c + Q_c S, then S ← (S + K_cᵀ V_c) · factor_c.
 
     Args:
         scaled: features.
         v: (B, H, N, C, D).
-        sums, norms: S (B, H, m, D) and Σ φ(k) (B, H, m) before the first chunk.
+        sums, norms: S (B, H, m, D) and Σ φ(k)ᵀ (B, H, 1, m) before the first chunk.
 
     Returns:
         Numerator (B, H, N, C, D), denominator (B, H, N, C), and `sums` and `norms` after the last chunk.
     """
     q, k = scaled.q, scaled.k
-    new_sums, new_norms = (k.transpose(-1, -2) @ v).unbind(2), k.sum(-2).unbind(2)
+    new_sums, new_norms = (k.transpose(-1, -2) @ v).unbind(2), k.sum(-2, keepdim=True).unbind(2)
     sums_before, norms_before = [], []
     for chunk in range(q.shape[2]):
         sums_before.append(sums)
         norms_before.append(norms)
-        sums, norms = sums + new_sums[chunk], norms + new_norms[chunk]
-        if scaled.factors is not None:
-            sums, norms = sums * scaled.factors[chunk][..., None], norms * scaled.factors[chunk]
+        factor = None if scaled.factors is None else scaled.factors[chunk]
+        sums, norms = _rescaled(sums + new_sums[chunk], norms + new_norms[chunk], factor)
     inside = (q @ k.transpose(-1, -2)).tril_()
     numerator = (inside @ v).add_(q @ torch.stack(sums_before, 2))
-    denominator = inside.sum(-1).add_((q * torch.stack(norms_before, 2)[..., None, :]).sum(-1))
+    denominator = inside.sum(-1).add_((q * torch.stack(norms_before, 2)).sum(-1))
     return numerator, denominator, sums, norms
 
 
@@ -583,14 +571,10 @@ class PerformerAttention(Mechanism):
             self._start(state, v)
         size = min(self.config.chunk_size, length)
         scaled = self.features.scale(chunked(q_log, size), chunked(k_log, size, -torch.inf), steps, state)
-        sums, norms = state.sums, state.norms
-        if scaled.entry is not None:
-            sums, norms = sums * scaled.entry[..., None], norms * scaled.entry
+        sums, norms = _rescaled(state.sums, state.norms, scaled.entry)
         v = chunked(v, size).contiguous()
         numerator, denominator, sums, norms = linear_chunks(scaled, v, sums, norms)
-        if scaled.exit is not None:
-            sums, norms = sums * scaled.exit[..., None], norms * scaled.exit
-        state.sums, state.norms = sums, norms
+        state.sums, state.norms = _rescaled(sums, norms, scaled.exit)
         bounded = denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
         mixed = joined(numerator.div_(bounded[..., None]), length)
         if not state.window:
@@ -606,38 +590,35 @@ class PerformerAttention(Mechanism):
         keys, values = state.join(k, v)
         state.recent_keys, state.recent_values = keys[:, :, 1:], values[:, :, 1:]
         keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
-        first = max(1, missing)
-        scores = (q * q.shape[-1] ** -0.5) @ keys[:, :, first:].transpose(-1, -2)
-        near = values[:, :, first:]
         if missing:
-            return scores.softmax(-1) @ near
+            return scaled_dot_product_attention(q, keys[:, :, missing:], values[:, :, missing:])
         far, logs = self._linear_step(q, keys[:, :, :1], values[:, :, :1], state)
-        # the linear part is one more value, with the log of its normaliser for a score
-        scores = torch.cat([scores, logs + self.mix.float()[:, None, None]], -1)
-        return scores.softmax(-1) @ torch.cat([near, far], 2)
+        # For the key that has left the window, one that stands for the linear part: its score is the log of the
+        # linear part's normaliser.
+        keys = torch.cat([torch.zeros_like(q), keys[:, :, 1:]], 2)
+        values = torch.cat([far, values[:, :, 1:]], 2)
+        score = F.pad(logs + self.mix.float()[:, None, None], (0, state.window))
+        return scaled_dot_product_attention(q, keys, values, score)
 
     def _linear_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, Tensor]:
         """What `_linear` gives for one token: (B, H, 1, D) and the logs of the normalisers (B, H, 1, 1)."""
         if state.sums is None:
             self._start(state, v)
-        q, k, top, entry, factor = self.features.single(*self.features(q, k), state)
-        sums, norms = state.sums, state.norms
-        if entry is not None:
-            sums, norms = sums * entry[..., None], norms * entry
-        sums, norms = torch.addcmul(sums, k.transpose(-1, -2), v), norms + k[:, :, 0]
-        denominator = q @ norms[..., None]
-        mixed = q @ sums / denominator
-        if factor is not None:
-            sums, norms = sums * factor[..., None], norms * factor
-        state.sums, state.norms = sums, norms
-        return mixed, top + denominator.log() if state.window else denominator
+        scaled = self.features.scale_one(*self.features(q, k), state)
+        sums, norms = _rescaled(state.sums, state.norms, scaled.entry)
+        sums, norms = torch.addcmul(sums, scaled.k.transpose(-1, -2), v), norms + scaled.k
+        denominator = (scaled.q * norms).sum(-1, keepdim=True)
+        mixed = scaled.q @ sums / denominator
+        state.sums, state.norms = _rescaled(sums, norms, None if scaled.factors is None else scaled.factors[0])
+        return mixed, scaled.top + denominator.log() if state.window else denominator
 
     def _start(self, state: PerformerState, v: Tensor) -> None:
+        """Sums over no keys, for values (B, H, T, D)."""
         batch, heads, _, width = v.shape
-        shape = batch, heads, self.config.num_features
-        state.sums, state.norms = v.new_zeros(*shape, width), v.new_zeros(shape)
+        state.sums = v.new_zeros(batch, heads, self.config.num_features, width)
+        state.norms = v.new_zeros(batch, heads, 1, self.config.num_features)
         if self.config.feature_map == "favor":
-            state.peaks = v.new_full(shape, NOTHING)
+            state.peaks = torch.full_like(state.norms, NOTHING)
 
     def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """What `forward` gives when the value of token j is the j-th unit vector (B, H, T, T)."""
