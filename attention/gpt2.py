@@ -80,7 +80,7 @@ class GPT2VariantAttention(GPT2Attention):
             q, k, v = q.float(), k.float(), v.float()
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         mixed = self.mechanism(q, k, v, hidden_states, state, lengths).to(dtype)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, self.embed_dim)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, self.embed_dim).contiguous()  # Conv1D views its input
         return self.resid_dropout(self.c_proj(mixed)), None
 
 

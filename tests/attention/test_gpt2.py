@@ -222,6 +222,15 @@ def test_trains_with_dropout_and_gradient_checkpointing(method):
 
 
 @every_method
+@pytest.mark.parametrize("length", [1, 100, 128, 500])
+def test_trains_at_lengths_of_any_number_of_blocks(method, length):
+    student, ids = variant(method, n_positions=512).train(), tokens(2, length)
+    student(ids).logits.square().mean().backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@every_method
 def test_maps_of_a_model(method):
     student, ids = variant(method), tokens(2, 10)
     maps = attention.attention_maps(student, ids)
