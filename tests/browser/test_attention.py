@@ -1,0 +1,278 @@
+"""The attention tab in a browser: values, keeping, thumbnails, links to the text, downloads, hostile tokens."""
+
+import json
+import struct
+
+import pytest
+import torch
+from playwright.sync_api import BrowserContext, Locator, Page, expect
+
+import attention
+
+from .conftest import Watched
+
+TEXT = "Far away in the north a small ship lay in the ice, and nobody had seen her for years."
+HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} `x` \u202e \u0007 </script>"
+
+
+@pytest.fixture(scope="module")
+def opened(browser: BrowserContext, url: str) -> Page:
+    """The tab, opened once for all tests, with the text that was generated last."""
+    watched = Watched(browser.new_page())
+    watched.page.goto(url)
+    expect(watched.page.locator("#generate-columns .token").nth(60)).to_be_visible()
+    watched.page.get_by_role("tab", name="Attention").click()
+    expect(title(watched.page)).to_contain_text("masks · layer 0")
+    yield watched.page
+    watched.page.close()
+    assert watched.errors == []
+    assert watched.foreign == []
+
+
+@pytest.fixture
+def tab(opened: Page) -> Page:
+    """The tab with the maps of masks, layer 0, head 0, of `TEXT`, and nothing kept."""
+    opened.set_viewport_size({"width": 1280, "height": 900})
+    show(opened, TEXT)
+    opened.get_by_role("radio", name="Layer 0, head 0").click()
+    expect(title(opened)).to_have_text("masks · layer 0 · head 0")
+    canvas(opened).press("Escape")
+    return opened
+
+
+def show(page: Page, text: str) -> None:
+    page.locator("#attention-text textarea").fill(text)
+    page.get_by_role("button", name="Show attention").click()
+    expect(page.locator("#attention-maps .tokens")).to_contain_text(text[:10])
+
+
+def title(page: Page) -> Locator:
+    return page.locator("#attention-maps .title")
+
+
+def canvas(page: Page, key: str = "model") -> Locator:
+    return page.locator(f"#attention-maps canvas[data-map={key}]")
+
+
+def where(page: Page) -> Locator:
+    return page.locator("#attention-maps .where")
+
+
+def value(page: Page, map_title: str) -> Locator:
+    line = page.locator("#attention-maps .readings .line").filter(has=page.get_by_text(map_title, exact=True))
+    return line.locator(".number")
+
+
+def point(page: Page, row: int, column: int, count: int, key: str = "model") -> None:
+    """Moves the mouse over a cell of a map of `count` tokens."""
+    target = canvas(page, key)
+    target.scroll_into_view_if_needed()
+    box = target.bounding_box()
+    gutter = round(min(max(box["width"] * 0.17, 46), 84))
+    cell = (box["width"] - gutter - 1) / count
+    page.mouse.move(box["x"] + gutter + (column + 0.5) * cell, box["y"] + gutter + (row + 0.5) * cell)
+
+
+@pytest.fixture(scope="module")
+def maps(store) -> dict[str, list[torch.Tensor]]:
+    """Maps of `TEXT` in base and masks, by layer."""
+    loaded = store.get("masks")
+    ids = loaded.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    with loaded.lock, loaded.base.lock:  # the app may be using them
+        models = {"masks": loaded.model, "base": loaded.base.model}
+        return {name: attention.attention_maps(model, ids) for name, model in models.items()}
+
+
+def test_the_text_generated_last_is_there(opened: Page):
+    written = opened.locator("#generate-columns section").nth(1).locator(".token")
+    expect(opened.locator("#attention-maps .tokens .token")).to_have_count(written.count())
+
+
+def test_the_value_under_the_pointer_is_the_models(tab: Page, maps):
+    count = maps["masks"][0].shape[-1]
+    for row, column in ((count - 1, 2), (9, 9), (count - 1, count - 3)):
+        point(tab, row, column, count)
+        expect(where(tab)).to_contain_text(f"({row}) reads")
+        expect(where(tab)).to_contain_text(f"({column})")
+        ours, theirs = (float(maps[name][0][0, 0, row, column]) for name in ("masks", "base"))
+        assert float(value(tab, "masks").inner_text()) == pytest.approx(ours, rel=0.01, abs=1e-6)
+        assert float(value(tab, "base (softmax)").inner_text()) == pytest.approx(theirs, rel=0.01, abs=1e-6)
+        assert float(value(tab, "masks less base").inner_text()) == pytest.approx(ours - theirs, rel=0.02, abs=1e-3)
+        expect(tab.locator("#attention-maps .tip")).to_contain_text(value(tab, "masks").inner_text())
+    point(tab, 3, 7, count)
+    expect(where(tab)).to_contain_text("it comes later")
+    expect(value(tab, "masks")).to_have_text("–")
+
+
+def test_a_cell_is_kept_and_let_go(tab: Page, maps):
+    count = maps["masks"][0].shape[-1]
+    point(tab, 9, 4, count)
+    tab.mouse.down()
+    tab.mouse.up()
+    tab.mouse.move(5, 5)
+    expect(where(tab)).to_contain_text("(9) reads")
+    expect(where(tab)).to_contain_text("kept")
+    point(tab, 12, 3, count)  # hovering goes before what is kept
+    expect(where(tab)).to_contain_text("(12) reads")
+    tab.mouse.move(5, 5)
+    expect(where(tab)).to_contain_text("(9) reads")
+    point(tab, 9, 4, count)
+    tab.mouse.down()
+    tab.mouse.up()
+    tab.mouse.move(5, 5)
+    expect(where(tab)).to_contain_text("Point at a cell")
+
+
+def test_the_keyboard_moves_the_kept_cell(tab: Page, maps):
+    last = maps["masks"][0].shape[-1] - 1
+    canvas(tab).focus()
+    canvas(tab).press("ArrowUp")
+    expect(where(tab)).to_contain_text(f"({last}) reads")
+    canvas(tab).press("Home")
+    expect(where(tab)).to_contain_text("(0)")
+    canvas(tab).press("ArrowUp")
+    canvas(tab).press("ArrowRight")
+    expect(where(tab)).to_contain_text(f"({last - 1}) reads")
+    expect(where(tab)).to_contain_text("(1)")
+    canvas(tab).press("ArrowLeft")
+    canvas(tab).press("ArrowLeft")  # not past the edge
+    expect(where(tab)).to_contain_text("(0)")
+    canvas(tab).press("Escape")
+    expect(where(tab)).to_contain_text("Point at a cell")
+
+
+def test_thumbnails_open_a_head(tab: Page):
+    heads = tab.locator("#attention-heads").get_by_role("radio")
+    expect(heads).to_have_count(4)
+    tab.get_by_role("radio", name="Layer 1, head 0").click()
+    expect(title(tab)).to_have_text("masks · layer 1 · head 0")
+    expect(tab.get_by_role("radio", name="Layer 1, head 0")).to_be_checked()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("Enter")
+    expect(title(tab)).to_have_text("masks · layer 1 · head 1")
+
+
+def test_the_kept_cell_stays_when_another_head_is_opened(tab: Page, maps):
+    point(tab, 9, 4, maps["masks"][0].shape[-1])
+    tab.mouse.down()
+    tab.mouse.up()
+    tab.get_by_role("radio", name="Layer 1, head 1").click()
+    expect(title(tab)).to_have_text("masks · layer 1 · head 1")
+    tab.mouse.move(5, 5)
+    expect(where(tab)).to_contain_text("(9) reads")
+    shown = float(value(tab, "masks").inner_text())
+    assert shown == pytest.approx(float(maps["masks"][1][0, 1, 9, 4]), rel=0.01, abs=1e-6)
+
+
+def test_map_and_text_are_linked(tab: Page, maps):
+    tokens = tab.locator("#attention-maps .tokens .token")
+    count = maps["masks"][0].shape[-1]
+    expect(tokens).to_have_count(count)
+    assert tab.locator("#attention-maps .tokens").inner_text() == TEXT
+    tokens.nth(10).hover()
+    expect(where(tab)).to_contain_text("(10) reads")
+    expect(tokens.nth(10)).to_have_class("token query")
+    expect(tokens.nth(11)).to_have_class("token later")
+    strongest = int(maps["masks"][0][0, 0, 10].argmax())
+    expect(where(tab)).to_contain_text(f"({strongest})")
+    point(tab, 12, 5, count, key="base")
+    expect(tokens.nth(12)).to_have_class("token query")
+    expect(tokens.nth(5)).to_have_class("token read-key")
+
+
+def test_inside_the_method(tab: Page, store):
+    expect(canvas(tab, "mask")).to_be_visible()
+    expect(canvas(tab, "exact")).to_be_visible()
+    cells = tab.locator("#attention-maps table").first.locator("tbody tr")
+    expect(cells).to_have_count(len(store.entry("masks").options["candidates"]))
+    expect(tab.locator("#attention-maps .chart")).to_have_count(2)
+
+
+def test_zoom(tab: Page, maps):
+    count = maps["masks"][0].shape[-1]
+    point(tab, 10, 4, count)
+    tab.mouse.down()
+    tab.mouse.up()
+    for _ in range(9):
+        tab.get_by_role("button", name="Zoom in").click()
+    point(tab, 7, 7, 8)  # the smallest part is 8 tokens wide, with the kept cell in it
+    rows = where(tab).inner_text()
+    assert "(7) reads" not in rows
+    tab.get_by_role("button", name="Show the whole map").click()
+    point(tab, 7, 7, count)
+    expect(where(tab)).to_contain_text("(7) reads")
+
+
+def test_maps_are_saved_as_numbers_and_as_a_picture(tab: Page, maps):
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download the maps as numbers").click()
+    assert download.value.suggested_filename == "masks-layer0-head0.json"
+    data = json.loads(download.value.path().read_text(encoding="utf-8"))
+    assert "".join(data["tokens"]) == TEXT
+    for key, name in (("model", "masks"), ("base", "base")):
+        for i, row in enumerate(data["maps"][key]):
+            torch.testing.assert_close(
+                torch.tensor(row, dtype=torch.float), maps[name][0][0, 0, i, : i + 1], atol=1e-3, rtol=1e-2
+            )
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download the maps as a picture").click()
+    header = download.value.path().read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", header[16:])
+    assert width > 600
+    assert height > 600
+
+
+def test_hostile_tokens_are_text(tab: Page):
+    show(tab, HOSTILE)
+    tokens = tab.locator("#attention-maps .tokens")
+    expect(tokens).to_contain_text("<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} `x` ")
+    expect(tokens).to_contain_text("⟨202E⟩ ⟨0007⟩ </script>")
+    for token in tokens.locator(".token").all()[:12]:
+        token.hover()
+    assert tab.locator("#attention-maps img, #attention-maps script").count() == 0
+
+
+def test_a_long_text_is_shown_in_parts(tab: Page, store):
+    context = store.get("masks").context
+    show(tab, "far away " * context)
+    expect(title(tab)).to_contain_text("tokens 0 to")
+    expect(tab.locator("#attention-maps .tokens .token")).to_have_count(context)
+    tab.get_by_role("button", name="Part of the text").click()
+    start = tab.locator("#attention-start input")
+    start.fill("20")
+    start.press("Enter")
+    expect(title(tab)).to_contain_text("tokens 20 to")
+    start.fill("0")
+    start.press("Enter")
+
+
+def test_bad_input_is_said(tab: Page):
+    tab.locator("#attention-text textarea").fill("")
+    tab.get_by_role("button", name="Show attention").click()
+    expect(tab.get_by_text("The text is empty").first).to_be_visible()
+    tab.locator("#attention-text textarea").fill("x" * 3000)
+    tab.get_by_role("button", name="Show attention").click()
+    expect(tab.get_by_text("3,000 characters").first).to_be_visible()
+
+
+def test_colours_follow_the_theme(tab: Page):
+    read = """canvas => {
+        const pixel = canvas.getContext("2d").getImageData(canvas.width * 0.3, canvas.height * 0.9, 1, 1).data;
+        return pixel[0] + pixel[1] + pixel[2];
+    }"""
+    light = canvas(tab).evaluate(read)
+    tab.evaluate("document.body.classList.toggle('dark')")
+    tab.wait_for_timeout(200)
+    assert abs(canvas(tab).evaluate(read) - light) > 60
+    tab.evaluate("document.body.classList.toggle('dark')")
+
+
+@pytest.mark.parametrize("width", [380, 2560])
+def test_the_maps_fit_the_window(tab: Page, width: int):
+    tab.set_viewport_size({"width": width, "height": 900})
+    for key in ("model", "base", "difference"):
+        box = canvas(tab, key).bounding_box()
+        assert box["width"] >= 250
+        assert box["x"] + box["width"] <= width
+        assert box["width"] == pytest.approx(box["height"], abs=1)
