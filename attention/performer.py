@@ -292,7 +292,7 @@ class FavorMap(RandomMap):
             reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2))[:, :, :, None]
             factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp().unbind(2)
             entry = (self._reference(state.peaks) - reference[:, :, 0]).exp()
-        state.peaks = peaks[:, :, -1:]
+        state.peaks = peaks[:, :, -1:].clone()
         k = (k_log - reference[:, :, :-1]).clamp_(max=HEADROOM).exp_()
         return Scaled(*_exp_relative(q_log + reference[:, :, :-1]), k, entry, factors)
 

@@ -164,6 +164,19 @@ def relu_log_features(x: Tensor, omega: Tensor, epsilon: float) -> Tensor:
     return ((u.clamp_min(0) + epsilon) / omega.shape[0] ** 0.5).log()
 
 
+def learned_log_features(
+    x: Tensor, weight: Tensor, bias: Tensor, inner: Tensor | None = None, outer: Tensor | None = None
+) -> Tensor:
+    """log φ(x) = W x + b + V gelu(U x) (B, H, T, m) for x (B, H, T, D) (after arXiv 2402.04347).
+
+    Args:
+        weight, bias: W (H, D, m) and b (H, 1, m).
+        inner, outer: U (H, D, hidden) and V (H, hidden, m), or None for a map without hidden layer.
+    """
+    u = x @ weight + bias
+    return u if inner is None else u + F.gelu(x @ inner) @ outer
+
+
 def performer_weights(
     q: Tensor,
     k: Tensor,
