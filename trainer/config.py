@@ -148,7 +148,7 @@ class TransferConfig(StageConfig):
     """Each layer's mechanism learns that layer's softmax attention, on what the base itself computes.
 
     Attributes:
-        output: weight of the squared error of the mixed values, over the mean square of the base's own.
+        output: weight of the squared error of the mixed values, in each sequence over the mean square of the base's.
         weights: weight of the cross-entropy of the attention weights; needs (T, T) matrices.
     """
 

@@ -90,7 +90,7 @@ def build(config: RunConfig) -> Setup:
         DataError, attention.CheckpointError, OSError, ValueError: saying what cannot be used and what to do.
     """
     accelerator = Accelerator(
-        cpu=config.cpu,
+        cpu=config.cpu or not torch.accelerator.is_available(),  # must be said, or ranks do not find each other
         mixed_precision=_precision(config),
         log_with=config.trackers or None,
         project_dir=config.output,

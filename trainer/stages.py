@@ -115,7 +115,8 @@ class Transfer(Learner):
         terms = {}
         if self.stage.output:
             mixed = student(call.q, call.k, call.v, call.x)
-            terms["output"] = (mixed - call.mixed).square().mean() / call.mixed.square().mean()
+            errors, scales = ((part.square().mean((1, 2, 3))) for part in (mixed - call.mixed, call.mixed))
+            terms["output"] = (errors / scales).mean()
         if self.stage.weights:
             wanted = teacher.attention_map(call.q, repeat_heads(call.k, call.q.shape[1]), call.x)
             learned = student.attention_map(call.q, call.k, call.x)
