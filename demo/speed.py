@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -187,6 +188,7 @@ class SpeedRun:
         samples: what is known so far.
         share: how much of the work is done.
         doing: what is being done, in words.
+        ended: set once `measure` does no more.
     """
 
     loaded: Sequence[LoadedModel]
@@ -197,31 +199,47 @@ class SpeedRun:
     share: float = 0.0
     doing: str = "Loading"
     finished: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         bases = [each.base for each in self.loaded if each.base is not None]
         with_bases = dict.fromkeys([*bases, *self.loaded])
         make = LayerSubject if self.level == "layer" else ModelSubject
         self.subjects: list[Subject] = [make(each) for each in with_bases]
+        self._stopped = False
         self.lengths = lengths_up_to(min(self.longest, max(subject.longest for subject in self.subjects)))
+
+    def stop(self) -> None:
+        """Lets `measure` end after the pass that it is at."""
+        self._stopped = True
 
     @torch.inference_mode()
     def measure(self) -> Iterator[SpeedRun]:
         """Yields itself after every pass; the models take turns, so that a machine that is busy treats them alike."""
         deadline = time.monotonic() + self.seconds
+        try:
+            for share, length in self._passes():
+                self.share, self.doing = share, f"Measuring {length:,} tokens"
+                yield self
+                if self._stopped:
+                    self.doing = "Stopped; what was measured stays."
+                    return
+                if time.monotonic() > deadline:
+                    self.doing = f"Ended after {self.seconds:.0f} s, the limit for one measurement."
+                    return
+            self.share, self.doing, self.finished = 1.0, "Done", True
+            yield self
+        finally:
+            self.ended.set()
+
+    def _passes(self) -> Iterator[tuple[float, int]]:
+        """Measures length by length; yields the share that is done and the length after every pass."""
         total = sum(self.lengths)
         for index, length in enumerate(self.lengths):
             subjects = [subject for subject in self.subjects if length <= subject.longest]
             before = sum(self.lengths[:index]) / total
             for done in self._length(subjects, length):
-                self.share = before + done * length / total
-                self.doing = f"Measuring {length:,} tokens"
-                yield self
-                if time.monotonic() > deadline:
-                    self.doing = f"Ended after {self.seconds:.0f} s, the limit for one measurement."
-                    return
-        self.share, self.doing, self.finished = 1.0, "Done", True
-        yield self
+                yield before + done * length / total, length
 
     def _length(self, subjects: list[Subject], length: int) -> Iterator[float]:
         """Measures one length, yielding the share that is done; the samples are added at its end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from .models import LoadError, ModelStore
 from .speed import COUNTED, LONGEST, MEASURED, Level, SpeedError, SpeedRun, charts, report, verdicts
 
 LEVELS: list[tuple[str, Level]] = [("One layer's attention alone", "layer"), ("The whole model", "model")]
+FRAME_SECONDS = 0.15  # the bar does not move more often: every step goes through the network
+STOP_SECONDS = 5.0  # how long Stop waits for a pass to end
 LENGTHS = [512, 1024, 2048, 4096, LONGEST]
 
 
@@ -67,9 +70,10 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             api_visibility="private",
             **lane,
         )
-        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        stop.click(handlers.stopped, None, meter, cancels=[running], **quiet)
-        session.names.change(handlers.offer, [session.names, models], models, **quiet)
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # Through the queue, like the measurement: so the browser gets its answer after all that was on the way.
+        stop.click(handlers.stop, None, meter, cancels=[running], concurrency_limit=None, **quiet)
+        session.names.change(handlers.offer, [session.names, models], models, queue=False, **quiet)
         gr.api(handlers.speed, api_name="speed", **lane)
     return tab
 
@@ -79,33 +83,33 @@ class Handlers:
 
     def __init__(self, store: ModelStore):
         self.store = store
+        self._running: dict[str | None, SpeedRun] = {}  # by session
 
     def offer(self, names: list[str], chosen: list[str]) -> dict[str, Any]:
         """The models that can be chosen; what was chosen stays so."""
         kept = [name for name in chosen if name in names]
         return gr.CheckboxGroup(choices=names, value=kept or names[: self.store.limits.models_per_run])
 
-    def stopped(self) -> dict[str, Any] | None:
-        """What the bar says after Stop."""
-        return {"share": 0.0, "text": "Stopped; what was measured stays."}
+    def stop(self, request: gr.Request) -> dict[str, Any]:
+        """Ends the visitor's measurement; returns what the bar says, once nothing more can come."""
+        run = self._running.get(request.session_hash)
+        if run is not None:
+            run.stop()
+            run.ended.wait(STOP_SECONDS)
+        return {"share": run.share if run else 0.0, "text": "Stopped; what was measured stays."}
 
-    def measure(self, models: list[str], level: Level, longest: int) -> Iterator[tuple[Any, ...]]:
+    def measure(self, models: list[str], level: Level, longest: int, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Yields (meter, verdicts, measured, counted) while it measures."""
         yield {"share": 0.0, "text": "Loading the models"}, [], gr.skip(), gr.skip()
         try:
             run = self._run(models, level, longest)
         except (SpeedError, LoadError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        known = 0
-        for _ in run.measure():
-            meter = {"share": run.share, "text": run.doing}
-            if len(run.samples) == known:
-                yield meter, gr.skip(), gr.skip(), gr.skip()
-            else:
-                known = len(run.samples)
-                said = [{"level": "info", "text": sentence} for sentence in verdicts(run)]
-                yield meter, said, charts(run, MEASURED), charts(run, COUNTED)
-        yield {"share": run.share, "text": run.doing}, gr.skip(), gr.skip(), gr.skip()
+        self._running[request.session_hash] = run
+        try:
+            yield from _frames(run)
+        finally:
+            self._running.pop(request.session_hash, None)
 
     def speed(self, models: list[str], level: Level = "layer", longest: int = 2048) -> dict[str, Any]:
         """Measures what models cost on this machine, by the length of the text.
@@ -142,3 +146,20 @@ class Handlers:
         if problems:
             raise SpeedError(" ".join(problems))
         return SpeedRun([self.store.get(name) for name in models], level, longest, limits.seconds)
+
+
+def _frames(run: SpeedRun) -> Iterator[tuple[Any, ...]]:
+    """What the page shows of a run: the curves whenever a length is done, the bar in between."""
+    known, shown = 0, time.monotonic()
+    for _ in run.measure():
+        meter = {"share": run.share, "text": run.doing}
+        if len(run.samples) > known:
+            known = len(run.samples)
+            said = [{"level": "info", "text": sentence} for sentence in verdicts(run)]
+            yield meter, said, charts(run, MEASURED), charts(run, COUNTED)
+        elif time.monotonic() - shown > FRAME_SECONDS:
+            yield meter, gr.skip(), gr.skip(), gr.skip()
+        else:
+            continue
+        shown = time.monotonic()
+    yield {"share": run.share, "text": run.doing}, gr.skip(), gr.skip(), gr.skip()

@@ -1,0 +1,64 @@
+"""The training tab in a browser: facts, curves, samples, a history that does not mean well."""
+
+import json
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}}"
+
+
+@pytest.fixture
+def history(store) -> Path:
+    """A history in the variant's folder, its strings hostile."""
+    path = store.get("masks").entry.folder / "training.jsonl"
+    rows = [{"kind": "junk"}]
+    for step in range(0, 101, 10):
+        mechanisms = [{HOSTILE: [0.5 + step / 200] * 2, "last(0)": [0.5, 0.4]} for _ in range(2)]
+        text = {"prompt": HOSTILE, "base": f"base {HOSTILE}", "variant": f"step {step} {HOSTILE}"}
+        rows += [
+            {"kind": "train", "step": step, "stage": HOSTILE, "loss": 2 - step / 100, "lr": 1e-3, "seconds": step},
+            {"kind": "eval", "step": step, "kl": 1 - step / 200, "perplexity": 30, "mechanisms": mechanisms},
+            {"kind": "samples", "step": step, "texts": [text]},
+        ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    yield path
+    path.unlink()
+
+
+def test_a_history_is_shown(page: Page, history: Path):
+    page.get_by_role("tab", name="Training").click()
+    expect(page.locator("#training-facts")).to_contain_text("KL to the base, validation0.5 nats/token")
+    curves = page.locator("#training-curves .chart")
+    expect(curves).to_have_count(4)
+    expect(curves.first).to_contain_text(HOSTILE)
+    drawing = curves.filter(has_text="KL to the base").locator("svg")
+    drawing.press("ArrowRight")
+    expect(curves.filter(has_text="KL to the base").locator(".keys")).to_contain_text("KL1 nats")
+    learned = page.locator("#training-learned .chart")
+    expect(learned).to_have_count(2)
+    expect(learned.first.locator("path.series")).to_have_count(2)
+    assert page.locator("#training-tab img, #training-learned img, #training-curves img").count() == 0
+
+
+def test_samples_by_step(page: Page, history: Path):
+    page.get_by_role("tab", name="Training").click()
+    samples = page.locator("#training-samples")
+    expect(samples).to_contain_text(f"step 100 {HOSTILE}")
+    expect(samples).to_contain_text(f"base {HOSTILE}")
+    slider = samples.get_by_label("Step of training")
+    slider.focus()
+    slider.press("ArrowLeft")
+    expect(samples).to_contain_text(f"step 90 {HOSTILE}")
+    slider.press("Home")
+    expect(samples).to_contain_text(f"step 0 {HOSTILE}")
+    assert samples.locator("img").count() == 0
+
+
+def test_a_checkpoint_without_a_history(page: Page):
+    page.get_by_role("tab", name="Training").click()
+    page.locator("#training-model").get_by_role("radio", name="base").check()
+    expect(page.locator("#training-facts")).to_contain_text("softmax")
+    expect(page.locator("#training-curves")).to_contain_text("no history")
+    expect(page.locator("#training-samples")).to_contain_text("No texts were written")
