@@ -94,10 +94,13 @@ class MasksState(State):
         self.least = 0
 
     def push(self, k: Tensor, v: Tensor) -> None:
-        """Shifts in one token (B, H_kv, 1, D) that is past the sinks in every row."""
+        """Shifts in one token (B, H_kv, 1, D), which is a sink in every row or in none."""
         sinks = self.plan.sinks
         self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + 1 :], k], 2)
         self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + 1 :], v], 2)
+        if self.least < sinks:  # then all rows have the same length
+            self.keys[:, :, self.seen] = k[:, :, 0]
+            self.values[:, :, self.seen] = v[:, :, 0]
         self.least += 1
         self.advance(1, None)
 
@@ -223,7 +226,7 @@ class MasksAttention(Mechanism):
                 state.absorb(k, v, lengths)
             return self._from_start(plan, q, k, v)
         complete = state.least >= plan.depth
-        uniform = state.lengths is None and state.seen >= plan.sinks and plan.reads_at_once
+        uniform = state.lengths is None and plan.reads_at_once
         if q.shape[2] == 1 and lengths is None and (complete or uniform):
             return self._step(plan, q, k, v, state)
         return self._continue(plan, q, k, v, state, lengths)

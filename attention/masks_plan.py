@@ -100,7 +100,7 @@ class Layout:
         own: (b, S + U) whether a column of the band is the query's own key.
         candidates: (C, b·(S + U)) float: 1 where a candidate holds.
         active: (1 or H, C) float: 1 where a candidate counts.
-        depth: the position from which on no key is missing.
+        depth: the position from which on no query misses a key.
     """
 
     block: int
@@ -254,8 +254,8 @@ class Plan:
 
     @cached_property
     def depth(self) -> int:
-        """The position from which on no query misses a key."""
-        return max(self.reach, self.sinks) - 1
+        """The position from which on no query misses a key and all sinks are in the past."""
+        return max(self.reach - 1, self.sinks)
 
     @cached_property
     def reads_at_once(self) -> bool:

@@ -447,11 +447,36 @@ def test_reset_and_copied_states_start_and_continue_as_they_should():
     torch.testing.assert_close(torch.cat([mechanism(*part, state) for part in parts], 2), first)
 
 
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        ("window(5)", "first(2)", "dilated(3, 7)", "last(2)"),
+        ("first(9)",),  # more sinks than the tail is long
+        ("first(6)", "last(0)", "last(1)"),
+        ("last(4)", "last(9)"),  # empty support first
+    ],
+)
+@pytest.mark.parametrize("prompt", [1, 6, 9])
 @torch.no_grad()
-def test_long_decoding_equals_one_forward():
-    """Past every window, token by token, from a prompt of one token."""
-    mechanism = build("window(5)", "first(2)", "dilated(3, 7)", "last(2)", init="random")
-    tensors = inputs(60)
+def test_long_decoding_equals_one_forward(candidates, prompt):
+    """Past every window, token by token."""
+    mechanism = build(*candidates, init="random")
+    tensors = inputs(40)
     state = mechanism.new_state()
-    out = [mechanism(*(t[:, :, a:b] for t in tensors[:3]), tensors[3][:, a:b], state) for a, b in pairwise(range(61))]
+    cuts = [0, *range(prompt, 41)]
+    out = [mechanism(*(t[:, :, a:b] for t in tensors[:3]), tensors[3][:, a:b], state) for a, b in pairwise(cuts)]
     torch.testing.assert_close(torch.cat(out, 2), mechanism(*tensors), **TOLERANCE)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_step_like_each_row_alone_with_many_sinks():
+    """The shortest row still lacks sinks when the state knows only that it has some tokens."""
+    mechanism = build("first(9)", "last(1)", init="random")
+    tensors = inputs(30, batch=2)
+    expected = mechanism(*tensors)
+    state, lengths = mechanism.new_state(), torch.tensor([2, 7])
+    mechanism(*(t[:, :, :7] for t in tensors[:3]), tensors[3][:, :7], state, lengths)
+    for step in range(20):
+        place = (lengths + step)[:, None, None, None].expand(2, 2, 1, 4)
+        out = mechanism(*(t.gather(2, place) for t in tensors[:3]), tensors[3][:, :1], state)
+        torch.testing.assert_close(out, expected.gather(2, place), **TOLERANCE)
