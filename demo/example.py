@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .engine import Generation
 from .models import ModelStore, bundled
-from .runs import Run, Settings
+from .runs import Column, Run, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +51,22 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def make(store: ModelStore) -> Example:
-    """Runs the example prompt with one model of each method."""
+def waiting_run(store: ModelStore) -> Run:
+    """The example before anything is written: the first prompt with one model of each method."""
     by_method: dict[str, str] = {}
     for name in store.names():
         by_method.setdefault(store.entry(name).method, name)
     names = tuple(by_method.values())[: store.limits.models_per_run]
-    generation = Generation(store, Settings(EXAMPLE_PROMPT, names))
+    settings = Settings(EXAMPLE_PROMPT, names, max_new_tokens=min(60, store.limits.new_tokens))
+    return Run(settings, [Column(name) for name in names])
+
+
+def make(store: ModelStore) -> Example:
+    """Runs the example."""
+    generation = Generation(store, waiting_run(store).settings)
     for _ in generation.stream():
         pass
+    names = generation.run.settings.models
     return Example({name: fingerprint(store.entry(name).folder) for name in names}, generation.run)
 
 
@@ -71,9 +78,8 @@ def stored(store: ModelStore, file: Path = FILE) -> Run | None:
     except (OSError, ValidationError, KeyError) as error:
         logger.info("no stored example: %s", error)
         return None
-    methods = {store.entry(name).method for name in store.names()}
-    complete = methods == {store.entry(name).method for name in current}
-    return example.run if complete and current == example.fingerprints else None
+    expected = waiting_run(store).settings
+    return example.run if example.run.settings == expected and current == example.fingerprints else None
 
 
 def write(example: Example, file: Path = FILE) -> None:

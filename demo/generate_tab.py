@@ -14,7 +14,7 @@ from .components.costs import CostTable
 from .components.tokens import TokenColumns
 from .context import GENERATE, App, Session
 from .engine import Generation
-from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun
+from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun, waiting_run
 from .models import ModelStore
 from .request import OPTIONS, RequestError, from_query, read_settings
 from .runs import Run, Settings
@@ -77,8 +77,13 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             stop = gr.Button("Stop", scale=1, elem_id="generate-stop")
             link = gr.Button("Copy link", scale=1, elem_id="generate-link")
             save = gr.Button("Download JSON", scale=1, elem_id="generate-save")
-        columns = TokenColumns(elem_id="generate-columns", legend="Colour: KL to the base at this token")
-        costs = CostTable(elem_id="generate-costs")
+        soon = waiting_run(app.store)
+        columns = TokenColumns(
+            columns_view(soon, app.store),
+            elem_id="generate-columns",
+            legend="Colour: KL to the base at this token",
+        )
+        costs = CostTable(cost_table(soon), elem_id="generate-costs")
         with gr.Accordion("Earlier runs", open=False, elem_id="generate-history"):
             earlier = gr.Radio(
                 [], label="Compare with", info="Shown below the newest one.", type="index", elem_id="generate-earlier"
@@ -117,10 +122,8 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
 
 
 def _controls(app: App) -> Controls:
-    default = Settings("", ())
-    limits = app.limits
     names = app.store.names()
-    with gr.Row(elem_classes="ask"):
+    with gr.Row():
         with gr.Column(scale=3, min_width=320):
             prompt = gr.Textbox(
                 EXAMPLE_PROMPT,
@@ -137,6 +140,8 @@ def _controls(app: App) -> Controls:
                 example_labels=list(PROMPTS),
                 api_visibility="private",
             )
+            with gr.Accordion("Sampling", open=False, elem_id="generate-sampling"), gr.Row():
+                options = _sampling(app)
         with gr.Column(scale=2, min_width=320):
             models = gr.CheckboxGroup(
                 model_choices(app.store, names),
@@ -146,25 +151,26 @@ def _controls(app: App) -> Controls:
                 elem_id="generate-models",
                 elem_classes="choices",
             )
-    with gr.Accordion("Sampling", open=False, elem_id="generate-sampling"), gr.Row():
-        options = [
-            gr.Slider(
-                0, 2, default.temperature, step=0.05, label="Temperature", info="0 takes the most probable token."
-            ),
-            gr.Slider(0, 200, default.top_k, step=1, label="Top-k", info="Draw among the k most probable; 0: all."),
-            gr.Slider(
-                0.05, 1, default.top_p, step=0.05, label="Top-p", info="Draw among the fewest that hold this share."
-            ),
-            gr.Slider(
-                1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty", info="1 is none."
-            ),
-            gr.Slider(
-                1, limits.new_tokens, min(default.max_new_tokens, limits.new_tokens), step=1, label="Length",
-                info="New tokens; a text may end by itself before.",
-            ),
-            gr.Number(default.seed, precision=0, minimum=0, label="Seed", info="Same seed and settings, same text."),
-        ]  # fmt: skip
     return Controls([prompt, models, *options])
+
+
+def _sampling(app: App) -> list[gr.components.Component]:
+    default, longest = Settings("", ()), app.limits.new_tokens
+    sliders = {
+        "Temperature": (0, 2, 0.05, default.temperature, "0 takes the most probable token."),
+        "Top-k": (0, 200, 1, default.top_k, "Draw among the k most probable; 0: all."),
+        "Top-p": (0.05, 1, 0.05, default.top_p, "Draw among the fewest with this share."),
+        "Repetition penalty": (1, 2, 0.05, default.repetition_penalty, "1 is none."),
+        "Length": (1, longest, 1, min(default.max_new_tokens, longest), "New tokens, at most."),
+    }
+    options: list[gr.components.Component] = [
+        gr.Slider(low, high, value, step=step, label=label, info=info, min_width=230, buttons=[])
+        for label, (low, high, step, value, info) in sliders.items()
+    ]
+    seed = gr.Number(
+        default.seed, precision=0, minimum=0, label="Seed", info="Same seed, same settings: same text.", min_width=230
+    )
+    return [*options, seed]
 
 
 def model_choices(store: ModelStore, names: list[str]) -> list[tuple[str, str]]:
@@ -242,7 +248,7 @@ class Handlers:
 
     def open_example(self, request: gr.Request) -> tuple[Any, ...]:
         """A finished run for a page that was opened without a link to one."""
-        run = None if "prompt" in request.query_params else self.example.get(seconds=10)
+        run = None if "prompt" in request.query_params else self.example.get(seconds=30)
         if run is None:
             return (gr.skip(),) * 3
         return columns_view(run, self.store), cost_table(run), [run]

@@ -1,0 +1,40 @@
+"""The finished run that is shown first."""
+
+import shutil
+
+import pytest
+
+from demo.example import FirstRun, make, stored, waiting_run, write
+from demo.models import Access, ModelStore
+
+
+def test_a_stored_example_comes_back_as_it_was(store, tmp_path):
+    example = make(store)
+    write(example, tmp_path / "first.json")
+    assert stored(store, tmp_path / "first.json") == example.run
+    assert example.run.settings == waiting_run(store).settings
+    assert [column.stage for column in example.run.columns] == ["done", "done"]
+
+
+def test_other_models_make_a_stored_example_stale(store, checkpoints, tmp_path):
+    write(make(store), tmp_path / "first.json")
+    changed = shutil.copytree(checkpoints / "base", tmp_path / "base")
+    (changed / "config.json").write_text((changed / "config.json").read_text() + "\n")
+    for sources in ([changed], [changed, checkpoints / "masks"], [checkpoints / "base"]):
+        assert stored(ModelStore(sources, access=Access()), tmp_path / "first.json") is None
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"fingerprints": {"gone": ""}, "run": 1}'])
+def test_a_missing_or_broken_file_is_no_example(store, tmp_path, content):
+    if content is not None:
+        (tmp_path / "first.json").write_text(content)
+    assert stored(store, tmp_path / "first.json") is None
+
+
+def test_without_a_stored_one_it_is_made_in_the_background(store):
+    first = FirstRun(store)
+    assert first.get(seconds=60).settings.prompt.startswith("The old house")
+
+
+def test_no_models_no_example():
+    assert FirstRun(ModelStore(access=Access())).get() is None
