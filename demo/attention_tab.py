@@ -167,7 +167,7 @@ class Handlers:
         """
         try:
             loaded, part = self._read(model, text, start, count, [])
-            return self.views.numbers(loaded, part, layer, head)
+            return self.views.numbers(loaded, part, _whole("layer", layer), _whole("head", head))
         except (ViewError, LoadError) as error:
             raise gr.Error(str(error), print_exception=False) from None
 
@@ -176,10 +176,13 @@ class Handlers:
     ) -> tuple[LoadedModel, Passage]:
         if model not in self.store.names():
             raise ViewError(f"No model {str(model)[:80]!r}; there are: {', '.join(self.store.names())}.")
+        if not isinstance(text, str):
+            raise ViewError("The text is not text.")
         loaded = self.store.get(model)
         limits = self.store.limits
         ids = self._generated(loaded, text, runs) or encode_text(loaded, text, limits.prompt_characters)
-        return loaded, passage(loaded, ids, int(start or 0), min(int(count), limits.view_tokens))
+        count = min(_whole("count", count), limits.view_tokens)
+        return loaded, passage(loaded, ids, _whole("start", start or 0), count)
 
     def _generated(self, loaded: LoadedModel, text: str, runs: list[Run]) -> list[int] | None:
         """The very tokens of a generated text: encoding it again may cut it elsewhere."""
@@ -192,3 +195,14 @@ class Handlers:
 
     def _base_of(self, name: str) -> str:
         return self.store.entry(name).base or name
+
+
+def _whole(name: str, value: object) -> int:
+    """A whole number out of untrusted JSON.
+
+    Raises:
+        ViewError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ViewError(f"{name} is {str(value)[:80]!r}; it must be a whole number.")
+    return int(value)

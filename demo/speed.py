@@ -374,7 +374,8 @@ def _events(run: SpeedRun, quantity: str) -> list[Event]:
     for name, base in run.comparisons:
         length = break_even(run.of(name), run.of(base), quantity)
         if length is not None and length > run.lengths[0]:
-            events.append({"x": length, "label": f"{name} from {round_length(length):,}"})
+            label = f"{name} from {round_length(length):,}"
+            events.append({"x": length, "label": label, "color": _colors(run)[name]})
     return events
 
 

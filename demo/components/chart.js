@@ -56,7 +56,7 @@ function makeScale(values, axis, from, to, count) {
 }
 
 // A chart. `spec`: {title, note, x, y, series: [{name, color or shade, dashed, dots, points: [[x, y|null], …]}],
-// events: [{x, label}], height}; x and y are {label, log, min, max, ticks, unit}. `onHover(x or null)` is told where the pointer is.
+// events: [{x, label, color}], height}; x and y are {label, log, min, max, ticks, unit}. `onHover(x or null)` is told where the pointer is.
 function lineChart(spec, onHover) {
   const node = el("div", "chart");
   const canvas = svg("svg", { role: "img", tabindex: 0 });
@@ -164,10 +164,14 @@ function events(spec, scaleX, bounds) {
     const anchor = x > (bounds.left + bounds.right) / 2 ? "end" : "start";
     const offset = anchor === "end" ? -4 : 4;
     return [
-      svg("line", { class: "event", x1: x, x2: x, y1: bounds.top, y2: bounds.bottom }),
+      svg("line", { class: "event", x1: x, x2: x, y1: bounds.top, y2: bounds.bottom, style: eventStyle(event) }),
       svg("text", { class: "event-label", x: x + offset, y: bounds.top + 12 + 14 * index, "text-anchor": anchor }, event.label),
     ];
   });
+}
+
+function eventStyle(event) {
+  return event.color === undefined ? "" : `stroke: ${seriesColor(event, 0)}`;
 }
 
 function curve(series, index, scaleX, scaleY) {

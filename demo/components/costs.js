@@ -29,7 +29,8 @@ function draw() {
     const base = reference === null || reference === index ? [] : rows[reference].slice(1);
     body.append(el("tr", null, null, first, ...numbers.map((number, i) => numberCell(number, base[i]))));
   });
-  root.replaceChildren(el("div", "scroll", null, el("table", "costs", null, head, body)));
+  const table = el("div", "scroll", null, el("table", "costs", null, head, body));
+  root.replaceChildren(table, el("div", "muted small", props.note));
 }
 
 watch("value", draw);

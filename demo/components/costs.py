@@ -13,8 +13,9 @@ class CostTable(ScriptedHTML):
     Args:
         value: `{"headers": [[label, explanation], ...], "rows": [[name, number or None, ...], ...],
             "reference": index of the row that ratios are relative to, or None}`.
+        note: one line below the table.
         kwargs: further arguments of `gr.HTML`.
     """
 
-    def __init__(self, value: dict[str, Any] | None = None, **kwargs: Any):
-        super().__init__(value, scripts=("costs.js",), styles=("costs.css",), **kwargs)
+    def __init__(self, value: dict[str, Any] | None = None, *, note: str = "", **kwargs: Any):
+        super().__init__(value, scripts=("costs.js",), styles=("costs.css",), note=note, **kwargs)

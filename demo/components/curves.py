@@ -29,11 +29,12 @@ class Series(TypedDict, total=False):
     points: list[list[float | None]]
 
 
-class Event(TypedDict):
-    """A vertical line with a label."""
+class Event(TypedDict, total=False):
+    """A vertical line with a label; `color` is that of a series."""
 
     x: float
     label: str
+    color: int
 
 
 class Chart(TypedDict, total=False):

@@ -19,9 +19,15 @@ class MapFigure {
     const scale = el("div", "scale", null, this.low, this.ramp, this.high);
     this.node = el("figure", "figure", null, el("h4", null, map.title), el("div", "note muted", map.note), this.canvas, scale);
     this.node.style.margin = 0;
+    this.backdrop = document.createElement("canvas");
+    this.seen = true;
     this.listen();
     this.paint();
     new ResizeObserver(() => this.draw()).observe(this.canvas);
+    new IntersectionObserver(([entry]) => {
+      this.seen = entry.isIntersecting;
+      this.draw();
+    }).observe(this.canvas);
   }
 
   get size() {
@@ -34,6 +40,7 @@ class MapFigure {
 
   paint() {
     const { map, board } = this;
+    this.still = null;
     this.image = paintTriangle(map.values, this.size, map.largest, map.kind, board.contrast);
     const colors = rampColors(map.kind);
     const stops = [0, 51, 102, 153, 204, 255].map((k) => cssColor(colors[k]));
@@ -61,52 +68,58 @@ class MapFigure {
     return { row: row + zoom.row, column: column + zoom.column };
   }
 
+  // Draws what hovering changes over what it does not.
   draw() {
     const { width, gutter, side, cell } = this.layout();
-    if (width < 60) return; // in a tab that is not open
+    if (width < 60 || !this.seen) return; // in a tab that is not open, or scrolled away
     const density = window.devicePixelRatio || 1;
     const pixels = Math.round(width * density);
-    if (this.canvas.width !== pixels) this.canvas.width = this.canvas.height = pixels;
-    const context = this.canvas.getContext("2d");
     const { zoom } = this.board;
+    const still = [pixels, zoom.row, zoom.column, zoom.size].join();
+    if (still !== this.still) {
+      this.still = still;
+      this.canvas.width = this.canvas.height = this.backdrop.width = this.backdrop.height = pixels;
+      this.drawBackdrop(density, width, gutter, side, cell);
+    }
+    const context = this.canvas.getContext("2d");
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, pixels, pixels);
+    context.drawImage(this.backdrop, 0, 0);
+    const focus = this.board.focus();
+    if (!focus) return;
+    context.setTransform(density, 0, 0, density, 0, 0);
+    this.drawFocus(context, gutter, side, cell, focus);
+  }
+
+  drawBackdrop(density, width, gutter, side, cell) {
+    const context = this.backdrop.getContext("2d");
+    const { zoom, labels, colors } = this.board;
     context.setTransform(density, 0, 0, density, 0, 0);
     context.clearRect(0, 0, width, width);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.image, zoom.column, zoom.row, zoom.size, zoom.size, gutter, gutter, side, side);
-    context.strokeStyle = this.board.colors.muted;
+    context.strokeStyle = colors.muted;
     context.strokeRect(gutter - 0.5, gutter - 0.5, side + 1, side + 1);
-    const focus = this.board.focus();
-    this.drawLabels(context, gutter, cell, focus);
-    if (focus) this.drawFocus(context, gutter, side, cell, focus);
-  }
-
-  drawLabels(context, gutter, cell, focus) {
-    const { zoom, labels, colors } = this.board;
     const every = Math.ceil(LABEL / cell);
-    const far = (index, chosen) => chosen === undefined || Math.abs(index - chosen) * cell >= LABEL;
-    context.font = `${LABEL}px ${this.board.font}`;
     for (let k = 0; k < zoom.size; k++) {
-      const row = zoom.row + k;
-      const column = zoom.column + k;
       const place = gutter + (k + 0.5) * cell;
-      const isRow = focus?.row === row;
-      const isColumn = focus?.column === column;
-      if (isRow || (row % every === 0 && far(row, focus?.row))) {
-        context.fillStyle = isRow ? colors.ink : colors.muted;
-        this.drawLabel(context, labels[row], gutter - 5, place, 0, gutter);
-      }
-      if (isColumn || (column % every === 0 && far(column, focus?.column))) {
-        context.fillStyle = isColumn ? colors.ink : colors.muted;
-        this.drawLabel(context, labels[column], place, gutter - 5, Math.PI / 2, gutter);
-      }
+      if ((zoom.row + k) % every === 0) this.drawLabel(context, labels[zoom.row + k], gutter - 5, place, 0, gutter);
+      if ((zoom.column + k) % every === 0) this.drawLabel(context, labels[zoom.column + k], place, gutter - 5, Math.PI / 2, gutter);
     }
   }
 
-  // A label that ends at (x, y); turned by a quarter it ends at the bottom.
-  drawLabel(context, text, x, y, turn, gutter) {
+  // A label that ends at (x, y); turned by a quarter it ends at the bottom. The chosen one covers its neighbours.
+  drawLabel(context, text, x, y, turn, gutter, chosen = false) {
+    const { colors, font } = this.board;
     context.save();
     context.translate(x, y);
     context.rotate(turn);
+    if (chosen) {
+      context.fillStyle = colors.panel;
+      context.fillRect(7 - gutter, -LABEL, gutter - 7, 2 * LABEL);
+    }
+    context.font = `${chosen ? "bold " : ""}${LABEL}px ${font}`;
+    context.fillStyle = chosen ? colors.ink : colors.muted;
     context.textAlign = "right";
     context.textBaseline = "middle";
     context.fillText(text, 0, 0, gutter - 7);
@@ -126,6 +139,9 @@ class MapFigure {
     if (rowSeen) context.fillRect(gutter, y, side, thick);
     if (columnSeen) context.fillRect(x, gutter, thick, side);
     context.restore();
+    const { labels } = this.board;
+    if (rowSeen) this.drawLabel(context, labels[focus.row], gutter - 5, y + cell / 2, 0, gutter, true);
+    if (columnSeen) this.drawLabel(context, labels[focus.column], x + cell / 2, gutter - 5, Math.PI / 2, gutter, true);
     if (!rowSeen || !columnSeen) return;
     const pad = Math.max(0, (7 - cell) / 2);
     for (const [color, thickness] of [[colors.panel, 5], [colors.ink, 2]]) {

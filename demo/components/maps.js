@@ -296,10 +296,21 @@ function updateTokens(focus) {
   const most = focus ? values[start + strongest(row)] : 0;
   tokenSpans.forEach((span, index) => {
     const share = most > 0 && index <= row ? Math.sqrt(Math.max(values[start + index], 0) / most) : 0;
-    span.style.setProperty("--share", share.toFixed(3));
-    span.className = "token" + (index === row ? " query" : focus && index > row ? " later" : "");
-    if (focus && index === focus.column && index !== row) span.classList.add("read-key");
+    let name = "token";
+    if (index === row) name += " query";
+    else if (focus && index > row) name += " later";
+    else if (focus && index === focus.column) name += " read-key";
+    paintToken(span, name, Math.round(20 * share) / 20);
   });
+}
+
+// Touches only what changes: there are hundreds of tokens, and the pointer moves fast.
+function paintToken(span, name, share) {
+  if (span.className !== name) span.className = name;
+  if (span.share !== share) {
+    span.share = share;
+    span.style.setProperty("--share", share);
+  }
 }
 
 function buildChart(rows) {
