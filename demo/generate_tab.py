@@ -83,7 +83,12 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             elem_id="generate-columns",
             legend="Colour: KL to the base at this token",
         )
-        costs = CostTable(cost_table(soon), elem_id="generate-costs")
+        costs = CostTable(
+            cost_table(soon),
+            elem_id="generate-costs",
+            note="Taken once, while the models took turns; × is relative to the first plain model. The Speed tab "
+            "measures with care, and over many lengths.",
+        )
         with gr.Accordion("Earlier runs", open=False, elem_id="generate-history"):
             earlier = gr.Radio(
                 [], label="Compare with", info="Shown below the newest one.", type="index", elem_id="generate-earlier"

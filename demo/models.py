@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.hub import HubSpec
+from attention.hub import HUB, HubSpec
 
 from .limits import Limits
 
@@ -149,9 +149,16 @@ class ModelStore:
         pulling: for each source that is being pulled, bytes done and bytes expected.
     """
 
-    def __init__(self, sources: Iterable[str | Path] = (), limits: Limits | None = None, access: Access | None = None):
+    def __init__(
+        self,
+        sources: Iterable[str | Path] = (),
+        limits: Limits | None = None,
+        access: Access | None = None,
+        hub: attention.HubOptions = HUB,
+    ):
         self.limits = limits or Limits()
         self.access = access or Access.from_environment()
+        self.hub = hub
         self.problems: dict[str, str] = {}
         self.pulling: dict[str, tuple[int, int]] = {}
         self._entries: dict[str, Entry] = {}
@@ -198,7 +205,7 @@ class ModelStore:
         """
         self.access.check(source)
         with _explained(source):
-            return attention.hub_size(source)
+            return attention.hub_size(source, self.hub)
 
     def add(self, source: str, progress: Progress | None = None) -> Entry:
         """Makes a model that a visitor asks for choosable, and its base with it; weights are not loaded yet.
@@ -217,11 +224,11 @@ class ModelStore:
 
         try:
             with _explained(source):
-                size = 0 if is_local(source) else attention.hub_size(source)
+                size = 0 if is_local(source) else attention.hub_size(source, self.hub)
                 if size > self.limits.download_bytes:
                     limit = self.limits.download_bytes
                     raise LoadError(f"{source} is {size / 1e6:,.0f} MB to download; at most {limit / 1e6:,.0f} are.")
-                return self._register(source, attention.describe(source, progress=report), report, visitor)
+                return self._register(source, attention.describe(source, self.hub, report), report, visitor)
         finally:
             self.pulling.pop(source, None)
 
@@ -256,7 +263,7 @@ class ModelStore:
     def _register_base(self, source: str, report: Progress, visitor: bool) -> Entry:
         if visitor:
             self.access.check(source)
-        return self._register(source, attention.describe(source, progress=report), report, visitor)
+        return self._register(source, attention.describe(source, self.hub, report), report, visitor)
 
     def _known(self, source: str) -> Entry | None:
         with self._lock:
@@ -293,12 +300,11 @@ class ModelStore:
                 self._loaded.move_to_end(name)
             return self._loaded.get(name)
 
-    @staticmethod
-    def _load(entry: Entry, base: LoadedModel | None) -> LoadedModel:
+    def _load(self, entry: Entry, base: LoadedModel | None) -> LoadedModel:
         logger.info("loading %s from %s", entry.name, entry.folder)
         with _explained(entry.name):
             shared = None if base is None else base.model
-            model, tokenizer = attention.load(entry.folder, device=DEVICE, base=shared)
+            model, tokenizer = attention.load(entry.folder, device=DEVICE, base=shared, hub=self.hub)
         if tokenizer is None:
             raise LoadError(f"{entry.name} has no tokenizer; save it with one.")
         with torch.inference_mode():

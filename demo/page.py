@@ -50,10 +50,10 @@ def notices_of(store: ModelStore) -> list[dict[str, str]]:
     """A notice for every model that was asked for and is on its way, or cannot be used."""
     pulling = [
         f"Pulling {source}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
-        for source, (done, total) in store.pulling.items()
+        for source, (done, total) in list(store.pulling.items())
     ]
     return [{"level": "info", "text": text} for text in pulling] + [
-        {"level": "warning", "text": text} for text in store.problems.values()
+        {"level": "warning", "text": text} for text in list(store.problems.values())
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -100,10 +101,30 @@ def test_stop_keeps_and_compares_what_is_written(page: Page, monkeypatch: pytest
         expect(column(page, name).locator(".token:not(.prompt):not(.scored)")).to_have_count(0)
 
 
-@pytest.mark.parametrize("keys", ["Shift+Enter"])
-def test_the_keyboard_is_enough(page: Page, keys: str):
+def test_a_closed_page_frees_the_worker(page: Page, url: str, monkeypatch: pytest.MonkeyPatch):
+    step, written = Decoder.step, []
+
+    def slow(decoder: Decoder) -> None:
+        written.append(decoder.settings.prompt)
+        time.sleep(0.2 if decoder.settings.prompt == "Left behind" else 0)
+        step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", slow)
+    other = page.context.new_page()
+    other.goto(url)
+    other.get_by_label("Prompt").fill("Left behind")
+    generate(other)
+    expect(column(other, "base")).to_contain_text("tokens …")
+    other.close()
+    page.get_by_label("Prompt").fill("Next")
+    generate(page)
+    expect(column(page, "base")).to_contain_text("60 tokens")
+    assert written.count("Left behind") < 120
+
+
+def test_the_keyboard_is_enough(page: Page):
     page.get_by_label("Prompt").fill("By keyboard")
-    page.get_by_label("Prompt").press(keys)
+    page.get_by_label("Prompt").press("Shift+Enter")
     expect(column(page, "base")).to_contain_text("By keyboard")
     expect(column(page, "base")).to_contain_text("60 tokens")
 

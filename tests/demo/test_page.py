@@ -1,5 +1,6 @@
 """The served app, through its endpoints and its raw HTTP interface."""
 
+import asyncio
 import json
 import threading
 import time
@@ -8,6 +9,8 @@ import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
 
 from demo.context import App
 from demo.limits import Limits
@@ -150,3 +153,19 @@ def wait_until(condition) -> None:
             return
         event.wait(0.05)
     raise AssertionError("waited 20 s in vain")
+
+
+def test_endpoints_are_mcp_tools(served):
+    async def talk() -> tuple[set[str], list]:
+        async with (
+            streamable_http_client(f"{served[0]}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name for tool in (await session.list_tools()).tools}
+            answer = await session.call_tool("generate", {"prompt": "The old house", "max_new_tokens": 4})
+            return tools, answer.content
+
+    tools, content = asyncio.run(talk())
+    assert {"generate", "models", "attention"} <= tools
+    assert '"stage": "done"' in content[0].text or "'stage': 'done'" in content[0].text

@@ -1,0 +1,52 @@
+"""The entry point, as a person starts it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+from gradio_client import Client
+
+import app
+
+from .conftest import free_port
+
+ROOT = Path(app.__file__).parent
+
+
+def test_checkpoints_come_from_the_command_line_or_the_environment(monkeypatch):
+    monkeypatch.setenv("CHECKPOINTS", "runs/a user/repo@main")
+    assert app.parse([]).checkpoints == ["runs/a", "user/repo@main"]
+    assert app.parse(["--checkpoints", "runs/b", "--port", "7000"]).checkpoints == ["runs/b"]
+
+
+def test_it_serves_the_bundled_models_and_those_it_is_given(checkpoints):
+    port = free_port()
+    command = [sys.executable, "app.py", "--port", str(port), "--checkpoints", str(checkpoints / "masks"), "/nowhere"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    try:
+        url = f"http://127.0.0.1:{port}/"
+        wait_for(url, process)
+        names = [model["name"] for model in Client(url, verbose=False).predict(api_name="/models")]
+        assert {"base", "masks"} <= {name.removesuffix("-2") for name in names}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        errors = process.stderr.read().decode()
+        assert "there is no folder /nowhere" in errors
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+
+
+def wait_for(url: str, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, process.stderr.read().decode()
+        try:
+            httpx.get(url, timeout=2)
+            return
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} did not answer")

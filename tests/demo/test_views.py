@@ -1,0 +1,52 @@
+"""Runs as the page shows them."""
+
+import json
+import math
+
+import pytest
+
+from demo.engine import Generation
+from demo.runs import Column, Run, Settings
+from demo.views import columns_view, cost_table, history_label
+
+
+@pytest.fixture
+def run(store):
+    generation = Generation(store, Settings("The old <b>house</b>", ("base", "masks"), max_new_tokens=6))
+    for _ in generation.stream():
+        pass
+    return generation.run
+
+
+def test_every_token_is_shown_and_only_new_ones_are_coloured(run, store):
+    views = json.loads(json.dumps(columns_view(run, store)))
+    for column, view in zip(run.columns, views, strict=True):
+        assert "".join(token["text"] for token in view["tokens"]) == "The old <b>house</b>" + column.text
+        assert [bool(token.get("prompt")) for token in view["tokens"]] == [True] * column.prompt_length + [False] * 6
+        scores = [token["score"] for token in view["tokens"][column.prompt_length :]]
+        assert scores == pytest.approx([1 - math.exp(-score.kl) for score in column.scores], abs=1e-4)
+    assert [token.get("parts", False) for token in views[1]["tokens"]].index(True) == run.columns[1].parts_at
+    assert "KL" not in views[0]["status"]
+    assert "KL to the base" in views[1]["status"]
+
+
+def test_costs_are_beside_the_base(run):
+    table = cost_table(run)
+    assert table["reference"] == 0
+    assert [row[0] for row in table["rows"]] == ["base", "masks"]
+    assert all(len(row) == len(table["headers"]) for row in table["rows"])
+    assert table["rows"][1][-1] == run.columns[1].cost.keys_read
+
+
+def test_what_is_not_there_yet_is_empty(store):
+    run = Run(Settings("x", ("base", "gone")), [Column("base"), Column("gone", stage="failed", problem="no <b>")])
+    views = columns_view(run, store)
+    assert [view["status"] for view in views] == ["waiting", "no <b>"]
+    assert cost_table(run)["rows"][0][1:] == [None] * 6
+
+
+def test_history_labels_are_short_and_in_one_line(run):
+    label = history_label(Run(Settings("one\ntwo " + "x" * 500, ("base",)), []))
+    assert label.startswith("“one two xxx")
+    assert "\n" not in label
+    assert len(label) < 200
