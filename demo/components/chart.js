@@ -62,15 +62,15 @@ function lineChart(spec, onHover) {
   const canvas = svg("svg", { role: "img", tabindex: 0 });
   const keys = el("div", "keys");
   if (spec.height) node.style.setProperty("--height", spec.height + "px");
-  if (spec.title) node.append(el("h4", null, spec.title));
-  if (spec.note) node.append(el("div", "note muted", spec.note));
+  if (spec.title) node.append(el("h4", null, readable(spec.title)));
+  if (spec.note) node.append(el("div", "note muted", readable(spec.note)));
   node.append(keys, canvas);
   const at = el("span", "reading at");
   const readings = spec.series.map((series, index) => {
     const swatch = el("span", "swatch" + (series.dashed ? " dashed" : ""));
     swatch.style.borderColor = seriesColor(series, index);
     const reading = el("span", "reading");
-    keys.append(el("span", "key", null, swatch, series.name, reading));
+    keys.append(el("span", "key", null, swatch, readable(series.name), reading));
     return reading;
   });
   keys.append(at);
@@ -165,7 +165,7 @@ function events(spec, scaleX, bounds) {
     const offset = anchor === "end" ? -4 : 4;
     return [
       svg("line", { class: "event", x1: x, x2: x, y1: bounds.top, y2: bounds.bottom, style: eventStyle(event) }),
-      svg("text", { class: "event-label", x: x + offset, y: bounds.top + 12 + 14 * index, "text-anchor": anchor }, event.label),
+      svg("text", { class: "event-label", x: x + offset, y: bounds.top + 12 + 14 * index, "text-anchor": anchor }, readable(event.label)),
     ];
   });
 }

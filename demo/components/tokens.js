@@ -58,10 +58,10 @@ function sameLook(a, b) {
 }
 
 function updateColumn(column, view) {
-  setText(column.title, view.title || "");
-  setText(column.note, view.note || "");
+  setText(column.title, readable(view.title || ""));
+  setText(column.note, readable(view.note || ""));
   column.note.title = view.note || "";
-  setText(column.status, view.status || "");
+  setText(column.status, readable(view.status || ""));
   column.text.setAttribute("aria-label", (view.title || "Text") + ": tokens; arrow keys move, Enter keeps the card open");
   const box = column.text;
   const streams = column.spans.length > 0;
