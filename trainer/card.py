@@ -40,16 +40,16 @@ class Making:
         return self.config.base
 
 
-def write_card(making: Making, valid: Fidelity, test: Fidelity | None) -> ModelCard:
+def write_card(making: Making, valid: Fidelity, test: tuple[str, Fidelity] | None) -> ModelCard:
     """The card, with metadata of the Hub's schema.
 
     Args:
         valid: what was measured on the validation text.
-        test: what was measured on `eval.text`, if there is one.
+        test: name of a text that guided nothing and what was measured on it, if there is one.
     """
     measured = {"validation": ("validation text", valid)}
     if test is not None:
-        measured["test"] = (making.config.card.eval_data or Path(making.config.eval.text).name, test)
+        measured["test"] = (making.config.card.eval_data or test[0], test[1])
     data = ModelCardData(
         model_name=_title(making),
         base_model=making.base if _is_hub_name(making.base) else None,

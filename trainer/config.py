@@ -33,6 +33,7 @@ class DataConfig(Section):
         name: its configuration, for example wikitext-2-raw-v1.
         revision: its git revision.
         train_split, valid_split: its splits; without a `valid_split` see `valid`.
+        test_split: its split to measure on once, at the end, for the card, where there is no `eval.text`.
         column: the field that holds the text, of a Hub data set or JSON lines.
         documents: where a document of a text file ends: at an empty line ("paragraph"), at every line ("line"), or at
             the end of the file ("document"). The rows of a Hub data set and the objects of JSON lines are documents,
@@ -50,6 +51,7 @@ class DataConfig(Section):
     revision: str | None = None
     train_split: str = "train"
     valid_split: str | None = "validation"
+    test_split: str | None = None
     column: str = "text"
     documents: Literal["paragraph", "line", "document"] | None = None
     sampled_tokens: Annotated[int, Field(ge=1024)] = 524_288
@@ -71,6 +73,8 @@ class DataConfig(Section):
     def _one_source(self) -> DataConfig:
         if self.train and self.dataset:
             raise ValueError("give either train (files) or dataset (on the Hub), not both")
+        if self.test_split and not self.dataset:
+            raise ValueError("test_split is a split of dataset; for a file there is eval.text")
         return self
 
 
@@ -251,7 +255,7 @@ class CardConfig(Section):
         name: the variant's name; None: the method and the base's name.
         license: an SPDX identifier that the Hub knows.
         language: ISO 639-1 code of the text.
-        train_data, eval_data: what the training text and `eval.text` are, in a few words.
+        train_data, eval_data: what the training text and the text measured at the end are, in a few words.
     """
 
     name: str | None = None

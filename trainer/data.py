@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DataConfig, StageConfig
+from .config import DataConfig, RunConfig, StageConfig
+from .samples import sample_texts, seeded
 
 logger = logging.getLogger(__name__)
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -129,6 +130,20 @@ def load_tokens(
     return train[:-kept], train[-kept:]
 
 
+def load_test_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, np.ndarray] | None:
+    """Name and tokens of the text to measure on at the end, if the config has one.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    data = config.data
+    if config.eval.text is not None:
+        return Path(config.eval.text).name, read_files([config.eval.text], tokenizer, data)
+    if data.test_split is not None:
+        return f"{data.dataset} {data.test_split}", _read_hub(data, data.test_split, tokenizer)
+    return None
+
+
 def read_files(patterns: list[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig | None = None) -> np.ndarray:
     """(N,) int32 tokens of text files or JSON lines, tokenised once and cached by `datasets`.
 
@@ -232,32 +247,14 @@ def sampled_tokens(
     if path.is_file():
         return load_file(path)["tokens"]
     batches = []
-    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        with tqdm(total=count, unit="tok", desc="Sampling text from the base", disable=not show_progress) as bar:
-            while bar.n < count:
-                batches.append(_write_texts(base, eos, batch_size, length))
-                bar.update(batches[-1].size)
+    bar = tqdm(total=count, unit="tok", desc="Sampling text from the base", disable=not show_progress)
+    with seeded(seed, base.device), bar:
+        while len(batches) * batch_size * length < count:
+            batches.append(sample_texts(base, batch_size, length).cpu().numpy().astype(np.int32))
+            bar.update(batches[-1].size)
     tokens = np.concatenate(batches).reshape(-1)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({"tokens": tokens}, partial)
     partial.replace(path)
     return tokens
-
-
-@torch.no_grad()
-def _write_texts(base: PreTrainedModel, eos: int, batch_size: int, length: int) -> np.ndarray:
-    prompt = torch.full((batch_size, 1), eos, device=base.device)
-    texts = base.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length - 1,
-        eos_token_id=None,
-        pad_token_id=eos,
-    )
-    return texts.cpu().numpy().astype(np.int32)

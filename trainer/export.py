@@ -33,13 +33,17 @@ def save_base(setup: Setup, model: PreTrainedModel, place: Path) -> None:
 
 
 def save_variant(
-    setup: Setup, observer: Observer, model: GPT2VariantLMHeadModel, step: int, test: Fidelity | None = None
+    setup: Setup,
+    observer: Observer,
+    model: GPT2VariantLMHeadModel,
+    step: int,
+    test: tuple[str, Fidelity] | None = None,
 ) -> Path:
     """Writes a variant with its card, history and curves; returns its folder.
 
     Args:
         step: optimiser steps so far.
-        test: what was measured on `eval.text`, for the card.
+        test: name of a text that guided nothing and what was measured on it, for the card.
     """
     folder = Path(setup.config.output)
     place = folder / "variant"

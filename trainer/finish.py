@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
+
 import attention
 
-from .data import read_files
 from .export import save_base, save_variant
 from .fidelity import Fidelity, measure
 from .loop import Loop
@@ -31,8 +32,8 @@ def finish(loop: Loop) -> None:
         save_base(setup, model, place)
     else:
         place = save_variant(setup, loop.observer, model, loop.step)
-        if loop.config.eval.text is not None:
-            test = measure_saved(loop, place)
+        if setup.test is not None:
+            test = measure_saved(loop, place, *setup.test)
             save_variant(setup, loop.observer, model, loop.step, test)
         if loop.publisher is not None and not loop.config.dry_run:
             pushed = loop.publisher.push(place)
@@ -41,21 +42,20 @@ def finish(loop: Loop) -> None:
         logger.info("%s", estimate(loop))
 
 
-def measure_saved(loop: Loop, place: Path) -> Fidelity:
-    """Measures a saved variant on `eval.text`."""
+def measure_saved(loop: Loop, place: Path, name: str, tokens: np.ndarray) -> tuple[str, Fidelity]:
+    """Measures a saved variant on the text of that name."""
     options, base = loop.config.eval, loop.setup.base
-    variant, tokenizer = attention.load(place, base=base)
-    tokens = read_files([options.text], tokenizer)
-    return measure(variant, base, tokens, options.context, options.batch_size, description=Path(options.text).name)
+    variant, _ = attention.load(place, base=base)
+    return name, measure(variant, base, tokens, options.context, options.batch_size, description=name)
 
 
-def summary(loop: Loop, place: Path, test: Fidelity | None, pushed: str | None) -> str:
+def summary(loop: Loop, place: Path, test: tuple[str, Fidelity] | None, pushed: str | None) -> str:
     """What was reached, what it cost, where it lies, and how to see it."""
     observer, has_base = loop.observer, loop.setup.base is not None
     lines = [
         "done",
         f"reached  {describe(observer.last_figures(), has_base)} on the validation text",
-        *([f"         {describe(test, has_base)} on {loop.config.eval.text}"] if test is not None else []),
+        *([f"         {describe(test[1], has_base)} on {test[0]}"] if test is not None else []),
         f"cost     {observer.tokens:,} tokens in {loop.step:,} steps, {observer.seconds:,.0f} s, "
         f"{peak_memory_mb():,.0f} MB at most",
         f"saved    {place}",

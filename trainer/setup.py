@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 import attention
 from attention.files import fingerprint, write_json
 
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
-from .data import load_tokens, sampled_tokens
+from .data import load_test_tokens, load_tokens, sampled_tokens
 from .optim import is_mechanism
 from .stages import trains
 
@@ -43,6 +44,7 @@ class Setup:
         model: what is trained: a variant, or in pretraining the base.
         base: the frozen teacher; None in pretraining.
         train, valid: streams of tokens, int32.
+        test: name and tokens of a text to measure on once, at the end, if there is one.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     train: np.ndarray
     valid: np.ndarray
+    test: tuple[str, np.ndarray] | None
 
     @property
     def is_main(self) -> bool:
@@ -101,15 +104,19 @@ def build(config: RunConfig) -> Setup:
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
         check_contexts(config, model)
+        for module in (model, base):
+            if module is not None:
+                fuse_activations(module)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         source, is_main = model if base is None else base, accelerator.is_main_process
         train, valid = load_tokens(
             config.data, tokenizer, lambda: _sample(config, source, show_progress=is_main), show_progress=is_main
         )
+        test = load_test_tokens(config, tokenizer)
     if config.trackers:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
-    return Setup(config, accelerator, model, base, tokenizer, train, valid)
+    return Setup(config, accelerator, model, base, tokenizer, train, valid, test)
 
 
 def _precision(config: RunConfig) -> str | None:
@@ -167,6 +174,14 @@ def load_models(
     for parameter in [*variant.parameters(), *variant.buffers()]:
         parameter.data = parameter.data.clone()  # no longer the base's
     return variant, base, tokenizer
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Has GPT-2's GELU, which is nine operations, computed by one that is equal up to rounding."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def check_contexts(config: RunConfig, model: PreTrainedModel) -> None:
