@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -134,6 +135,25 @@ def test_signals(number: signal.Signals, uninterrupted: dict[str, Path], tmp_pat
     assert not (output / "variant").exists()
     assert train.main([*arguments, "--resume"]) == 0
     assert outcome(output) == outcome(uninterrupted["fit"] / "run")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_twenty_points_a_run_ends_the_same(name: str, uninterrupted: dict[str, Path], tmp_path: Path):
+    """Each time after a random while, whatever it does then: a step, a checkpoint, a validation, its very end."""
+    rng = random.Random(name)
+    arguments = ["--config", str(uninterrupted[name] / "recipe.yaml"), "--resume", "--checkpoint.every", "1"]
+    for place in range(20):
+        output = tmp_path / str(place)
+        process = start_apart([*arguments, "--output", str(output)])
+        history, rows = output / "training.jsonl", rng.randint(1, 10)
+        while process.is_alive() and not (history.exists() and len(history.read_text().splitlines()) >= rows):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.join()
+        assert train.main([*arguments, "--output", str(output)]) == 0
+        assert outcome(output) == outcome(uninterrupted[name] / "run")
 
 
 def test_a_full_disk_ends_with_a_clear_error_and_the_checkpoint_before_intact(

@@ -1,0 +1,84 @@
+"""Pushing while training and at the end: it never stands in the way."""
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+import attention
+from attention import PushError
+from tests.hub_server import HubServer
+from tests.trainer.conftest import recipe, write_recipe
+from trainer.export import Publisher
+from trainer.train import main
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch):
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        yield server
+
+
+def pushing(workplace: Path, tmp_path: Path, **options: object) -> str:
+    made = recipe(workplace, output=str(tmp_path / "run"), push_to="me/fitted/masks", push_every=4, **options)
+    return str(write_recipe(tmp_path, made))
+
+
+def test_a_run_pushes_its_variant_with_card_history_and_curves(server, workplace: Path, tmp_path: Path):
+    assert main(["--config", pushing(workplace, tmp_path)]) == 0
+    files = server.repos["me/fitted"].files()
+    for name in ("README.md", "training.jsonl", "config.json", "model.safetensors", "curves.png"):
+        assert f"masks/{name}" in files
+    assert server.count("POST .*/commit/") == 2
+    last = json.loads(files["masks/training.jsonl"].decode().splitlines()[-1])
+    assert last["step"] == 8
+    assert "pushed   me/fitted/masks@" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_push_that_fails_is_no_failure_of_the_run(server, workplace: Path, tmp_path: Path):
+    server.fail("POST /api/repos/create", 401, times=99)
+    assert main(["--config", pushing(workplace, tmp_path)]) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "not pushed" in log
+    assert f"attention.checkpoint push {tmp_path / 'run' / 'variant'}" in log
+    assert (tmp_path / "run" / "variant" / "model.safetensors").exists()
+
+
+def test_a_dry_run_does_not_push(server, workplace: Path, tmp_path: Path):
+    assert main(["--config", pushing(workplace, tmp_path), "--dry_run"]) == 0
+    assert server.requests == []
+
+
+def test_a_slow_push_does_not_hold_training_up(tmp_path: Path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    release, pushed = threading.Event(), []
+
+    def push(folder: Path, to: str, *, private: bool) -> attention.Push:
+        release.wait(10)
+        pushed.append(folder)
+        return attention.Push(to, {}, "url")
+
+    monkeypatch.setattr(attention, "push", push)
+    publisher = Publisher("me/repo", private=False)
+    publisher.push_behind(tmp_path / "1")
+    publisher.push_behind(tmp_path / "2")
+    assert "still goes on" in caplog.text
+    release.set()
+    assert publisher.push(tmp_path / "3") == "me/repo"
+    assert pushed == [tmp_path / "1", tmp_path / "3"]
+
+
+@pytest.mark.parametrize("error", [PushError("no.", retry=True, command="push it"), OSError("gone"), ValueError("bad")])
+def test_errors_are_logged(error: Exception, tmp_path: Path, monkeypatch, caplog):
+    def push(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(attention, "push", push)
+    assert Publisher("me/repo", private=False).push(tmp_path) is None
+    assert str(error) in caplog.text

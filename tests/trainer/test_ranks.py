@@ -1,0 +1,78 @@
+"""Launched as the configs in trainer/accelerate say, on one process and on two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from tests.trainer.conftest import recipe, write_recipe
+
+CONFIGS = sorted(Path("trainer/accelerate").glob("*.yaml"))
+
+
+def launch(config: str, recipe_path: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"trainer/accelerate/{config}.yaml"]
+    command += ["trainer/train.py", "--config", str(recipe_path), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_train_as_one_process_does(workplace: Path, tmp_path: Path):
+    """Same losses, to 1e-4 of each: sums in another order; an uneven batch makes the ranks' shares differ."""
+    options = recipe(workplace)
+    options["stages"][1] |= {"batch_size": 6, "final_context": None}
+    path = write_recipe(tmp_path, {**options, "output": "unused"})
+    runs = {}
+    for config in ("one-cpu", "two-cpu-ranks"):
+        run = launch(config, path, "--output", str(tmp_path / config))
+        output, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, output
+        runs[config] = rows(tmp_path / config)
+    assert [row["kind"] for row in runs["one-cpu"]] == [row["kind"] for row in runs["two-cpu-ranks"]]
+    for one, two in zip(runs["one-cpu"], runs["two-cpu-ranks"], strict=True):
+        for name in {"loss", "grad_norm", "kl", "perplexity", "tokens"} & one.keys():
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["one-cpu", "two-cpu-ranks"])
+def test_a_signal_to_the_launcher_stops_the_run_which_can_be_resumed(config: str, workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"), checkpoint={"every": None})
+    options["stages"] = [options["stages"][1] | {"steps": 100_000}]
+    options |= {"eval": {"every": None, "context": 32}, "samples": {"every": None}}
+    path = write_recipe(tmp_path, options)
+    run = launch(config, path)
+    history = tmp_path / "run" / "training.jsonl"
+    while not (history.exists() and len(rows(tmp_path / "run")) > 3):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=120)
+    saved = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not list(saved.glob("step-*/manifest.json")):
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.1)
+    (folder,) = saved.iterdir()
+    done = int(folder.name.removeprefix("step-"))
+    resumed = launch(config, path, "--resume", "--stages.0.steps", str(done + 2))
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert f"resuming after step {done}" in output
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_says_how_it_is_launched(path: Path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    assert f"accelerate launch --config_file {path} trainer/train.py --config" in path.read_text()

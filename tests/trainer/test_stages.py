@@ -1,0 +1,91 @@
+"""What each stage computes, against the plain formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import attention
+from trainer.config import DistilConfig, Objective, PretrainConfig, TransferConfig
+from trainer.stages import build_learner, recorded
+
+
+@pytest.fixture
+def base(workplace):
+    return AutoModelForCausalLM.from_pretrained(workplace / "base", attn_implementation="eager").eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+MASKS = attention.MasksConfig(candidates=("window(4)", "first(2)"), init="random")
+PERFORMER = attention.PerformerConfig(num_features=4)
+NSA = attention.NSAConfig(compress_block=4, compress_stride=2, select_block=4, select_every=4, window=4)
+
+
+def test_pretraining_is_cross_entropy(base, ids):
+    base.config.resid_pdrop = 0.0
+    losses = build_learner(PretrainConfig(steps=1), base, None).eval()(ids)
+    logits = base(ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(losses.loss, F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
+
+
+def test_distillation_compares_the_same_positions(base, ids):
+    variant = attention.convert(base, MASKS)
+    stage = DistilConfig(steps=1, objective=Objective(kl=2, ce=0.5, l1=0.1))
+    losses = build_learner(stage, variant, base).train()(ids)
+    log_q, log_p = (model(ids, use_cache=False).logits[:, :-1].log_softmax(-1) for model in (variant, base))
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    ce = -log_q.gather(2, ids[:, 1:, None]).sum()
+    l1 = 3 * 19 * sum(mechanism.penalty() for mechanism in variant.mechanisms)
+    torch.testing.assert_close(losses.loss, 2 * kl + 0.5 * ce + 0.1 * l1, rtol=1e-4, atol=1e-3)
+    for name, value in {"kl": kl, "ce": ce, "l1": l1}.items():
+        torch.testing.assert_close(losses.terms[name], value.detach(), rtol=1e-4, atol=1e-3)
+
+
+def test_a_student_that_is_its_base_has_no_loss_though_the_base_has_dropout(base, ids):
+    assert base.config.resid_pdrop > 0
+    variant = attention.convert(base, attention.SoftmaxConfig())
+    loss = build_learner(DistilConfig(steps=1), variant, base).train()(ids).loss
+    torch.testing.assert_close(loss.detach(), torch.tensor(0.0), atol=1e-3, rtol=0)
+
+
+def test_what_has_nothing_to_train_is_said(base):
+    variant = attention.convert(base, attention.SoftmaxConfig())
+    with pytest.raises(ValueError, match="have no parameters of their own"):
+        build_learner(TransferConfig(steps=1), variant, base)
+
+
+@pytest.mark.parametrize("config", [MASKS, PERFORMER, NSA], ids=lambda config: config.method)
+def test_transfer_trains_every_method(config, base, ids):
+    learner = build_learner(TransferConfig(steps=1, output=1.0, weights=0.5), attention.convert(base, config), base)
+    losses = learner.train()(ids)
+    assert losses.terms["output"] > 0
+    torch.testing.assert_close(losses.loss.detach(), losses.terms["output"] + 0.5 * losses.terms["weights"])
+    losses.loss.backward()
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained)
+
+
+def test_transfer_output_is_the_relative_error_of_mixed_values(base, ids):
+    masks = attention.MasksConfig(candidates=("causal",))
+    learner = build_learner(TransferConfig(steps=1), attention.convert(base, masks), base)
+    torch.testing.assert_close(learner(ids).loss.detach(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    learner = build_learner(TransferConfig(steps=1), attention.convert(base, MASKS), base)
+    teacher = attention.convert(base, attention.SoftmaxConfig())
+    with torch.no_grad(), recorded(teacher.mechanisms) as calls:
+        teacher(ids, use_cache=False)
+    errors = [
+        ((student(call.q, call.k, call.v, call.x) - call.mixed) ** 2).mean((1, 2, 3)) / (call.mixed**2).mean((1, 2, 3))
+        for student, call in zip(learner.model.mechanisms, calls, strict=True)
+    ]
+    torch.testing.assert_close(learner(ids).loss.detach(), 3 * 19 * torch.stack(errors).mean().detach())
+
+
+def test_a_batch_costs_what_its_parts_cost(base, ids):
+    for stage in (TransferConfig(steps=1, weights=0.3), DistilConfig(steps=1)):
+        learner = build_learner(stage, attention.convert(base, MASKS), base).train()
+        parts = sum(learner(part).loss for part in ids.split(1))
+        torch.testing.assert_close(learner(ids).loss, parts, rtol=1e-4, atol=1e-4)
