@@ -11,11 +11,12 @@ from typing import Any
 import gradio as gr
 
 from .components.notices import Notices
+from .components.table import TextTable
 from .context import App, Session
 from .models import Entry, LoadError, ModelStore, is_local
 
 LANE = "models"
-HEADERS = ["Name", "Method", "Options", "Made from", "Weights", "In memory", "Where"]
+HEADERS = ["Name", "Method", "Made from", "Weights", "In memory", "Where", "Options"]
 
 
 def build_models_tab(app: App, session: Session) -> gr.Tab:
@@ -27,10 +28,7 @@ def build_models_tab(app: App, session: Session) -> gr.Tab:
             f"A model is loaded when it is first used; {limits.loaded_models} stay in memory and the least recently "
             "used one makes room. Variants share their base's weights, so each takes little more than what differs."
         )
-        table = gr.Dataframe(
-            handlers.rows(), headers=HEADERS, datatype="str", interactive=False, wrap=True, elem_id="models-table",
-            show_label=False, buttons=[],
-        )  # fmt: skip
+        table = TextTable(handlers.table(), elem_id="models-table")
         source = gr.Textbox(
             label="Add a model",
             info="A folder, or user/repo[/subfolder][@revision] on the Hub. Only safetensors are read, no code is run, "
@@ -54,7 +52,7 @@ def build_models_tab(app: App, session: Session) -> gr.Tab:
     gr.on([look.click, source.submit], handlers.look_up, source, news, **work)
     add.click(handlers.add, source, [news, table, session.names], **work)
     for event in (tab.select, session.names.change):
-        event(handlers.rows, None, table, queue=False, show_progress="hidden", api_visibility="private")
+        event(handlers.table, None, table, queue=False, show_progress="hidden", api_visibility="private")
     return tab
 
 
@@ -64,21 +62,23 @@ class Handlers:
     def __init__(self, store: ModelStore):
         self.store = store
 
-    def rows(self) -> list[list[str]]:
-        """The table."""
+    def table(self) -> dict[str, Any]:
+        """What `TextTable` shows."""
         loaded = set(self.store.loaded())
-        return [self._row(self.store.entry(name), name in loaded) for name in self.store.names()]
+        rows = [self._row(self.store.entry(name), name in loaded) for name in self.store.names()]
+        return {"headers": HEADERS, "rows": rows}
 
-    def _row(self, entry: Entry, loaded: bool) -> list[str]:
-        options = ", ".join(f"{name} {value}" for name, value in entry.options.items())
+    @staticmethod
+    def _row(entry: Entry, loaded: bool) -> list[str]:
+        options = [f"{name} {option_text(value)}" for name, value in entry.options.items()]
         return [
             entry.name,
             entry.method,
-            options[:200] or "–",
             entry.base or "–",
             megabytes(entry.size),
             "yes" if loaded else "no",
             where(entry),
+            " · ".join(options)[:400] or "–",
         ]
 
     def look_up(self, source: str) -> list[dict[str, str]]:
@@ -93,7 +93,7 @@ class Handlers:
         return notice(f"{source}: {megabytes(size)} to download, its base included." if size else f"{source} is here.")
 
     def add(self, source: str) -> Iterator[tuple[Any, ...]]:
-        """Yields (news, rows, names) while a model is pulled, and when it can be chosen."""
+        """Yields (news, table, names) while a model is pulled, and when it can be chosen."""
         source = source.strip()
         job = Job(self.store, source)
         while not job.wait(0.25):
@@ -102,7 +102,7 @@ class Handlers:
             yield warning(job.problem), gr.skip(), gr.skip()
         else:
             text = f"{job.entry.name} can be chosen now, on every tab."
-            yield notice(text), self.rows(), self.store.names()
+            yield notice(text), self.table(), self.store.names()
 
     def models(self) -> list[dict]:
         """List the models that the other endpoints can use.
@@ -169,6 +169,13 @@ def notice(text: str) -> list[dict[str, str]]:
 def warning(problem: object) -> list[dict[str, str]]:
     """One thing that went wrong, as `Notices` shows it."""
     return [{"level": "warning", "text": str(problem)}]
+
+
+def option_text(value: Any) -> str:
+    """An option's value as one reads it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(option_text, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def megabytes(size: int) -> str:

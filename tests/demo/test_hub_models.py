@@ -76,9 +76,9 @@ def test_sources_named_at_the_start_are_pulled_in_the_background(hub, server):
 def test_the_page_says_the_size_the_progress_and_the_end(hub):
     handlers = Handlers(ModelStore(access=Access(), hub=hub))
     assert "MB to download, its base included" in handlers.look_up("some/masks")[0]["text"]
-    *_, (news, rows, names) = handlers.add(" some/masks ")
+    *_, (news, table, names) = handlers.add(" some/masks ")
     assert news == [{"level": "info", "text": "some/masks can be chosen now, on every tab."}]
-    assert len(rows) == len(names) == 2
+    assert len(table["rows"]) == len(names) == 2
     assert handlers.look_up("some/masks")[0]["text"] == "some/masks is here."
     assert handlers.look_up("some/nothing")[0]["level"] == "warning"
     *_, (news, _, _) = handlers.add("../../etc")
