@@ -18,7 +18,7 @@ from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun, waiting_run
 from .models import ModelStore
 from .request import OPTIONS, RequestError, from_query, read_settings
 from .runs import Run, Settings
-from .views import columns_view, cost_table, history_label
+from .views import columns_view, cost_table, history_label, settings_line
 
 FRAME_SECONDS = 0.04  # the page is not sent more often than it can be read
 FIELDS = ("prompt", "models", *OPTIONS)
@@ -78,6 +78,15 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             link = gr.Button("Copy link", scale=1, elem_id="generate-link")
             save = gr.Button("Download JSON", scale=1, elem_id="generate-save")
         soon = waiting_run(app.store)
+        shown = gr.Textbox(
+            settings_line(soon.settings) if soon.columns else "",
+            label="Settings of the run below",
+            show_label=False,
+            container=False,
+            max_lines=1,
+            interactive=False,
+            elem_id="generate-shown",
+        )
         columns = TokenColumns(
             columns_view(soon, app.store),
             elem_id="generate-columns",
@@ -99,7 +108,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
         current, linked = gr.State(), gr.State()
         file = gr.Textbox(visible=False)
 
-    page = [columns, costs, current, session.runs]
+    page = [shown, columns, costs, current, session.runs]
     running = gr.on(
         [start.click, controls.prompt.submit, linked.change],
         handlers.stream,
@@ -108,7 +117,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
         js=SHOW_IN_ADDRESS,
         validator=handlers.validate,
         show_progress="minimal",
-        show_progress_on=start,
+        show_progress_on=shown,
         api_visibility="private",
         trigger_mode="once",
         **app.lane(GENERATE),
@@ -122,7 +131,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
     earlier.change(handlers.show_earlier, [earlier, session.runs], [earlier_columns, earlier_costs], **private)
     session.names.change(handlers.offer, session.names, controls.models, **private)
     session.blocks.load(handlers.open_link, None, [*controls.fields, linked], **queued)
-    session.blocks.load(handlers.open_example, None, [columns, costs, session.runs], **queued)
+    session.blocks.load(handlers.open_example, None, [shown, columns, costs, session.runs], **queued)
     return tab
 
 
@@ -204,7 +213,7 @@ class Handlers:
         return [*verdicts, gr.validate(True, "")]  # the runs
 
     def stream(self, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Yields (columns, costs, generation, runs) while the models write."""
+        """Yields (settings, columns, costs, generation, runs) while the models write."""
         *fields, runs = values
         try:
             settings = read_settings(dict(zip(FIELDS, fields, strict=True)), self.store)
@@ -212,20 +221,23 @@ class Handlers:
             raise gr.Error(str(error), print_exception=False) from None
         generation = Generation(self.store, settings)
         for run in frames(generation):
-            yield columns_view(run, self.store), cost_table(run), generation, gr.skip()
+            yield *self._show(run), generation, gr.skip()
         yield self._finished(generation, runs)
 
     def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
         """Ends a run where it is and compares what there is."""
         if generation is None:
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * 5
         generation.finish()
         return self._finished(generation, runs)
 
     def _finished(self, generation: Generation, runs: list[Run]) -> tuple[Any, ...]:
         run = generation.run
         runs = [run, *(each for each in runs if each is not run)][: self.store.limits.runs]
-        return columns_view(run, self.store), cost_table(run), None, runs
+        return *self._show(run), None, runs
+
+    def _show(self, run: Run) -> tuple[str, Any, Any]:
+        return settings_line(run.settings), columns_view(run, self.store), cost_table(run)
 
     def dump(self, runs: list[Run]) -> str:
         """The visitor's runs as JSON."""
@@ -239,8 +251,7 @@ class Handlers:
         """One of the earlier runs."""
         if index is None or index + 1 >= len(runs):
             return None, None
-        run = runs[index + 1]
-        return columns_view(run, self.store), cost_table(run)
+        return self._show(runs[index + 1])[1:]
 
     def offer(self, names: list[str]) -> dict[str, Any]:
         """The models that can be chosen; what was chosen stays so."""
@@ -255,8 +266,8 @@ class Handlers:
         """A finished run for a page that was opened without a link to one."""
         run = None if "prompt" in request.query_params else self.example.get(seconds=30)
         if run is None:
-            return (gr.skip(),) * 3
-        return columns_view(run, self.store), cost_table(run), [run]
+            return (gr.skip(),) * 4
+        return *self._show(run), [run]
 
     def generate(
         self,
