@@ -161,7 +161,9 @@ def read_files(patterns: list[str], tokenizer: PreTrainedTokenizerBase, config: 
     try:
         rows = load_dataset(kinds.pop(), data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps whatever went wrong while reading in its own classes
-        raise DataError(f"{', '.join(patterns)} cannot be read as text, or is empty: {error.__cause__ or error}") from error
+        raise DataError(
+            f"{', '.join(patterns)} cannot be read as text, or is empty: {error.__cause__ or error}"
+        ) from error
     column = "text" if options else config.column
     joined = not options and config.documents == "document"
     return _tokenise(rows, column, tokenizer, joined, ", ".join(patterns))

@@ -9,6 +9,7 @@ import numpy as np
 
 import attention
 
+from .checkpointing import restore_weights
 from .export import save_base, save_variant
 from .fidelity import Fidelity, measure
 from .loop import Loop
@@ -26,6 +27,7 @@ def finish(loop: Loop) -> None:
     setup = loop.setup
     if (model := setup.whole_model()) is None:
         return
+    restore_weights(model, loop.observer.best[1])
     test = pushed = None
     if setup.base is None:
         place = Path(loop.config.output) / "model"

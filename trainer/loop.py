@@ -108,8 +108,6 @@ class Loop:
                     self._run_stage(index, snapshot if index == first else None)
         finally:
             self.stop.close()
-        if self.observer.best[1]:
-            checkpointing.restore_weights(self.setup.model, self.observer.best[1])
 
     def _steps(self, stage: StageConfig) -> int:
         return 1 if self.config.dry_run else stage.steps
@@ -160,9 +158,7 @@ class Loop:
 
     def _accumulate(self, learner: nn.Module, parts: list[Tensor], predicted: int) -> dict[str, float]:
         """Gradients of the mean loss of a step over all its tokens; returns sums over the tokens of all processes."""
-        scale = (
-            self.accelerator.num_processes / predicted
-        )  # gradients are averaged over processes, and should be summed
+        scale = self.accelerator.num_processes / predicted  # as gradients are averaged over processes
         sums: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
             last = place == len(parts) - 1

@@ -32,7 +32,8 @@ class Observer:
     Attributes:
         history: what happened so far.
         tokens: tokens trained on so far.
-        best: the best validation figure so far (KL, in pretraining perplexity), and the weights that gave it.
+        best: with `eval.keep: best`, the best validation figure so far (KL, in pretraining perplexity), and the
+            weights that gave it.
         durations: seconds that the last of each took: "eval", "samples".
     """
 
@@ -121,7 +122,7 @@ class Observer:
             value = figures.perplexity if self.setup.base is None else figures.kl
             if self.config.eval.keep == "best" and value < self.best[0]:
                 weights = self.setup.trained_tensors(model)
-                self.best = (value, {name: tensor.clone() for name, tensor in weights.items()})
+                self.best = (value, {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()})
 
     def write_samples(self, step: int, stage: StageConfig) -> None:
         """Has base and variant continue the prompts, and adds a row of kind "samples"."""

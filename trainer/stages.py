@@ -75,7 +75,8 @@ class Distil(Learner):
         terms = self.objective.model_dump(exclude={"l1"})
         with torch.no_grad():
             teacher = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
-        hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
+        with penalised(self.model.mechanisms) as penalties:
+            hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
         loss, sums = vocabulary_loss(
             hidden,
             output_matrix(self.model),
@@ -84,11 +85,10 @@ class Distil(Learner):
             teacher_hidden=teacher,
             teacher_weight=output_matrix(base),
         )
-        penalties = [penalty for mechanism in self.model.mechanisms if (penalty := mechanism.penalty()) is not None]
         if penalties:
-            sums["l1"] = torch.stack(penalties).sum().detach() * len(hidden)
-        if penalties and self.objective.l1:
-            loss = loss + self.objective.l1 * len(hidden) * torch.stack(penalties).sum()
+            penalty = len(hidden) * torch.stack(penalties).sum()
+            loss = loss + self.objective.l1 * penalty
+            sums["l1"] = penalty.detach()
         return Losses(loss, sums)
 
 
@@ -145,6 +145,23 @@ def recorded(mechanisms: list[Mechanism]) -> Iterator[list[Call]]:
     ]
     try:
         yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def penalised(mechanisms: list[Mechanism]) -> Iterator[list[Tensor]]:
+    """Collects the penalties of mechanisms as they run, which under FSDP is when their parameters are whole."""
+    penalties: list[Tensor] = []
+
+    def collect(mechanism: Mechanism, *_: object) -> None:
+        if (penalty := mechanism.penalty()) is not None:
+            penalties.append(penalty)
+
+    hooks = [mechanism.register_forward_hook(collect) for mechanism in mechanisms]
+    try:
+        yield penalties
     finally:
         for hook in hooks:
             hook.remove()

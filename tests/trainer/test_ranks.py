@@ -27,10 +27,17 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
 
 
+def assert_same_curves(one: list[dict], two: list[dict]) -> None:
+    """To 1e-4 of each figure: sums are taken in another order."""
+    assert [row["kind"] for row in one] == [row["kind"] for row in two]
+    for first, second in zip(one, two, strict=True):
+        for name in {"loss", "grad_norm", "kl", "perplexity", "tokens"} & first.keys():
+            assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6)
+
+
 def test_two_ranks_train_as_one_process_does(workplace: Path, tmp_path: Path):
-    """Same losses, to 1e-4 of each: sums in another order; an uneven batch makes the ranks' shares differ."""
     options = recipe(workplace)
-    options["stages"][1] |= {"batch_size": 6, "final_context": None}
+    options["stages"][1] |= {"batch_size": 5, "final_context": None}  # one rank gets 3 sequences, the other 2
     path = write_recipe(tmp_path, {**options, "output": "unused"})
     runs = {}
     for config in ("one-cpu", "two-cpu-ranks"):
@@ -38,10 +45,7 @@ def test_two_ranks_train_as_one_process_does(workplace: Path, tmp_path: Path):
         output, _ = run.communicate(timeout=300)
         assert run.returncode == 0, output
         runs[config] = rows(tmp_path / config)
-    assert [row["kind"] for row in runs["one-cpu"]] == [row["kind"] for row in runs["two-cpu-ranks"]]
-    for one, two in zip(runs["one-cpu"], runs["two-cpu-ranks"], strict=True):
-        for name in {"loss", "grad_norm", "kl", "perplexity", "tokens"} & one.keys():
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
+    assert_same_curves(runs["one-cpu"], runs["two-cpu-ranks"])
 
 
 @pytest.mark.long
@@ -69,6 +73,22 @@ def test_a_signal_to_the_launcher_stops_the_run_which_can_be_resumed(config: str
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     assert f"resuming after step {done}" in output
+
+
+@pytest.mark.long
+def test_sharded_weights_train_measure_save_and_resume_as_whole_ones_do(workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output="unused")
+    options["stages"] = [options["stages"][1] | {"train": "all", "objective": {"kl": 1, "l1": 0.1}}]
+    path = str(write_recipe(tmp_path, options))
+    sharded = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    commands = {"whole": ["trainer.train"], "sharded": [*sharded, "-m", "tests.trainer.sharded"]}
+    for name, command in commands.items():
+        for more in ([], ["--resume", "--stages.0.steps", "7"]):
+            arguments = ["--config", path, "--output", str(tmp_path / name), *more]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            run = [sys.executable, "-m", *command, *arguments]
+            subprocess.run(run, env=environment, check=True, capture_output=True, timeout=300)
+    assert_same_curves(rows(tmp_path / "whole"), rows(tmp_path / "sharded"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
