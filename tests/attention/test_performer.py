@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention import performer
+from attention.feature_maps import KEY_CAP, RELU_EPSILON, random_projections
 from attention.mechanism import ConfigError, LayerShape, repeat_heads
-from attention.performer import KEY_CAP, RELU_EPSILON, PerformerAttention, PerformerConfig, random_projections
+from attention.performer import PerformerAttention, PerformerConfig
 from attention.reference import (
     favor_log_features,
     learned_log_features,

@@ -1,0 +1,319 @@
+"""Feature maps of linear attention: random ones, and one to be learned."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .mechanism import LayerShape, seeded_generator
+
+if TYPE_CHECKING:
+    from .performer import PerformerConfig, PerformerState
+
+MAX_SHIFT = 80.0  # a first key of log-feature −80 is still a normal number
+HEADROOM = 60.0  # features up to e^60, their products and sums over keys stay far from float32's e^88
+KEY_CAP = 15.0  # learned key features lie between e^−15 and e^15
+MAX_RATE = 0.7  # fastest fading; over half a chunk of 128 tokens it amounts to e^45
+RELU_EPSILON = 1e-3  # keeps the normaliser of `relu` positive
+
+
+def random_projections(num: int, width: int, orthogonal: bool, generator: torch.Generator) -> Tensor:
+    """Gaussian directions ω (num, width) in float32.
+
+    Orthogonal ones come in blocks of `width` (arXiv 2009.14794, Section 2.4): directions uniform on the sphere and at
+    right angles inside a block, lengths those of independent Gaussian vectors, so that each row is still N(0, I).
+    """
+    gaussian = torch.randn(num, width, generator=generator)
+    if not orthogonal:
+        return gaussian
+    blocks = torch.randn(math.ceil(num / width), width, width, generator=generator)
+    q, r = torch.linalg.qr(blocks)
+    directions = q * torch.diagonal(r, dim1=-2, dim2=-1).sign()[:, None]  # signs that make Q uniform
+    return directions.transpose(-1, -2).reshape(-1, width)[:num] * gaussian.norm(dim=1, keepdim=True)
+
+
+class Steps(NamedTuple):
+    """Which of a segment's T steps are real, and how they are cut into N chunks of C.
+
+    Attributes:
+        length: T.
+        size: C.
+        missing: how many of a row's first keys are empty, one number or (B,).
+        lengths: (B,) how many steps of each row are real, the first ones; None: all.
+    """
+
+    length: int
+    size: int
+    missing: int | Tensor = 0
+    lengths: Tensor | None = None
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(B, H, T, ·) as (B, H, N C, ·), with zeros at the end."""
+        padding = -self.length % self.size
+        return F.pad(x, (0, 0, 0, padding)) if padding else x
+
+    def chunked(self, x: Tensor) -> Tensor:
+        """(B, H, N C, ·) as (B, H, N, C, ·)."""
+        return x.unflatten(2, (-1, self.size))
+
+    def joined(self, x: Tensor) -> Tensor:
+        """(B, H, N, C, ...) as (B, H, T, ...)."""
+        x = x.flatten(2, 3)
+        return x if x.shape[2] == self.length else x[:, :, : self.length]
+
+    def real(self, k: Tensor, fill: float) -> Tensor:
+        """(B, H, N, C, m) with `fill` in place of what belongs to keys that do not count."""
+        slots = torch.arange(k.shape[2] * self.size, device=k.device)
+        start, stop = self.missing, self.length if self.lengths is None else self.lengths
+        if isinstance(start, int) and isinstance(stop, int) and (start, stop) == (0, len(slots)):
+            return k
+        start, stop = (t if isinstance(t, int) else t[:, None] for t in (start, stop))
+        hidden = (slots < start) | (slots >= stop)
+        return k.masked_fill(hidden.view(-1, 1, k.shape[2], self.size, 1), fill)
+
+    def counts(self) -> list[int] | list[Tensor]:
+        """How many steps are real in each chunk: numbers, or (B, 1, 1, 1)."""
+        starts = range(0, self.length, self.size)
+        if self.lengths is None:
+            return [min(self.size, self.length - start) for start in starts]
+        return [(self.lengths - start).clamp(0, self.size)[:, None, None, None] for start in starts]
+
+
+class Scaled(NamedTuple):
+    """Features in chunks, each on the scale of its chunk, and how the sums over keys change scale between chunks.
+
+    Attributes:
+        q: (B, H, N, C, m).
+        top: (B, H, N, C, 1) logs of what the features of each query were divided by.
+        k: (B, H, N, C, m).
+        entry: (·, H, 1, m) factor of the state's sums before the first chunk, or None for 1.
+        factors: for each of the N chunks the factor (·, H, 1, m) of the sums after it, or None for 1.
+        exit: (H, 1, m) factor of the sums that go into the state, or None for 1.
+    """
+
+    q: Tensor
+    top: Tensor
+    k: Tensor
+    entry: Tensor | None = None
+    factors: Sequence[Tensor] | None = None
+    exit: Tensor | None = None
+
+
+def _exp_relative(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """exp of (…, m), divided by the largest of each m, and the logs (…, 1) of the divisors."""
+    top = logs.detach().amax(-1, keepdim=True)
+    return (logs - top).exp_(), top
+
+
+class FeatureMap(nn.Module, ABC):
+    """φ, by way of its logarithm."""
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """log φ (B, H, T, m) of queries and of keys (B, H, T, D)."""
+
+    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: PerformerState) -> Scaled:
+        """φ in chunks, on a scale that float32 can hold.
+
+        What a query is divided by depends on no later key, so that no result does, to the last bit.
+
+        Args:
+            q, k: (B, H, N C, D).
+            steps: which are real; the features of other keys are 0.
+            state: what came before.
+        """
+        q_log, k_log = (steps.chunked(t) for t in self(q, k))
+        return Scaled(*_exp_relative(q_log), steps.real(k_log.exp(), 0.0))
+
+    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
+        """`scale` for one token, q and k (B, H, 1, D) and no dimensions N and C."""
+        q_log, k_log = self(q, k)
+        return Scaled(*_exp_relative(q_log), k_log.exp())
+
+    @abstractmethod
+    def operations(self) -> int:
+        """Floating-point operations for the features of one query and one key of one head."""
+
+
+class RandomMap(FeatureMap):
+    """Random features of `relu` (arXiv 2009.14794, Section 2.2); ω (projections, D) is one for all heads."""
+
+    def __init__(self, config: PerformerConfig, layer: LayerShape, projections: int | None = None):
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.projections = projections or config.num_features
+        self.register_buffer("omega", self._draw(config.seed))
+
+    def _draw(self, seed: int) -> Tensor:
+        generator = seeded_generator(seed, self.layer.layer_idx)
+        return random_projections(self.projections, self.layer.head_dim, self.config.orthogonal, generator)
+
+    def redraw(self, seed: int) -> None:
+        """Replaces ω by the one that `seed` gives."""
+        self.omega.copy_(self._draw(seed))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self._log_features(q), self._log_features(k)
+
+    def _log_features(self, x: Tensor) -> Tensor:
+        u = x @ (self.omega.float().T * x.shape[-1] ** -0.25)
+        return ((F.relu(u) + RELU_EPSILON) * self.config.num_features**-0.5).log()
+
+    def operations(self) -> int:
+        return 2 * 2 * self.omega.numel()
+
+
+class FavorMap(RandomMap):
+    """Positive random features exp(ωᵀx − |x|²/2) / √m, or exp(±ωᵀx − |x|²/2) / √m with half as many ω.
+
+    φ(q)·φ(k) is then an unbiased estimate of exp(q·k/√D) (arXiv 2009.14794, Lemma 1 and Eq. 5).
+    """
+
+    def __init__(self, config: PerformerConfig, layer: LayerShape):
+        super().__init__(config, layer, config.num_features // 2 if config.hyperbolic else config.num_features)
+
+    def _log_features(self, x: Tensor) -> Tensor:
+        omega = self.omega.float() * x.shape[-1] ** -0.25
+        if self.config.hyperbolic:
+            omega = torch.cat([omega, -omega])
+        half_square = x.square().sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5)
+        return (x @ omega.T).sub_(half_square + math.log(self.config.num_features) / 2)
+
+    @torch.no_grad()
+    def _reference(self, peaks: Tensor) -> Tensor:
+        """The scale for keys whose largest log-features are `peaks` (…, m) so far.
+
+        A log-feature is at most |ω|²/2 (where x = ω), so one scale, a little below that, does for most keys to come.
+        Where all keys so far are tiny beside it, the scale stays near them instead.
+        """
+        highest = (self.omega.float().square().sum(-1) - math.log(self.config.num_features)) / 2
+        if self.config.hyperbolic:
+            highest = torch.cat([highest, highest])
+        return peaks + (highest - HEADROOM - peaks).clamp(0, MAX_SHIFT)
+
+    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: PerformerState) -> Scaled:
+        """Keeps a running maximum of each log-feature of the keys; a chunk's scale comes from it and its first key.
+
+        Exact unless a key exceeds all before it by more than MAX_SHIFT + HEADROOM in the same chunk.
+        """
+        q_log, k_log = (steps.chunked(t) for t in self(q, k))
+        k_log = steps.real(k_log, -torch.inf)
+        with torch.no_grad():
+            peaks = torch.cat([state.peaks, k_log.amax(-2)], 2).cummax(2).values
+            visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, steps.missing))
+            reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2))[:, :, :, None]
+            factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp().unbind(2)
+            entry = (self._reference(state.peaks) - reference[:, :, 0]).exp()
+        state.peaks = peaks[:, :, -1:].clone()
+        k = (k_log - reference[:, :, :-1]).clamp_(max=HEADROOM).exp_()
+        return Scaled(*_exp_relative(q_log + reference[:, :, :-1]), k, entry, factors)
+
+    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
+        q_log, k_log = self(q, k)
+        with torch.no_grad():
+            before = self._reference(state.peaks)
+            state.peaks = torch.maximum(state.peaks, k_log)
+            reference = self._reference(state.peaks)
+        return Scaled(*_exp_relative(q_log + reference), (k_log - reference).exp_(), (before - reference).exp_())
+
+    @staticmethod
+    def _first_keys(k_log: Tensor, missing: int | Tensor) -> Tensor:
+        """(B, H, N, m) largest log-features among each chunk's first key and the row's first key."""
+        first = k_log[:, :, :, 0]
+        row = k_log.flatten(2, 3)
+        if isinstance(missing, int):
+            return torch.maximum(first, row[:, :, missing : missing + 1])
+        index = missing.clamp(max=row.shape[2] - 1)[:, None, None, None]
+        return torch.maximum(first, row.gather(2, index.expand(-1, row.shape[1], 1, row.shape[3])))
+
+
+class LearnedMap(FeatureMap):
+    """exp(W x + b), or exp(W x + b + V gelu(U x)), for queries and keys and for each head its own.
+
+    A query's features matter only relative to one another, unless there is a window; a key's lie within e^±15. They
+    start as exp(±x), the start of Hedgehog (arXiv 2402.04347). With `fade`, feature f of a key counts e^−r_f less
+    with every token after it, or after it left the window.
+
+    Attributes:
+        weight: W (2 H, D, m), for the heads of the queries, then for those of the keys.
+        bias: b (2 H, 1, m).
+        inner, outer: U (2 H, D, hidden) and V (2 H, hidden, m).
+        rate: (H, 1, m), by which r = 0.7 σ(rate).
+    """
+
+    def __init__(self, config: PerformerConfig, layer: LayerShape):
+        super().__init__()
+        self.config = config
+        heads, width, num = layer.num_heads, layer.head_dim, config.num_features
+        generator = seeded_generator(config.seed, layer.layer_idx)
+        axes = torch.eye(width)
+        start = torch.cat([axes, -axes])[torch.arange(num) % (2 * width)].T
+        noise = 0.1 * torch.randn(2 * heads, width, num, generator=generator)
+        self.weight = nn.Parameter(width**-0.25 * (start + noise))
+        self.bias = nn.Parameter(torch.zeros(2 * heads, 1, num))
+        if config.hidden:
+            inner = torch.randn(2 * heads, width, config.hidden, generator=generator)
+            self.inner = nn.Parameter(width**-0.75 * inner)
+            self.outer = nn.Parameter(torch.zeros(2 * heads, config.hidden, num))
+        if config.fade:
+            rates = torch.logspace(math.log10(0.5), -4, num)  # from tokens to the whole context
+            order = torch.stack([torch.randperm(num, generator=generator) for _ in range(heads)])
+            self.rate = nn.Parameter((rates[order][:, None] / MAX_RATE).logit())
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        heads = q.shape[1]
+        u = self._linear(torch.cat([q, k], 1), slice(None)).add_(self.bias.float())
+        return u[:, :heads], u[:, heads:].clamp(-KEY_CAP, KEY_CAP)
+
+    def _linear(self, x: Tensor, heads: slice) -> Tensor:
+        """W x + V gelu(U x) (B, H, T, m), for the heads of queries, of keys, or of both."""
+        u = x @ self.weight[heads].float()
+        if self.config.hidden:
+            u += F.gelu(x @ self.inner[heads].float()) @ self.outer[heads].float()
+        return u
+
+    def rates(self) -> Tensor:
+        """r (H, 1, m), what the logarithm of each feature loses a token."""
+        return MAX_RATE * self.rate.float().sigmoid()
+
+    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: PerformerState) -> Scaled:
+        """Fading: e^−r(i−j) = e^−r(i−h) e^r(j−h), with h the middle of the chunk, so that neither factor is large."""
+        heads = q.shape[1]
+        q_bias, k_bias = self.bias.float()[:, :, None].split(heads)  # (H, 1, 1, m)
+        q_log = steps.chunked(self._linear(q, slice(heads)))
+        k_log = steps.chunked(self._linear(k, slice(heads, None))).clamp(-KEY_CAP - k_bias, KEY_CAP - k_bias)
+        if not self.config.fade:
+            return Scaled(*_exp_relative(q_log + q_bias), steps.real(k_log.add_(k_bias).exp_(), 0.0))
+        rates, middle = self.rates(), (steps.size - 1) / 2
+        fading = (rates * (torch.arange(steps.size, device=rates.device)[:, None] - middle))[:, None]  # (H, 1, C, m)
+        k_features = steps.real(k_log.add_(k_bias + fading).exp_(), 0.0)
+        counts = steps.counts()
+        if steps.lengths is None:
+            full = (-rates * steps.size).exp()
+            factors = [full] * (len(counts) - 1) + [full if counts[-1] == steps.size else (-rates * counts[-1]).exp()]
+        else:
+            factors = [(-rates * count).exp() for count in counts]
+        shift = (rates * middle).exp()
+        return Scaled(*_exp_relative(q_log + (q_bias - fading)), k_features, 1 / shift, factors, shift)
+
+    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
+        scaled = super().scale_one(q, k, state)
+        if not self.config.fade:
+            return scaled
+        if state.fading is None:
+            state.fading = [(-self.rates()).exp()]
+        return scaled._replace(factors=state.fading)
+
+    def operations(self) -> int:
+        width, num, hidden = self.weight.shape[1], self.config.num_features, self.config.hidden
+        return 2 * 2 * (width * num + hidden * (width + num))
+
+
+FEATURE_MAPS = {"favor": FavorMap, "relu": RandomMap, "learned": LearnedMap}
