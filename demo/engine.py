@@ -6,7 +6,7 @@ import logging
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -221,8 +221,34 @@ class Generation:
                 column.stage = "done"
 
     def _compare(self) -> None:
-        written = [decoder for decoder in self._decoders if decoder.column.stage == "done" and decoder.column.generated]
-        for decoder in written:
-            decoder.column.cost = decoder.cost()
-            decoder.column.scores = score(decoder.loaded, decoder.column)
+        for decoder in self._decoders:
+            column = decoder.column
+            if column.stage != "done" or column.generated == 0:
+                continue
+            try:
+                column.cost = decoder.cost()
+                column.scores = score(decoder.loaded, column)
+            except RuntimeError as error:  # of memory, most likely: the text is worth showing without
+                logger.exception("%s could not be compared with its base", column.name)
+                column.problem = f"It could not be compared with its base: {error}"
         mark_parting(self.run)
+
+
+class RemoteGeneration(Generation):
+    """A generation in another process, of which this one sees copies; see `gpu`.
+
+    Args:
+        write: streams the runs of a generation with the given settings.
+    """
+
+    def __init__(self, store: ModelStore, settings: Settings, write: Callable[[Settings], Iterator[Run]]):
+        super().__init__(store, settings)
+        self._write = write
+
+    def stream(self) -> Iterator[Run]:
+        for run in self._write(self.run.settings):
+            with self._lock:
+                if self._finished:
+                    return
+                self.run = run
+            yield run

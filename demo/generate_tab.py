@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 from .components.costs import CostTable
 from .components.tokens import TokenColumns
 from .context import GENERATE, App, Session
-from .engine import Generation
+from .engine import Generation, RemoteGeneration
 from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun, waiting_run
+from .gpu import IS_LENT, with_gpu
 from .models import ModelStore
 from .request import OPTIONS, RequestError, from_query, read_settings
 from .runs import Run, Settings
@@ -198,6 +199,7 @@ class Handlers:
     def __init__(self, store: ModelStore, example: FirstRun):
         self.store = store
         self.example = example
+        self._lent = with_gpu(self._write, store.limits.seconds)
 
     def validate(self, *values: Any) -> list[dict[str, Any]]:
         """Says before queueing what is wrong, at the field where it is."""
@@ -212,6 +214,13 @@ class Handlers:
                 verdicts.append(gr.validate(False, str(error)))
         return [*verdicts, gr.validate(True, "")]  # the runs
 
+    def _write(self, settings: Settings) -> Iterator[Run]:
+        self.store.use("cuda")
+        yield from frames(Generation(self.store, settings))
+
+    def _generation(self, settings: Settings) -> Generation:
+        return RemoteGeneration(self.store, settings, self._lent) if IS_LENT else Generation(self.store, settings)
+
     def stream(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Yields (settings, columns, costs, generation, runs) while the models write."""
         *fields, runs = values
@@ -219,7 +228,7 @@ class Handlers:
             settings = read_settings(dict(zip(FIELDS, fields, strict=True)), self.store)
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        generation = Generation(self.store, settings)
+        generation = self._generation(settings)
         for run in frames(generation):
             yield *self._show(run), generation, gr.skip()
         yield self._finished(generation, runs)
@@ -305,7 +314,7 @@ class Handlers:
             settings = read_settings(values, self.store)
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        for run in frames(Generation(self.store, settings)):
+        for run in frames(self._generation(settings)):
             yield plain(run, scores)
 
 

@@ -18,11 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import attention
 from attention.hub import HUB, HubSpec
 
+from .gpu import IS_LENT
 from .limits import Limits
 
 logger = logging.getLogger(__name__)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_LENT else "cpu"
+
+LONGEST_SOURCE = 300
 
 Progress = Callable[[int, int], None]
 
@@ -118,17 +121,20 @@ class Access:
         Raises:
             LoadError: if it may not be added.
         """
-        if is_local(source):
-            folder = Path(source).expanduser().resolve()
-            if not any(folder.is_relative_to(root.resolve()) for root in self.folders):
-                raise LoadError(
-                    f"{source}: this folder may not be read here; start the app with --checkpoints {source}."
-                )
-            return
+        if not isinstance(source, str) or not 0 < len(source) <= LONGEST_SOURCE or not source.isprintable():
+            raise LoadError(f"Not the name of a folder or of a repository: {str(source)[:80]!r}.")
         try:
-            repository = HubSpec.parse(source).repo_id
-        except attention.CheckpointError as error:
+            self._check_folder(source) if is_local(source) else self._check_repository(source)
+        except (OSError, RuntimeError) as error:  # no such home folder, a part of the name too long, no Hub name
             raise LoadError(str(error)) from None
+
+    def _check_folder(self, source: str) -> None:
+        folder = Path(source).expanduser().resolve()
+        if not any(folder.is_relative_to(root.resolve()) for root in self.folders):
+            raise LoadError(f"{source}: this folder may not be read here; start the app with --checkpoints {source}.")
+
+    def _check_repository(self, source: str) -> None:
+        repository = HubSpec.parse(source).repo_id
         if self.repositories is not None and repository not in self.repositories:
             allowed = ", ".join(sorted(self.repositories)) or "none"
             raise LoadError(f"{repository} may not be loaded here; the owner allows: {allowed}.")
@@ -159,6 +165,7 @@ class ModelStore:
         self.limits = limits or Limits()
         self.access = access or Access.from_environment()
         self.hub = hub
+        self.device = DEVICE
         self.problems: dict[str, str] = {}
         self.pulling: dict[str, tuple[int, int]] = {}
         self._entries: dict[str, Entry] = {}
@@ -228,6 +235,8 @@ class ModelStore:
                 if size > self.limits.download_bytes:
                     limit = self.limits.download_bytes
                     raise LoadError(f"{source} is {size / 1e6:,.0f} MB to download; at most {limit / 1e6:,.0f} are.")
+                if size:
+                    logger.info("pulling %s, %.1f MB", source, size / 1e6)
                 return self._register(source, attention.describe(source, self.hub, report), report, visitor)
         finally:
             self.pulling.pop(source, None)
@@ -294,6 +303,13 @@ class ModelStore:
                 self._evict()
             return loaded
 
+    def use(self, device: str) -> None:
+        """Loads models onto another device from now on; those in memory are dropped."""
+        with self._lock:
+            if device != self.device:
+                self.device = device
+                self._loaded.clear()
+
     def _touch(self, name: str) -> LoadedModel | None:
         with self._lock:
             if name in self._loaded:
@@ -304,11 +320,11 @@ class ModelStore:
         logger.info("loading %s from %s", entry.name, entry.folder)
         with _explained(entry.name):
             shared = None if base is None else base.model
-            model, tokenizer = attention.load(entry.folder, device=DEVICE, base=shared, hub=self.hub)
+            model, tokenizer = attention.load(entry.folder, device=self.device, base=shared, hub=self.hub)
         if tokenizer is None:
             raise LoadError(f"{entry.name} has no tokenizer; save it with one.")
         with torch.inference_mode():
-            model(torch.zeros(1, 1, dtype=torch.long, device=DEVICE))  # so that the first timing is like the others
+            model(torch.zeros(1, 1, dtype=torch.long, device=self.device))  # so that no timing is of a first call
         return LoadedModel(entry, model.eval(), tokenizer, base)
 
     def _evict(self) -> None:

@@ -13,7 +13,7 @@ import gradio as gr
 from .components.notices import Notices
 from .components.table import TextTable
 from .context import App, Session
-from .models import Entry, LoadError, ModelStore, is_local
+from .models import LONGEST_SOURCE, Entry, LoadError, ModelStore, is_local
 
 LANE = "models"
 HEADERS = ["Name", "Method", "Made from", "Weights", "In memory", "Where", "Options"]
@@ -34,7 +34,7 @@ def build_models_tab(app: App, session: Session) -> gr.Tab:
             info="A folder, or user/repo[/subfolder][@revision] on the Hub. Only safetensors are read, no code is run, "
             f"and at most {limits.download_bytes / 1e9:g} GB are pulled.",
             placeholder="runs/mine/variant or user/repo",
-            max_length=300,
+            max_length=LONGEST_SOURCE,
             elem_id="models-source",
         )
         with gr.Row(elem_classes="actions"):
@@ -84,7 +84,8 @@ class Handlers:
     def look_up(self, source: str) -> list[dict[str, str]]:
         """Says what adding a model would take."""
         try:
-            size = self.store.download_size(source.strip())
+            source = source.strip()
+            size = self.store.download_size(source)
         except LoadError as error:
             return warning(error)
         limit = self.store.limits.download_bytes

@@ -49,6 +49,8 @@ def _status(column: Column) -> str:
 
 
 def _distance(column: Column) -> str:
+    if column.problem:
+        return f" · {column.problem}"
     if not column.scores or column.method == "softmax":
         return ""
     mean = math.fsum(score.kl for score in column.scores) / len(column.scores)

@@ -164,6 +164,16 @@ def test_one_model_failing_leaves_the_others(store, monkeypatch):
     assert missing.problem == "There is no model 'gone' here; there are: base, masks."
 
 
+def test_a_comparison_that_fails_leaves_the_text(store, monkeypatch):
+    def failing(loaded, column):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr("demo.engine.score", failing)
+    column = finished(store, SETTINGS).columns[1]
+    assert (column.stage, column.generated, column.scores) == ("done", 12, [])
+    assert column.problem == "It could not be compared with its base: no memory left"
+
+
 def test_a_prompt_too_long_for_one_model_is_said_in_its_column(store):
     run = finished(store, replace(SETTINGS, prompt=" a" * 128))
     assert [column.stage for column in run.columns] == ["failed", "failed"]

@@ -97,6 +97,16 @@ def test_visitors_reach_only_what_is_allowed(checkpoints, tmp_path):
     assert store.add(str(inside)).name == "model"
 
 
+@pytest.mark.parametrize(
+    "source", ["", "x" * 301, "a/" + "b" * 290, "a\x00b", "~nobody-here/x", "../" * 99, "a b", None]
+)
+def test_nonsense_is_no_source(checkpoints, source):
+    store = ModelStore([checkpoints / "base"], access=Access(None, (checkpoints,)))
+    for ask in (store.add, store.download_size):
+        with pytest.raises(LoadError):
+            ask(source)
+
+
 def test_a_space_allows_only_its_list(monkeypatch, checkpoints):
     monkeypatch.setenv("SPACE_ID", "someone/space")
     monkeypatch.setenv("ALLOWED_MODELS", "good/model also/good")
