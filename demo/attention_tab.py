@@ -74,7 +74,7 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
         inputs = [model, text, start, count, session.runs, chosen]
         gr.on([show.click, text.submit], handlers.show, inputs, [grid, maps, chosen], **quiet, **lane)
         gr.on(
-            [tab.select, model.input, start.submit, count.release],
+            [tab.select, model.input, start.change, count.release],
             handlers.show_if_any,
             inputs,
             [grid, maps, chosen],
@@ -82,7 +82,8 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
             **quiet,
             **lane,
         )
-        grid.select(handlers.open, [session.runs, chosen], [maps, chosen], trigger_mode="always_last", **quiet, **lane)
+        # Not "always_last": Gradio would repeat the data of the first click in place of the last one's.
+        grid.select(handlers.open, [session.runs, chosen], [maps, chosen], trigger_mode="multiple", **quiet, **lane)
         session.runs.change(handlers.take_text, [session.runs, model], [text, model, start], queue=False, **quiet)
         session.names.change(handlers.offer, [session.names, model], model, queue=False, **quiet)
         gr.api(handlers.attention, api_name="attention", **lane)

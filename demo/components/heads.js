@@ -29,37 +29,43 @@ function describe(layer, head) {
   return `Layer ${layer}, head ${head}${differs}`;
 }
 
+// Buttons stay while the grid keeps its size: focus and a click on its way are not lost when other maps come.
 function build() {
+  const before = view && [view.layers, view.heads].join();
   view = props.value ? JSON.parse(JSON.stringify(props.value)) : null;
   empty.hidden = view !== null;
   scroller.hidden = caption.hidden = view === null;
-  buttons = [];
-  grid.replaceChildren();
   if (!view) return;
+  if (before !== [view.layers, view.heads].join()) buildGrid();
   const bytes = decodeBytes(view.pixels);
   const area = view.size * view.size;
+  buttons.forEach((button, index) => {
+    const [layer, head] = [Math.floor(index / view.heads), index % view.heads];
+    const distance = view.distance?.[layer]?.[head];
+    const bar = el("span", "distance");
+    bar.style.setProperty("--distance", 100 * clamp(distance ?? 0, 0, 1) + "%");
+    button.replaceChildren(thumbnail(bytes.subarray(index * area, (index + 1) * area), view.size), bar);
+    button.setAttribute("aria-label", describe(layer, head));
+  });
+  select(view.layer, view.head);
+}
+
+function buildGrid() {
+  buttons = [];
+  grid.replaceChildren(el("span"));
   grid.style.setProperty("--heads", view.heads);
-  grid.append(el("span"));
   for (let head = 0; head < view.heads; head++) grid.append(el("span", "axis", head === 0 ? "head 0" : head));
   for (let layer = 0; layer < view.layers; layer++) {
     grid.append(el("span", "axis row", layer === 0 ? "layer 0" : layer));
     for (let head = 0; head < view.heads; head++) {
-      const index = layer * view.heads + head;
-      const button = el("button", "head", null, thumbnail(bytes.subarray(index * area, (index + 1) * area), view.size));
-      const distance = view.distance?.[layer]?.[head];
-      if (typeof distance === "number") {
-        button.style.setProperty("--distance", 100 * clamp(distance, 0, 1) + "%");
-        button.append(el("span", "distance"));
-      }
+      const button = el("button", "head");
       button.type = "button";
       button.setAttribute("role", "radio");
-      button.setAttribute("aria-label", describe(layer, head));
-      button.dataset.index = index;
+      button.dataset.index = buttons.length;
       buttons.push(button);
       grid.append(button);
     }
   }
-  select(view.layer, view.head);
 }
 
 function select(layer, head) {

@@ -152,6 +152,14 @@ def test_thumbnails_open_a_head(tab: Page):
     expect(title(tab)).to_have_text("masks · layer 1 · head 1")
 
 
+def test_the_last_of_quick_clicks_counts(tab: Page):
+    for layer, head in ((1, 0), (0, 1), (1, 0), (1, 1)):
+        tab.get_by_role("radio", name=f"Layer {layer}, head {head}").click()
+    expect(title(tab)).to_have_text("masks · layer 1 · head 1")
+    tab.wait_for_timeout(500)
+    expect(title(tab)).to_have_text("masks · layer 1 · head 1")
+
+
 def test_the_kept_cell_stays_when_another_head_is_opened(tab: Page, maps):
     point(tab, 9, 4, maps["masks"][0].shape[-1])
     tab.mouse.down()
