@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -69,20 +68,21 @@ class Steps(NamedTuple):
 
     def real(self, k: Tensor, fill: float) -> Tensor:
         """(B, H, N, C, m) with `fill` in place of what belongs to keys that do not count."""
-        slots = torch.arange(k.shape[2] * self.size, device=k.device)
         start, stop = self.missing, self.length if self.lengths is None else self.lengths
-        if isinstance(start, int) and isinstance(stop, int) and (start, stop) == (0, len(slots)):
+        if isinstance(start, int) and not start and isinstance(stop, int) and not stop % self.size:
             return k
         start, stop = (t if isinstance(t, int) else t[:, None] for t in (start, stop))
+        slots = torch.arange(k.shape[2] * self.size, device=k.device)
         hidden = (slots < start) | (slots >= stop)
         return k.masked_fill(hidden.view(-1, 1, k.shape[2], self.size, 1), fill)
 
-    def counts(self) -> list[int] | list[Tensor]:
-        """How many steps are real in each chunk: numbers, or (B, 1, 1, 1)."""
-        starts = range(0, self.length, self.size)
-        if self.lengths is None:
-            return [min(self.size, self.length - start) for start in starts]
-        return [(self.lengths - start).clamp(0, self.size)[:, None, None, None] for start in starts]
+    def counts(self, device: torch.device) -> Tensor:
+        """(1 or B, 1, N or 1, 1, 1) how many steps are real in each chunk; one number where all are full."""
+        if self.lengths is None and not self.length % self.size:
+            return torch.full((1, 1, 1, 1, 1), float(self.size), device=device)
+        starts = torch.arange(0, self.length, self.size, device=device)[:, None, None]
+        lengths = self.length if self.lengths is None else self.lengths[:, None, None, None, None]
+        return (lengths - starts).clamp(0, self.size).float().view(-1, 1, len(starts), 1, 1)
 
 
 class Scaled(NamedTuple):
@@ -93,7 +93,7 @@ class Scaled(NamedTuple):
         top: (B, H, N, C, 1) logs of what the features of each query were divided by.
         k: (B, H, N, C, m).
         entry: (·, H, 1, m) factor of the state's sums before the first chunk, or None for 1.
-        factors: for each of the N chunks the factor (·, H, 1, m) of the sums after it, or None for 1.
+        factors: (·, H, N, 1, m) factors of the sums after each chunk, or None for 1.
         exit: (H, 1, m) factor of the sums that go into the state, or None for 1.
     """
 
@@ -101,7 +101,7 @@ class Scaled(NamedTuple):
     top: Tensor
     k: Tensor
     entry: Tensor | None = None
-    factors: Sequence[Tensor] | None = None
+    factors: Tensor | None = None
     exit: Tensor | None = None
 
 
@@ -209,7 +209,7 @@ class FavorMap(RandomMap):
             peaks = torch.cat([state.peaks, k_log.amax(-2)], 2).cummax(2).values
             visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, steps.missing))
             reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2))[:, :, :, None]
-            factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp().unbind(2)
+            factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp()
             entry = (self._reference(state.peaks) - reference[:, :, 0]).exp()
         state.peaks = peaks[:, :, -1:].clone()
         k = (k_log - reference[:, :, :-1]).clamp_(max=HEADROOM).exp_()
@@ -291,25 +291,24 @@ class LearnedMap(FeatureMap):
         k_log = steps.chunked(self._linear(k, slice(heads, None))).clamp(-KEY_CAP - k_bias, KEY_CAP - k_bias)
         if not self.config.fade:
             return Scaled(*_exp_relative(q_log + q_bias), steps.real(k_log.add_(k_bias).exp_(), 0.0))
-        rates, middle = self.rates(), (steps.size - 1) / 2
-        fading = (rates * (torch.arange(steps.size, device=rates.device)[:, None] - middle))[:, None]  # (H, 1, C, m)
+        fading, shift = self._fading(steps, state)
         k_features = steps.real(k_log.add_(k_bias + fading).exp_(), 0.0)
-        counts = steps.counts()
-        if steps.lengths is None:
-            full = (-rates * steps.size).exp()
-            factors = [full] * (len(counts) - 1) + [full if counts[-1] == steps.size else (-rates * counts[-1]).exp()]
-        else:
-            factors = [(-rates * count).exp() for count in counts]
-        shift = (rates * middle).exp()
+        factors = (-self.rates()[:, None] * steps.counts(q.device)).exp().expand(-1, -1, q_log.shape[2], -1, -1)
         return Scaled(*_exp_relative(q_log + (q_bias - fading)), k_features, 1 / shift, factors, shift)
+
+    def _fading(self, steps: Steps, state: PerformerState) -> tuple[Tensor, Tensor]:
+        """r (p − h) (H, 1, C, m) for the positions p in a chunk, and e^(r h) (H, 1, m)."""
+        rates, middle = self.rates(), (steps.size - 1) / 2
+        offsets = torch.arange(steps.size, device=rates.device)[:, None] - middle
+        return (rates * offsets)[:, None], (rates * middle).exp()
 
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
         scaled = super().scale_one(q, k, state)
         if not self.config.fade:
             return scaled
         if state.fading is None:
-            state.fading = [(-self.rates()).exp()]
-        return scaled._replace(factors=state.fading)
+            state.fading = [(-self.rates()).exp()[:, None]]
+        return scaled._replace(factors=state.fading[0])
 
     def operations(self) -> int:
         width, num, hidden = self.weight.shape[1], self.config.num_features, self.config.hidden

@@ -121,7 +121,7 @@ class PerformerState(State):
 
 def _rescaled(sums: Tensor, norms: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sums (B, H, m, D) and norms (B, H, 1, m), feature by feature times a factor (·, H, 1, m), None for 1."""
-    return (sums, norms) if factor is None else (sums * factor.transpose(-1, -2), norms * factor)
+    return (sums, norms) if factor is None else (sums * factor.mT, norms * factor)
 
 
 def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,13 +137,13 @@ def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor, norms: Tensor) -> tup
     """
     shape = v.shape[:3]
     q, k, v = (t.flatten(0, 2) for t in (scaled.q, scaled.k, v))
-    new_sums, new_norms = ((t.unflatten(0, shape).unbind(2)) for t in (k.mT @ v, k.sum(-2, keepdim=True)))
+    added = (t.unflatten(0, shape).unbind(2) for t in (k.mT @ v, k.sum(-2, keepdim=True)))
     sums_before, norms_before = [], []
-    for chunk in range(shape[2]):
+    for chunk, (new_sums, new_norms) in enumerate(zip(*added, strict=True)):
         sums_before.append(sums)
         norms_before.append(norms)
-        factor = None if scaled.factors is None else scaled.factors[chunk]
-        sums, norms = _rescaled(sums + new_sums[chunk], norms + new_norms[chunk], factor)
+        factor = None if scaled.factors is None else scaled.factors[:, :, chunk]
+        sums, norms = _rescaled(sums + new_sums, norms + new_norms, factor)
     inside = (q @ k.mT).tril_()
     numerator = (q @ torch.stack(sums_before, 2).flatten(0, 2)).baddbmm_(inside, v)
     denominator = inside.sum(-1).add_((q * torch.stack(norms_before, 2).flatten(0, 2)).sum(-1))
@@ -327,7 +327,7 @@ class PerformerAttention(Mechanism):
         sums, norms = torch.addcmul(sums, scaled.k.transpose(-1, -2), v), norms + scaled.k
         denominator = (scaled.q * norms).sum(-1, keepdim=True)
         mixed = scaled.q @ sums / denominator
-        state.sums, state.norms = _rescaled(sums, norms, None if scaled.factors is None else scaled.factors[0])
+        state.sums, state.norms = _rescaled(sums, norms, None if scaled.factors is None else scaled.factors[:, 0])
         return mixed, scaled.top + denominator.log() if state.window else denominator
 
     def _start(self, state: PerformerState, v: Tensor) -> None:
