@@ -121,6 +121,8 @@ class NSAState(State):
         keys, values: (B, H_kv, capacity, D); the capacity is a multiple of l'.
         compressed_keys, compressed_values: (B, H_kv, capacity, D).
         selected: (B, H_kv, n), the blocks that the group of the next token reads, unless the token begins a group.
+        selected_keys, selected_values: (B, H_kv, n·l', D), their tokens side by side; while the rows agree on their
+            position, and None until the first single token.
     """
 
     def __init__(self, config: NSAConfig):
@@ -129,6 +131,8 @@ class NSAState(State):
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
         self.selected: Tensor | None = None
+        self.selected_keys: Tensor | None = None
+        self.selected_values: Tensor | None = None
 
     @property
     def position(self) -> int | Tensor:
@@ -259,7 +263,7 @@ class NativeSparseAttention(Mechanism):
             maps = self.value_maps.repeat_interleave(self.layer.num_heads // self.layer.num_kv_heads, dim=1)
             compressed, selected, window = compressed @ maps[0], selected @ maps[1], window @ maps[2]
         to_compressed, to_selected, to_window = gates.chunk(len(BRANCHES), dim=1)
-        return to_compressed * compressed + to_selected * selected + to_window * window
+        return torch.addcmul(torch.addcmul(to_compressed * compressed, to_selected, selected), to_window, window)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         dropout = self.layer.dropout if self.training else 0.0
@@ -292,6 +296,7 @@ class NativeSparseAttention(Mechanism):
             blocks = self._resume(blocks, state, _column(start, k.device))
             state.advance(length, lengths)
             state.selected = take(blocks, (state.position - first) // config.select_every, 1)[:, :, 0]
+            state.selected_keys = state.selected_values = None
         chunk = config.whole_blocks(GRADIENT_CHUNK if torch.is_grad_enabled() else CHUNK)
         outputs = []
         for begin in range(0, padded, chunk):
@@ -326,10 +331,12 @@ class NativeSparseAttention(Mechanism):
         bounds = 0, compressed[0].shape[2]
         if isinstance(first, int):
             bounds = config.visible(first), config.visible(first + positions.shape[1] - 1)
+        settled = isinstance(first, int) and first >= max(config.window, config.num_selected * size)
+        pattern = positions[:, :size] if settled else positions
         return self._combine(
             compressed_branch(queries[0], *compressed, config.visible(positions), bounds, self._attend),
-            selected_branch(queries[1], keys, values, blocks, positions, size, config.select_every, self._attend),
-            window_branch(queries[2], keys, values, first, positions, config.window, size, self._attend),
+            selected_branch(queries[1], keys, values, blocks, pattern, size, config.select_every, self._attend),
+            window_branch(queries[2], keys, values, first, pattern, config.window, size, self._attend),
             gates,
         )
 
@@ -348,27 +355,37 @@ class NativeSparseAttention(Mechanism):
         compressed = self._compress(keys, values, state, start, 1)
         self._choose_for_token(queries[0], compressed[0], state, start)
         state.advance(1, lengths)
-        branches = self._token_of_equal_rows if isinstance(start, int) else self._token_of_any_rows
-        return self._combine(*branches(queries, keys, values, compressed, state.selected, start), gates)
+        if isinstance(start, int):
+            outputs = self._token_of_equal_rows(queries, k, v, compressed, state, start)
+        else:
+            outputs = self._token_of_any_rows(queries, keys, values, compressed, state.selected, start)
+        return self._combine(*outputs, gates)
 
     def _token_of_equal_rows(
         self,
         queries: tuple[Tensor, ...],
-        keys: Tensor,
-        values: Tensor,
+        k: Tensor,
+        v: Tensor,
         compressed: tuple[Tensor, Tensor],
-        blocks: Tensor,
+        state: NSAState,
         position: int,
     ) -> tuple[Tensor, ...]:
         """The branches where all rows stand at one position: what each reads is a slice, so nothing is masked."""
-        size = self.config.select_block
-        blocks = blocks[:, :, -(position // size + 1) :]
-        last = (blocks.shape[-1] - 1) * size + position % size + 1
-        near = slice(max(0, position + 1 - self.config.window), position + 1)
+        config = self.config
+        before, own = (config.num_selected - 1) * config.select_block, position % config.select_block
+        if position % config.select_every == 0 or state.selected_keys is None:
+            state.selected_keys, state.selected_values = (
+                self._read(t, state.selected) for t in (state.keys, state.values)
+            )
+        else:
+            state.selected_keys[:, :, before + own] = k[:, :, 0]
+            state.selected_values[:, :, before + own] = v[:, :, 0]
+        chosen = slice(max(0, before + own - position), before + own + 1)
+        near = slice(max(0, position + 1 - config.window), position + 1)
         return (
             self._attend(queries[0], *compressed) if compressed[0].shape[2] else torch.zeros_like(queries[0]),
-            self._attend(queries[1], *(self._read(t, blocks)[:, :, :last] for t in (keys, values))),
-            self._attend(queries[2], keys[:, :, near], values[:, :, near]),
+            self._attend(queries[1], state.selected_keys[:, :, chosen], state.selected_values[:, :, chosen]),
+            self._attend(queries[2], state.keys[:, :, near], state.values[:, :, near]),
         )
 
     def _token_of_any_rows(

@@ -57,9 +57,10 @@ def window_branch(
 ) -> Tensor:
     """(B, H, T, D): attention over the last `window` keys, in blocks of queries.
 
-    A block reads the block + window − 1 keys that its queries see between them, as views that overlap.
+    A block reads the keys that its queries see between them, as views that overlap.
     """
-    heads, kv_heads, before = q.shape[1], keys.shape[1], window - 1
+    heads, kv_heads = q.shape[1], keys.shape[1]
+    before = -(-(window - 1) // 8) * 8  # matrix products are fastest where sizes are multiples of 8
     k, v = (
         take(t, start - before, before + q.shape[2])
         .unfold(2, before + block, block)
@@ -69,7 +70,7 @@ def window_branch(
     )
     queries = positions.unflatten(1, (-1, block))[..., None]
     sources = queries[:, :, :1] - before + torch.arange(before + block, device=q.device)
-    visible = (sources >= 0) & (sources <= queries) & (sources >= queries - before)
+    visible = (sources >= 0) & (sources <= queries) & (sources > queries - window)
     out = attend(fold(q, kv_heads, block), k, v, fold_mask(visible, heads, kv_heads))
     return unfold(out, heads, kv_heads)
 
@@ -108,7 +109,10 @@ def selected_branch(
     index = blocks.flatten(0, 1).transpose(0, 1)
     k, v = (gather_blocks(t, index, size) for t in (keys, values))
     readable = selected_mask(positions.unflatten(1, (-1, every)), blocks.shape[-1], size)
-    out = attend(fold(q, kv_heads, every), k, v, fold_mask(readable, heads, kv_heads))
+    mask = fold_mask(readable, heads, kv_heads)
+    if 1 < len(mask) < len(index):
+        mask = mask.repeat(len(index) // len(mask), 1, 1, 1)
+    out = attend(fold(q, kv_heads, every), k, v, mask)
     return unfold(out, heads, kv_heads)
 
 
