@@ -15,7 +15,7 @@ from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads
 from .reference import softmax_weights
 from .state import State
 
-CPU_SEGMENT, SEGMENT = 384, 8192  # tokens worked on at a time: on a CPU what is temporary must fit its cache
+CPU_SEGMENT, SEGMENT = 512, 8192  # tokens worked on at a time: on a CPU what is temporary must fit its cache
 NOTHING = -1e30  # log of a feature that no key has; finite, so that differences of two are not NaN
 
 

@@ -83,6 +83,10 @@ def launch(app: App, host: str | None = None, port: int | None = None, **options
         "state_session_capacity": SESSIONS,
         "max_file_size": UPLOAD_LIMIT,
         "footer_links": ["api", "settings"],
+        "share": False,
+        # Gradio asks the server for its start-up events first and waits; its second question, which this skips, gives
+        # up after three seconds and would keep a slow machine from starting.
+        "_frontend": False,
     }
     return build(app).launch(server_name=host, server_port=port, **{**settings, **options})
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from attention.files import CARD, HISTORY
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 HISTORY_BYTES = 50_000_000
 CURVE_POINTS = 400
+CARD_BYTES = 1_000_000
+MEASURES = {"kl": "KL to the base", "perplexity": "Perplexity", "top1_agreement": "Same first choice"}
 SHARES = ("kl", "ce", "reverse_kl", "jsd")  # terms of a loss that are nats per token
 
 Row = dict[str, Any]
@@ -47,15 +50,21 @@ def read_history(folder: Path) -> list[Row]:
     return rows
 
 
-def read_card(folder: Path) -> ModelCardData:
-    """The metadata of a checkpoint's card; empty where there is none that can be read."""
+def read_card(folder: Path) -> ModelCard:
+    """A checkpoint's card; an empty one where there is none that can be read."""
     path = folder / CARD
-    if path.is_file():
+    if path.is_file() and path.stat().st_size <= CARD_BYTES:
         try:
-            return ModelCard(path.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
+            return ModelCard(path.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True)
         except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
             logger.info("the card in %s cannot be read: %s", folder, error)
-    return ModelCardData()
+    return ModelCard("---\n---\n")
+
+
+def section(card: ModelCard, title: str) -> str:
+    """The text under a second-level heading of a card, as plain text; empty where there is no such heading."""
+    found = re.search(rf"^## {re.escape(title)}\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
+    return re.sub(r"\*\*|`|^```.*$", "", found[1]).strip() if found else ""
 
 
 def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
@@ -63,14 +72,14 @@ def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
     return sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["step"])
 
 
-def facts(entry: Entry, rows: list[Row], card: ModelCardData) -> list[list[str]]:
+def facts(entry: Entry, rows: list[Row], card: ModelCard) -> list[list[str]]:
     """The card in short: what it is, what it was fitted on, for how long, what it reached."""
     evals, train = of_kind(rows, "eval"), of_kind(rows, "train")
     last_eval, last = (evals or [{}])[-1], (train or [{}])[-1]
     found = {
         "Method": entry.method,
         "Base": entry.base or "",
-        "Fitted on": _names(card.datasets),
+        "Fitted on": _names(card.data.datasets),
         "Stages": ", ".join(dict.fromkeys(str(row["stage"]) for row in train if row.get("stage"))),
         "Steps": _count(last.get("step")),
         "Tokens": _count(last.get("tokens")),
@@ -79,18 +88,22 @@ def facts(entry: Entry, rows: list[Row], card: ModelCardData) -> list[list[str]]
         "Perplexity, validation": _perplexity(last_eval),
         "Same first choice, validation": _percent(last_eval.get("top1_agreement")),
         "Weights on disk": f"{entry.size / 1e6:.1f} MB",
-        **_measured(card),
+        **_measured(card, known=bool(evals)),
+        "How it was made": section(card, "How it was made"),
         "Options": ", ".join(f"{name} {_option(value)}" for name, value in entry.options.items()),
     }
     return [[label, value] for label, value in found.items() if value]
 
 
-def _measured(card: ModelCardData) -> dict[str, str]:
+def _measured(card: ModelCard, known: bool) -> dict[str, str]:
+    """What the card says was measured; what it says of validation text is left out where that is known."""
     results = {}
-    for result in card.eval_results or []:
-        name = result.metric_name or result.metric_type
-        if _number(result.metric_value) is not None:
-            results[f"{name}, {result.dataset_name}"] = _value(result.metric_value, "")
+    for result in card.data.eval_results or []:
+        name, text = MEASURES.get(result.metric_type, result.metric_name), result.dataset_name
+        if known and result.dataset_split == "validation":
+            continue
+        show = _percent if result.metric_type == "top1_agreement" else _value
+        results[f"{name}, {text}"] = show(result.metric_value)
     return results
 
 
@@ -108,7 +121,7 @@ def _count(value: Any) -> str:
     return "" if number is None else f"{number:,.0f}"
 
 
-def _value(value: Any, unit: str) -> str:
+def _value(value: Any, unit: str = "") -> str:
     number = _number(value)
     return "" if number is None else f"{number:.4g}{unit}"
 

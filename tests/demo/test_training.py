@@ -34,8 +34,21 @@ model-index:
     metrics:
     - {type: kl, name: KL to the base, value: 0.0712}
     - {type: perplexity, name: Perplexity, value: "not a number"}
+    - {type: top1_agreement, name: share, value: 0.75}
+  - task: {type: text-generation}
+    dataset: {type: text, name: validation text, split: validation}
+    metrics:
+    - {type: kl, name: KL to the base, value: 0.06}
 ---
 # A card
+
+## How it was made
+
+Fitted on **many** books with `train.py`.
+
+## Limits
+
+Many.
 """
 LINES = "\n".join(map(json.dumps, ROWS))
 
@@ -128,7 +141,11 @@ def test_facts_say_on_what_for_how_long_and_how_close(entry, folder):
     assert said["KL to the base, test.txt"] == "0.0712"
     assert said["Options"] == "candidates a b"
     assert said["Weights on disk"] == "2.5 MB"
+    assert said["Same first choice, test.txt"] == "75.0% of tokens"
+    assert said["How it was made"] == "Fitted on many books with train.py."
     assert "Perplexity, test.txt" not in said
+    assert "KL to the base, validation text" not in said
+    assert dict(facts(entry, [], read_card(folder)))["KL to the base, validation text"] == "0.06"
 
 
 @pytest.mark.parametrize(
