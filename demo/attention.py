@@ -307,6 +307,8 @@ def _share_read(loaded: LoadedModel, mechanism: Mechanism, part: Passage) -> Row
         "title": "Share of the keys read",
         "note": "Keys, or rows of the state, read for a token over the tokens up to it; logarithmic.",
         "log": True,
+        "min": min(0.1, *shares),
+        "max": max(1.0, *shares),
         "series": series,
     }
 

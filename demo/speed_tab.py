@@ -15,6 +15,7 @@ from .models import LoadError, ModelStore
 from .speed import COUNTED, LONGEST, MEASURED, Level, SpeedError, SpeedRun, charts, report, verdicts
 
 LEVELS: list[tuple[str, Level]] = [("One layer's attention alone", "layer"), ("The whole model", "model")]
+CHART_HEIGHT = 330  # about what the charts take
 FRAME_SECONDS = 0.15  # the bar does not move more often: every step goes through the network
 STOP_SECONDS = 5.0  # how long Stop waits for a pass to end
 LENGTHS = [512, 1024, 2048, 4096, LONGEST]
@@ -53,13 +54,15 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             "### Measured on this machine\nLogarithmic axes; lower is better. Each time is the shortest of several."
         )
         measured = Curves(
-            elem_id="speed-measured", empty="Press Measure: the curves appear length by length, in under a minute."
+            elem_id="speed-measured",
+            empty="Press Measure: the curves appear length by length, in under a minute.",
+            room=CHART_HEIGHT,
         )
         verdict = Notices(elem_id="speed-verdict")
         gr.Markdown(
             "### Counted\nThe same on every machine: these say what to expect where a busy machine misleads the clock."
         )
-        counted = Curves(elem_id="speed-counted", empty="Counted along with the measurement.")
+        counted = Curves(elem_id="speed-counted", empty="Counted along with the measurement.", room=CHART_HEIGHT)
         lane = app.lane(MEASURE)
         outputs = [meter, verdict, measured, counted]
         running = start.click(

@@ -64,7 +64,10 @@ def read_card(folder: Path) -> ModelCard:
 def section(card: ModelCard, title: str) -> str:
     """The text under a second-level heading of a card, as plain text; empty where there is no such heading."""
     found = re.search(rf"^## {re.escape(title)}\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
-    return re.sub(r"\*\*|`|^```.*$", "", found[1]).strip() if found else ""
+    if not found:
+        return ""
+    plain = re.sub(r"^```.*$|\*\*|`", "", found[1], flags=re.MULTILINE)
+    return re.sub(r"\n\s*\n", "\n", plain).strip()
 
 
 def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
@@ -89,8 +92,8 @@ def facts(entry: Entry, rows: list[Row], card: ModelCard) -> list[list[str]]:
         "Same first choice, validation": _percent(last_eval.get("top1_agreement")),
         "Weights on disk": f"{entry.size / 1e6:.1f} MB",
         **_measured(card, known=bool(evals)),
-        "How it was made": section(card, "How it was made"),
         "Options": ", ".join(f"{name} {_option(value)}" for name, value in entry.options.items()),
+        "How it was made": section(card, "How it was made"),
     }
     return [[label, value] for label, value in found.items() if value]
 

@@ -2,6 +2,7 @@
 const root = element.querySelector(".view");
 const grid = el("div", "charts");
 const empty = el("div", "empty", props.empty);
+empty.style.minHeight = props.room + "px";
 root.append(grid, empty);
 
 function draw() {

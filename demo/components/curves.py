@@ -55,9 +55,12 @@ class Curves(ScriptedHTML):
     Args:
         value: the charts.
         empty: what to say while there are none.
+        room: height kept free for them meanwhile, in pixels.
         kwargs: further arguments of `gr.HTML`.
     """
 
-    def __init__(self, value: list[Chart] | None = None, *, empty: str = "Nothing to show yet.", **kwargs: Any):
+    def __init__(
+        self, value: list[Chart] | None = None, *, empty: str = "Nothing to show yet.", room: int = 120, **kwargs: Any
+    ):
         scripts, styles = ("chart.js", "curves.js"), ("chart.css", "curves.css")
-        super().__init__(value, scripts=scripts, styles=styles, empty=empty, **kwargs)
+        super().__init__(value, scripts=scripts, styles=styles, empty=empty, room=room, **kwargs)

@@ -30,6 +30,7 @@ function build() {
     return { prompt, variant, base, node: columns.parentNode };
   });
   texts.replaceChildren(...pairs.map((pair) => pair.node));
+  slider.hidden = samples.length < 2;
   slider.max = samples.length - 1;
   slider.value = samples.length - 1;
   show();

@@ -45,7 +45,7 @@ function paintToken(span, token) {
   span.classList.toggle("parts", Boolean(token.parts));
   const scored = token.score !== null && token.score !== undefined && !token.prompt;
   span.classList.toggle("scored", scored);
-  span.style.setProperty("--score", scored ? clamp(token.score, 0, 1) : 0);
+  span.style.setProperty("--score", scored ? Math.sqrt(clamp(token.score, 0, 1)) : 0); // small scores can be seen too
   span.replaceChildren();
   for (const piece of readable(token.text).split(/(\n)/)) {
     if (piece === "\n") span.append(el("span", "return", "↵"));
