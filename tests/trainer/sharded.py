@@ -1,5 +1,4 @@
-"""The trainer under FSDP2 on CPU ranks, where Accelerate offers DDP alone: run by torchrun with the trainer's
-options."""
+"""The trainer under FSDP2 on CPU ranks, where Accelerate offers DDP alone; torchrun runs it with a run's options."""
 
 import sys
 from contextlib import nullcontext

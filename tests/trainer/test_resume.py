@@ -89,13 +89,19 @@ def test_a_run_that_died_ends_the_same(
     assert outcome(tmp_path / "run") == outcome(uninterrupted[name] / "run")
 
 
-def run_apart(arguments: list[str], slow: float = 0.0, file_limit: int | None = None) -> None:
-    """What a process of its own runs: the command, with slow steps, and with no room after the first checkpoint."""
+def run_apart(arguments: list[str], held_step: int | None = None, file_limit: int | None = None) -> None:
+    """What a process of its own runs: the command.
+
+    Args:
+        held_step: a step that goes on only after a signal.
+        file_limit: bytes that a file may have after the first checkpoint, as if the disk were full.
+    """
     torch.set_num_threads(1)
     step, save = Loop._train_step, Loop._save_checkpoint
 
-    def slow_step(self: Loop, *given: object) -> None:
-        time.sleep(slow)
+    def hold(self: Loop, *given: object) -> None:
+        while self.step + 1 == held_step and not self.stop.asked:
+            time.sleep(0.02)
         step(self, *given)
 
     def save_once(self: Loop, *given: object) -> None:
@@ -103,7 +109,7 @@ def run_apart(arguments: list[str], slow: float = 0.0, file_limit: int | None = 
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
-    Loop._train_step, Loop._save_checkpoint = slow_step, save_once
+    Loop._train_step, Loop._save_checkpoint = hold, save_once
     raise SystemExit(train.main(arguments))
 
 
@@ -127,7 +133,7 @@ def checkpoints(output: Path) -> list[str]:
 def test_signals(number: signal.Signals, uninterrupted: dict[str, Path], tmp_path: Path):
     output = tmp_path / "run"
     arguments = ["--config", str(uninterrupted["fit"] / "recipe.yaml"), "--output", str(output)]
-    process = start_apart(arguments, 0.3)
+    process = start_apart(arguments, 4)
     wait_for(lambda: bool(checkpoints(output)), process)
     os.kill(process.pid, number)
     process.join()
@@ -161,7 +167,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_checkpoint_before_intact(
 ):
     output = tmp_path / "run"
     arguments = ["--config", str(uninterrupted["fit"] / "recipe.yaml"), "--output", str(output)]
-    process = start_apart(arguments, 0.0, 12_000)
+    process = start_apart(arguments, None, 12_000)
     process.join()
     assert process.exitcode == 1
     assert "File too large" in (output / "train.log").read_text()
