@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from .engine import Generation
+from .limits import Limits
 from .models import ModelStore, bundled
 from .runs import Column, Run, Settings
 
@@ -109,4 +110,4 @@ class FirstRun:
 
 
 if __name__ == "__main__":
-    write(make(ModelStore(bundled(CHECKPOINTS))))
+    write(make(ModelStore(bundled(CHECKPOINTS), Limits(seconds=600))))

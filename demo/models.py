@@ -324,7 +324,7 @@ class ModelStore:
         if tokenizer is None:
             raise LoadError(f"{entry.name} has no tokenizer; save it with one.")
         with torch.inference_mode():
-            model(torch.zeros(1, 1, dtype=torch.long, device=self.device))  # so that no timing is of a first call
+            model(torch.zeros(1, 16, dtype=torch.long, device=self.device))  # so that no timing is of a first call
         return LoadedModel(entry, model.eval(), tokenizer, base)
 
     def _evict(self) -> None:

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from demo.example import FirstRun, make, stored, waiting_run, write
-from demo.models import Access, ModelStore
+from demo.example import CHECKPOINTS, FirstRun, make, stored, waiting_run, write
+from demo.models import Access, ModelStore, bundled
 
 
 def test_a_stored_example_comes_back_as_it_was(store, tmp_path):
@@ -38,3 +38,8 @@ def test_without_a_stored_one_it_is_made_in_the_background(store):
 
 def test_no_models_no_example():
     assert FirstRun(ModelStore(access=Access())).get() is None
+
+
+def test_the_example_that_is_shipped_is_of_the_checkpoints_that_are_shipped():
+    store = ModelStore(bundled(CHECKPOINTS), access=Access())
+    assert stored(store) is not None, "the checkpoints changed; run `python -m demo.example`"
