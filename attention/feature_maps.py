@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,14 @@ def _exp_relative(logs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FeatureMap(nn.Module, ABC):
-    """φ, by way of its logarithm."""
+    """φ, by way of its logarithm.
+
+    Attributes:
+        absolute: whether φ(q)·φ(k) stands for exp(q·k/√D) itself; otherwise for a weight beside a typical key's, so
+            that what all keys of a query have in common, which softmax does not see, need not be learned.
+    """
+
+    absolute: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,6 +182,8 @@ class FavorMap(RandomMap):
 
     φ(q)·φ(k) is then an unbiased estimate of exp(q·k/√D) (arXiv 2009.14794, Lemma 1 and Eq. 5).
     """
+
+    absolute = True
 
     def __init__(self, config: PerformerConfig, layer: LayerShape):
         super().__init__(config, layer, config.num_features // 2 if config.hyperbolic else config.num_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,7 +35,9 @@ class PerformerConfig(MechanismConfig):
         hyperbolic: `favor` with exp(±ωᵀx) for half as many ω, which lowers the variance.
         redraw_every: draw new random projections every so many training steps; 0: never.
         window: w, the number of last keys (the query's own among them) that get exact softmax attention; the linear
-            part carries the older ones, under one normaliser (arXiv 2410.10254). 0: the linear part carries all.
+            part carries the older ones, under one normaliser (arXiv 2410.10254): an older key counts φ(q)·φ(k)
+            beside the window's exp(s), times exp of a learned number and, except for `favor`, of the window's mean
+            score. 0: the linear part carries all.
         chunk_size: tokens that the kernel mixes by one matrix product; changes speed, not results.
         seed: of the random projections and the learned map's start.
     """
@@ -152,7 +155,7 @@ def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor, norms: Tensor) -> tup
 
 def window_attention(
     q: Tensor, keys: Tensor, values: Tensor, window: int, missing: int | Tensor, block: int, dropout: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention of query t over keys t + 1 to t + w, in blocks of queries.
 
     Args:
@@ -164,19 +167,22 @@ def window_attention(
         dropout: of the weights.
 
     Returns:
-        (B, H, T, D) and the logs of the normalisers (B, H, T).
+        (B, H, T, D), the logs of the normalisers (B, H, T), and the mean scores (B, H, T).
     """
     steps = Steps(q.shape[2], min(block, q.shape[2]))
     q = steps.chunked(steps.padded(q * q.shape[-1] ** -0.5))
     span = window + steps.size
     keys, values = (steps.padded(t).unfold(2, span, steps.size) for t in (keys, values))  # (B, H, N, D, span)
-    scores = (q @ keys).masked_fill(~_in_window(q, window, missing), -torch.inf)
+    outside = ~_in_window(q, window, missing)
+    scores = q @ keys
+    mean = scores.masked_fill(outside, 0.0).sum(-1) / (span - outside.sum(-1))
+    scores = scores.masked_fill(outside, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - top).exp()
+    weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
-    mixed = F.dropout(weights, dropout) @ values.transpose(-1, -2) / total
+    mixed = F.dropout(weights, dropout) @ values.mT / total
     logs = (top + total.log()).squeeze(-1)
-    return steps.joined(mixed), steps.joined(logs)
+    return steps.joined(mixed), steps.joined(logs), steps.joined(mean)
 
 
 def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
@@ -207,7 +213,8 @@ class PerformerAttention(Mechanism):
         self.branches = ("linear", "window") if config.window else ("linear",)
         self.features: FeatureMap = FEATURE_MAPS[config.feature_map](config, layer)
         if config.window:  # log of the linear part's weight beside the window's
-            self.mix = nn.Parameter(torch.zeros(layer.num_heads))
+            start = 0.0 if self.features.absolute else -math.log(config.num_features)
+            self.mix = nn.Parameter(torch.full((layer.num_heads,), start))
 
     def forward(
         self,
@@ -259,12 +266,15 @@ class PerformerAttention(Mechanism):
         state.keep_recent(keys, values, lengths)
         keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
         block = min(self.config.chunk_size, max(16, state.window))
-        near, near_log = window_attention(q, keys, values, state.window, missing, block, dropout)
+        near, near_log, mean = window_attention(q, keys, values, state.window, missing, block, dropout)
         if isinstance(missing, int) and missing >= length:
             return near
         steps = Steps(length, size, missing, lengths)
         far, far_log = self._linear(q, keys[:, :, :length], values[:, :, :length], state, steps)
-        share = torch.sigmoid(far_log + self.mix.float()[:, None] - near_log)
+        far_log = far_log + self.mix.float()[:, None]
+        if not self.features.absolute:
+            far_log = far_log + mean
+        share = torch.sigmoid(far_log - near_log)
         return torch.lerp(near, far, share[..., None])
 
     def _linear(
@@ -313,9 +323,13 @@ class PerformerAttention(Mechanism):
         far, logs = self._linear_step(q, keys[:, :, :1], values[:, :, :1], state)
         # For the key that has left the window, one that stands for the linear part: its score is the log of the
         # linear part's normaliser.
-        keys = torch.cat([torch.zeros_like(q), keys[:, :, 1:]], 2)
+        recent = keys[:, :, 1:]
+        keys = torch.cat([torch.zeros_like(q), recent], 2)
         values = torch.cat([far, values[:, :, 1:]], 2)
-        score = F.pad(logs + self.mix.float()[:, None, None], (0, state.window))
+        logs = logs + self.mix.float()[:, None, None]
+        if not self.features.absolute:
+            logs = logs + (q * recent.mean(2, keepdim=True)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+        score = F.pad(logs, (0, state.window))
         return scaled_dot_product_attention(q, keys, values, score)
 
     def _linear_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, Tensor]:

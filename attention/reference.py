@@ -185,6 +185,7 @@ def performer_weights(
     window: int = 0,
     mix: Tensor | None = None,
     rates: Tensor | None = None,
+    absolute: bool = True,
 ) -> Tensor:
     """Attention weights (B, H, T, T): exp(s_ij) for the last `window` keys, Σ_f φ_f(q_i) φ_f(k_j) before, normalised.
 
@@ -194,6 +195,8 @@ def performer_weights(
         window: w, the number of last keys with exact weights (arXiv 2410.10254, Eq. 6).
         mix: (H,) what is added to the log weights of the linear part.
         rates: (H, m) what a feature's log weight loses with every token between the window and the key.
+        absolute: whether the linear part's weights stand for exp(s_ij); otherwise for exp(s_ij − s̄_i), where s̄_i is
+            the mean score in the window.
     """
     steps = torch.arange(q.shape[2], device=q.device)
     distance = steps[:, None] - steps
@@ -203,5 +206,9 @@ def performer_weights(
     linear = terms.logsumexp(-1)
     if mix is not None:
         linear = linear + mix[:, None, None]
-    weights = torch.where(distance < window, scores(q, k), linear)
+    exact = scores(q, k)
+    if window and not absolute:
+        near = ((distance >= 0) & (distance < window)).float()
+        linear = linear + (exact * near).sum(-1, keepdim=True) / near.sum(-1, keepdim=True)
+    weights = torch.where(distance < window, exact, linear)
     return weights.masked_fill(distance < 0, -torch.inf).softmax(-1)

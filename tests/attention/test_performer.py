@@ -72,7 +72,8 @@ def reference(mechanism: PerformerAttention, q: Tensor, k: Tensor) -> Tensor:
     config, k = mechanism.config, repeat_heads(k, q.shape[1])
     rates = 0.7 * mechanism.features.rate[:, 0].sigmoid() if config.feature_map == "learned" and config.fade else None
     mix = mechanism.mix if config.window else None
-    return performer_weights(q, k, *log_features(mechanism, q, k), config.window, mix, rates)
+    absolute = config.feature_map == "favor"
+    return performer_weights(q, k, *log_features(mechanism, q, k), config.window, mix, rates, absolute)
 
 
 # The fast form is the definition.
@@ -285,6 +286,18 @@ def test_a_window_over_everything_is_softmax_attention(feature_map):
     parts = mechanism.attention_parts(q, k, x)
     torch.testing.assert_close(parts["exact"], softmax_weights(q, k))
     assert parts["error"].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "learned"])
+@torch.no_grad()
+def test_what_all_keys_share_does_not_move_weight_to_the_window(feature_map):
+    """Softmax does not see it either: exp(q·c) multiplies all weights of a query alike."""
+    q, k, v, x = inputs(30)
+    mechanism = build(feature_map=feature_map, window=4, chunk_size=8)
+    features = mechanism.features
+    (features.omega if feature_map == "relu" else features.weight).zero_()
+    expected = mechanism(q, k, v, x)
+    torch.testing.assert_close(mechanism(q, k + 5 * torch.randn(8), v, x), expected, **TOLERANCE)
 
 
 @MAPS
