@@ -226,7 +226,9 @@ class PerformerAttention(Mechanism):
         lengths: Tensor | None = None,
     ) -> Tensor:
         dropout = self.layer.dropout if self.training else 0.0
-        return self._mix(q, k, v, self.new_state() if state is None else state, lengths, dropout).to(v.dtype)
+        state = self.new_state() if state is None else state
+        with torch.autocast(q.device.type, enabled=False):  # sums over keys need float32
+            return self._mix(q, k, v, state, lengths, dropout).to(v.dtype)
 
     def _mix(
         self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, lengths: Tensor | None, dropout: float
@@ -355,7 +357,8 @@ class PerformerAttention(Mechanism):
     def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """What `forward` gives when the value of token j is the j-th unit vector (B, H, T, T)."""
         units = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
-        return self._mix(q, k, units, self.new_state(), None, 0.0)
+        with torch.autocast(q.device.type, enabled=False):
+            return self._mix(q, k, units, self.new_state(), None, 0.0)
 
     def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
         """`exact`: softmax attention (B, H, T, T); `error`: how far each row is from it (B, H, T), from 0 to 1.

@@ -246,6 +246,16 @@ def test_learned_keys_cannot_overflow():
     assert torch.isfinite(mechanism(10 * q, 10 * k, v, x)).all()
 
 
+@MAPS
+@torch.no_grad()
+def test_mixed_precision_leaves_the_sums_in_float32(feature_map):
+    q, k, v, x = inputs(40)
+    mechanism = build(feature_map=feature_map, window=4, chunk_size=8)
+    expected = mechanism(q, k, v, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mechanism(q, k, v, x), expected)
+
+
 # The learned map.
 
 
