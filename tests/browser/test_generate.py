@@ -56,6 +56,9 @@ def test_two_methods_write_side_by_side(page: Page):
     for cell in row.get_by_role("cell").all():
         expect(cell).to_contain_text("×")
     expect(column(page, "masks").locator(".parts")).to_have_count(1)
+    page.get_by_role("tab", name="Attention").click()
+    expect(page.get_by_label("Text", exact=False).first).to_have_value(re.compile("^Once upon a time"))
+    expect(page.locator("#attention-maps canvas").first).to_be_visible()
 
 
 def test_a_token_explains_itself(page: Page):
