@@ -64,11 +64,16 @@ def _token_view(column: Column, index: int) -> TokenView:
         view["parts"] = True
     if column.scores:
         score = column.scores[index]
-        view["score"] = round(-math.expm1(-score.kl), 4)
+        view["score"] = round(colour(score.kl), 4)
         view["details"] = _details(score)
         view["top"] = [[text, round(p, 5)] for text, p in score.top]
         view["base_top"] = [[text, round(p, 5)] for text, p in score.base_top]
     return view
+
+
+def colour(kl: float) -> float:
+    """KL in nats on a scale from 0 to 1: √(1 − e^−KL), which total variation never exceeds (Bretagnolle-Huber)."""
+    return math.sqrt(-math.expm1(-kl))
 
 
 def _details(score: TokenScore) -> list[list[str]]:

@@ -16,7 +16,7 @@ function numberCell(number, reference) {
 }
 
 function formatRatio(ratio) {
-  return (ratio >= 10 ? Math.round(ratio) : ratio.toFixed(ratio < 1 ? 2 : 1)) + "×";
+  return (ratio >= 10 ? Math.round(ratio) : ratio.toFixed(ratio < 0.995 ? 2 : 1)) + "×";
 }
 
 function draw() {

@@ -4,10 +4,12 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from demo.engine import Generation
 from demo.runs import Column, Run, Settings
-from demo.views import columns_view, cost_table, history_label
+from demo.views import colour, columns_view, cost_table, history_label
 
 
 @pytest.fixture
@@ -24,10 +26,21 @@ def test_every_token_is_shown_and_only_new_ones_are_coloured(run, store):
         assert "".join(token["text"] for token in view["tokens"]) == "The old <b>house</b>" + column.text
         assert [bool(token.get("prompt")) for token in view["tokens"]] == [True] * column.prompt_length + [False] * 6
         scores = [token["score"] for token in view["tokens"][column.prompt_length :]]
-        assert scores == pytest.approx([1 - math.exp(-score.kl) for score in column.scores], abs=1e-4)
+        assert scores == pytest.approx([colour(score.kl) for score in column.scores], abs=1e-4)
     assert [token.get("parts", False) for token in views[1]["tokens"]].index(True) == run.columns[1].parts_at
     assert "KL" not in views[0]["status"]
     assert "KL to the base" in views[1]["status"]
+
+
+@given(
+    st.lists(st.floats(0.01, 1), min_size=2, max_size=2).flatmap(lambda p: st.tuples(st.just(p), st.permutations(p)))
+)
+def test_the_colour_is_never_less_than_the_total_variation(pair):
+    p, q = ([x / sum(weights) for x in weights] for weights in pair)
+    kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2 <= colour(max(kl, 0)) + 1e-6
+    assert colour(0) == 0
+    assert colour(50) == pytest.approx(1)
 
 
 def test_costs_are_beside_the_base(run):
