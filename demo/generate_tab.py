@@ -21,9 +21,9 @@ from .request import OPTIONS, RequestError, from_query, read_settings
 from .runs import Run, Settings
 from .views import columns_view, cost_table, history_label, settings_line
 
-FRAME_SECONDS = 0.04  # the page is not sent more often than it can be read
+FRAME_SECONDS = 0.07  # the page is not sent more often than it can be read
 FIELDS = ("prompt", "models", *OPTIONS)
-_RUNS = TypeAdapter(list[Run])
+_RUN, _RUNS = TypeAdapter(Run), TypeAdapter(list[Run])
 
 # The address always shows the settings of the last run; what else is in it, such as the theme, stays.
 SHOW_IN_ADDRESS = """(...values) => {
@@ -332,9 +332,7 @@ def frames(generation: Generation) -> Iterator[Run]:
 
 def plain(run: Run, scores: bool) -> dict[str, Any]:
     """A run as plain JSON data, each column with its text."""
-    data = TypeAdapter(Run).dump_python(run, mode="json")
+    data = _RUN.dump_python(run, mode="json", exclude=None if scores else {"columns": {"__all__": {"scores"}}})
     for column, view in zip(run.columns, data["columns"], strict=True):
         view["text"] = column.text
-        if not scores:
-            del view["scores"]
     return data
