@@ -1,15 +1,22 @@
-"""Texts written from fixed prompts."""
+"""Texts that models write: from fixed prompts to be read, and many at once to be counted and judged by the base."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import SampleConfig
+from .losses import vocabulary_loss
+from .stages import last_hidden, output_matrix
+
+BATCH = 16  # texts written at a time
 
 
 @torch.no_grad()
@@ -57,22 +64,109 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def sample_texts(model: PreTrainedModel, count: int, length: int) -> Tensor:
     """(count, length) tokens that a model in evaluation mode writes from eos on, at temperature 1.
 
     Sampled from the whole distribution; a text goes on after an eos inside it.
     """
-    eos = model.config.eos_token_id
-    prompt = torch.full((count, 1), eos, device=model.device)
+    return continue_texts(model, torch.full((count, 1), model.config.eos_token_id), length - 1)
+
+
+@torch.no_grad()
+def continue_texts(model: PreTrainedModel, prompts: Tensor, length: int) -> Tensor:
+    """Prompts (N, P) with `length` tokens more, (N, P + length), sampled as in `sample_texts`."""
+    prompts = prompts.to(model.device)
     return model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
+        prompts,
+        attention_mask=torch.ones_like(prompts),
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length - 1,
+        max_new_tokens=length,
         eos_token_id=None,
-        pad_token_id=eos,
+        pad_token_id=model.config.eos_token_id,
     )
+
+
+def draw_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> Tensor:
+    """(count, length) passages from random places of a stream of tokens (N,).
+
+    Raises:
+        ValueError: if the stream is shorter than a passage.
+    """
+    if len(tokens) < length:
+        raise ValueError(f"prompts of {length} tokens cannot be drawn from a text of {len(tokens)}")
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, count)
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Figures of texts that a model wrote.
+
+    Attributes:
+        sample_perplexity: of the texts under the base.
+        distinct_1, distinct_2, distinct_3: distinct sequences of so many tokens over all such sequences, all texts
+            together (Li et al. 2016, arXiv 1510.03055).
+        repetition: share of a text's sequences of 4 tokens that it had before, mean over texts (seq-rep-4 of Welleck
+            et al. 2019, arXiv 1908.04319).
+    """
+
+    sample_perplexity: float
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    repetition: float
+
+
+@torch.no_grad()
+def measure_writing(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    prompts: Tensor,
+    length: int,
+    seed: int,
+    *,
+    description: str | None = None,
+) -> Writing:
+    """Has a model continue prompts, and measures what it wrote, the prompts not included.
+
+    The same seed gives two models the same random numbers, token by token.
+
+    Args:
+        model: in evaluation mode, as is the base.
+        prompts: (N, P ≥ 1).
+        length: tokens to write after each.
+        description: what a progress bar on stderr says; None shows none.
+
+    Raises:
+        ValueError: if the texts do not fit the model, or are too short for a sequence of 4.
+    """
+    room = model.config.max_position_embeddings - prompts.shape[1]
+    if not 4 <= length <= room:
+        raise ValueError(f"after prompts of {prompts.shape[1]} tokens, texts must have 4 to {room}, not {length}")
+    loss, written = 0.0, []
+    batches = tqdm(prompts.split(BATCH), unit="batch", desc=description, disable=description is None, leave=False)
+    with seeded(seed, model.device):
+        for batch in batches:
+            texts = continue_texts(model, batch, length)
+            loss += _loss(base, texts, length)
+            written.append(texts[:, -length:])
+    texts = torch.cat(written)
+    return Writing(
+        float(np.exp(loss / texts.numel())),
+        *(_distinct(texts.unfold(1, size, 1).flatten(0, 1)) for size in (1, 2, 3)),
+        repetition=1 - sum(_distinct(text.unfold(0, 4, 1)) for text in texts) / len(texts),
+    )
+
+
+def _loss(base: PreTrainedModel, texts: Tensor, length: int) -> float:
+    """Nats of the last `length` tokens of each text."""
+    hidden = last_hidden(base, texts)[:, -length - 1 : -1].flatten(0, 1)
+    return vocabulary_loss(hidden, output_matrix(base), {"ce": 1.0}, labels=texts[:, -length:].flatten())[0].item()
+
+
+def _distinct(sequences: Tensor) -> float:
+    """Share of distinct rows among rows (N, n)."""
+    return len(sequences.unique(dim=0)) / len(sequences)

@@ -1,0 +1,86 @@
+"""Texts that models write, and what is counted in them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import attention
+from trainer.samples import continue_texts, draw_prompts, measure_writing, sample_texts, seeded
+
+
+@pytest.fixture(scope="module")
+def base(workplace):
+    return attention.load(workplace / "base")[0]
+
+
+@pytest.fixture
+def parrot(workplace):
+    """A model that always writes token 7."""
+    model = AutoModelForCausalLM.from_pretrained(workplace / "base").eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight.mul_(0.01)
+        model.transformer.wte.weight[7] = 10 * model.transformer.ln_f.bias.sign().add(0.5)
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[7])
+    return model
+
+
+def test_writing_of_a_model_that_repeats_itself(parrot):
+    writing = measure_writing(parrot, parrot, torch.arange(6).view(3, 2), 20, seed=0)
+    assert writing.sample_perplexity == pytest.approx(1.0)
+    assert [writing.distinct_1, writing.distinct_2, writing.distinct_3] == [1 / (3 * 20), 1 / (3 * 19), 1 / (3 * 18)]
+    assert writing.repetition == pytest.approx(16 / 17)
+
+
+def test_the_base_judges_what_was_written_and_not_the_prompts(base, parrot):
+    prompts = draw_prompts(np.arange(100, dtype=np.int32), 4, 5, seed=1)
+    writing = measure_writing(parrot, base, prompts, 10, seed=0)
+    texts = torch.cat([prompts, torch.full((4, 10), 7)], 1)
+    with torch.no_grad():
+        logs = base(texts).logits[:, 4:-1].log_softmax(-1)
+    assert math.log(writing.sample_perplexity) == pytest.approx(-logs[..., 7].mean().item(), rel=1e-4)
+
+
+def test_the_perplexity_of_samples_is_that_of_their_distribution(base):
+    prompts = torch.zeros(256, 1, dtype=torch.long)
+    writing = measure_writing(base, base, prompts, 4, seed=0)
+    with torch.no_grad():
+        probabilities = base(torch.zeros(1, 1, dtype=torch.long)).logits.softmax(-1)
+    entropy = -(probabilities * probabilities.log()).sum().item()
+    assert math.log(writing.sample_perplexity) == pytest.approx(entropy, rel=0.35)
+
+
+def test_the_same_seed_writes_the_same(base):
+    prompts = draw_prompts(np.arange(100, dtype=np.int32), 20, 3, seed=0)
+    again, other = (measure_writing(base, base, prompts, 8, seed=seed) for seed in (0, 1))
+    assert measure_writing(base, base, prompts, 8, seed=0) == again != other
+
+
+def test_samples_are_continuations_of_eos(base):
+    with seeded(5, base.device):
+        texts = sample_texts(base, 3, 10)
+    with seeded(5, base.device):
+        continued = continue_texts(base, torch.full((3, 1), base.config.eos_token_id), 9)
+    assert texts.shape == (3, 10)
+    assert torch.equal(texts, continued)
+
+
+def test_prompts_are_passages():
+    tokens = np.arange(50, 90, dtype=np.int32)
+    prompts = draw_prompts(tokens, 200, 6, seed=0)
+    assert torch.equal(prompts - prompts[:, :1], torch.arange(6).expand(200, -1))
+    assert prompts.min() == 50
+    assert prompts.max() == 89
+    assert torch.equal(draw_prompts(tokens, 1, 40, seed=0)[0], torch.arange(50, 90))
+    with pytest.raises(ValueError, match="prompts of 41 tokens cannot be drawn from a text of 40"):
+        draw_prompts(tokens, 1, 41, seed=0)
+
+
+@pytest.mark.parametrize("length", [3, 63])
+def test_texts_that_do_not_fit(base, length):
+    with pytest.raises(ValueError, match=f"texts must have 4 to 62, not {length}"):
+        measure_writing(base, base, torch.zeros(1, 2, dtype=torch.long), length, seed=0)
