@@ -24,6 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--mcp", action="store_true", help="serve the endpoints as MCP tools too")
     return parser.parse_args(arguments)
 
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     options = parse(arguments)
     app = App(ModelStore([*bundled(CHECKPOINTS), *options.checkpoints]))
-    launch(app, options.host, options.port)
+    launch(app, options.host, options.port, mcp_server=options.mcp or None)
 
 
 if __name__ == "__main__":

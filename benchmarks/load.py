@@ -25,7 +25,15 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).parents[1]
-HOSTILE = ("<script>alert(1)</script>", "${alert(1)} {{x}}", "\x00\x1b[31m\u202e", "x" * 1_000_000, "")
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "${alert(1)} {{x}}",
+    "\x00\x1b[31m\u202e",
+    "half \ud800 a pair",
+    "x" * 1_000_000,
+    "",
+)
+JSON = {"Content-Type": "application/json"}
 PROMPTS = ("The old house stood at the end of the lane, and", "Once upon a time", "It was a dark night when")
 
 
@@ -50,10 +58,10 @@ async def visit(client: httpx.AsyncClient, url: str, kind: str, tokens: int, see
     result = Visit(kind)
     draw = random.Random(seed)
     prompt = draw.choice(HOSTILE if kind == "attacker" else PROMPTS)
-    body = {"data": [prompt, None, 0.8, 40, 0.95, 1.1, tokens, seed, False]}
+    body = json.dumps({"data": [prompt, None, 0.8, 40, 0.95, 1.1, tokens, seed, False]})
     start = time.monotonic()
     try:
-        posted = await client.post(f"{url}/gradio_api/call/generate", json=body)
+        posted = await client.post(f"{url}/gradio_api/call/generate", content=body, headers=JSON)
         if posted.status_code != 200:
             result.outcome = "busy" if "full" in posted.text else f"status {posted.status_code}: {posted.text[:200]}"
             return result

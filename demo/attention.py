@@ -302,7 +302,7 @@ def _share_read(loaded: LoadedModel, mechanism: Mechanism, part: Passage) -> Row
     shares = [round(mechanism.keys_read(position) / (position + 1), 5) for position in part.positions]
     series: list[RowSeries] = [{"name": loaded.name, "color": 1, "values": shares}]
     if mechanism.config.method != "softmax":
-        series.append({"name": "softmax", "color": 0, "values": [1.0] * len(shares)})
+        series.append({"name": "softmax", "color": 0, "dashed": True, "values": [1.0] * len(shares)})
     return {
         "title": "Share of the keys read",
         "note": "Keys, or rows of the state, read for a token over the tokens up to it; logarithmic.",
@@ -322,7 +322,8 @@ def _comparison(loaded: LoadedModel, part: Passage, head_maps: dict[str, Tensor]
         rows.append(
             {
                 "title": "Attention that lies elsewhere",
-                "note": "Total variation of each row: 0 for the same attention, 1 for no key in common.",
+                "note": "Total variation of each row: 0 for the same attention, 1 for no key in common. Over the same "
+                "queries and keys it is the method's own error.",
                 "min": 0,
                 "series": [
                     {"name": name, "color": index, "values": plain(total_variation(head_maps["model"], other))}

@@ -14,6 +14,8 @@ from .models import LoadedModel, LoadError, ModelStore
 from .runs import Run
 
 SHORTEST = 8
+# Tells as the last value whether the tab is the one that is seen.
+IS_OPEN = """(...values) => [...values.slice(0, -1), Boolean(document.getElementById("attention-tab")?.offsetParent)]"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
         )
         # Not "always_last": Gradio would repeat the data of the first click in place of the last one's.
         grid.select(handlers.open, [session.runs, chosen], [maps, chosen], trigger_mode="multiple", **quiet, **lane)
-        session.runs.change(handlers.take_text, [session.runs, model], [text, model, start], queue=False, **quiet)
+        taken = session.runs.change(
+            handlers.take_text, [session.runs, model], [text, model, start], queue=False, **quiet
+        )
+        is_open = gr.Checkbox(visible=False)
+        taken.then(handlers.follow, [*inputs, is_open], [grid, maps, chosen], js=IS_OPEN, **quiet, **lane)
         session.names.change(handlers.offer, [session.names, model], model, queue=False, **quiet)
         gr.api(handlers.attention, api_name="attention", **lane)
     return tab
@@ -137,6 +143,11 @@ class Handlers:
         if not text or not model or wanted.same_passage(chosen):
             return (gr.skip(),) * 3
         return self.show(model, text, start, count, runs, chosen)
+
+    def follow(self, *values: Any) -> tuple[Any, Any, Any]:
+        """The same, if the tab is open, as the last value says."""
+        *inputs, is_open = values
+        return self.show_if_any(*inputs) if is_open else (gr.skip(),) * 3
 
     def open(self, runs: list[Run], chosen: Chosen, event: gr.EventData) -> tuple[Any, Chosen]:
         """The maps of a layer and head that was clicked."""

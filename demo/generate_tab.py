@@ -84,7 +84,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             label="Settings of the run below",
             show_label=False,
             container=False,
-            max_lines=1,
+            max_lines=4,
             interactive=False,
             elem_id="generate-shown",
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ def build(app: App) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\nOne language model, several ways to attend: what each writes, sees and costs.")
         notices = Notices(elem_id="notices")
         session = Session(blocks, runs=gr.State([]), names=gr.State([]))
-        with gr.Tabs(elem_id="tabs"):
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             for build_tab in TABS:
                 build_tab(app, session)
         poll = gr.Timer(1, active=False)
@@ -58,12 +56,18 @@ def notices_of(store: ModelStore) -> list[dict[str, str]]:
 
 
 def theme() -> gr.Theme:
-    """Fonts of the visitor's own system, so that nothing is fetched from elsewhere."""
+    """Fonts of the visitor's own system, so that nothing is fetched from elsewhere; hints dark enough to be read."""
     return gr.themes.Default(
         primary_hue="blue",
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    ).set(
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        body_text_color_subdued="*neutral_500",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
     )
 
 
@@ -77,7 +81,6 @@ def launch(app: App, host: str | None = None, port: int | None = None, **options
     settings: dict[str, Any] = {
         "theme": theme(),
         "css_paths": STYLE,
-        "mcp_server": importlib.util.find_spec("mcp") is not None,
         "ssr_mode": False,
         "run_history": False,
         "state_session_capacity": SESSIONS,
@@ -89,8 +92,3 @@ def launch(app: App, host: str | None = None, port: int | None = None, **options
         "_frontend": False,
     }
     return build(app).launch(server_name=host, server_port=port, **{**settings, **options})
-
-
-def is_space() -> bool:
-    """Whether this is a Hugging Face Space, where everyone may come."""
-    return "SPACE_ID" in os.environ

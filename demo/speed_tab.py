@@ -46,9 +46,9 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             longest = gr.Dropdown(
                 LENGTHS, value=4096, label="Longest text", info="In tokens.", elem_id="speed-longest", min_width=140
             )
-        with gr.Row():
-            start = gr.Button("Measure", variant="primary", elem_id="speed-start")
-            stop = gr.Button("Stop", variant="stop", elem_id="speed-stop")
+        with gr.Row(elem_classes="actions"):
+            start = gr.Button("Measure", variant="primary", scale=3, elem_id="speed-start")
+            stop = gr.Button("Stop", scale=1, elem_id="speed-stop")
         meter = Meter(elem_id="speed-meter")
         gr.Markdown(
             "### Measured on this machine\nLogarithmic axes; lower is better. Each time is the shortest of several."

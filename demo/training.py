@@ -185,6 +185,7 @@ def curves(rows: list[Row]) -> list[Chart]:
             "Of the base's weights and of the mechanisms' own.",
             "",
             [_series("weights", train, "lr", 1), _series("mechanisms", train, "mechanism_lr", 2)],
+            log=True,
         ),
         _chart("Tokens a second", "While training.", "", [_series("speed", train, "tokens_per_second", 1)]),
     ]

@@ -2,6 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 46, right: 12, top: 14, bottom: 34 };
+const LABEL_LINE = 12; // room above the plot for what the vertical axis is in
 
 function svg(tag, attributes, text) {
   const node = document.createElementNS(SVG, tag);
@@ -28,14 +29,17 @@ function linearTicks(low, high, count) {
 function logTicks(low, high, count) {
   const decades = Math.log10(high / low);
   if (decades < 1) return linearTicks(low, high, count);
-  const factors = decades <= 2 ? [1, 2, 5] : [1];
-  const ticks = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
-    for (const factor of factors) ticks.push(factor * 10 ** power);
-  }
-  const inside = ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
-  const every = Math.ceil(inside.length / Math.max(count, 1));
-  return inside.filter((_, index) => index % every === 0);
+  const inside = (factors) => {
+    const ticks = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+      for (const factor of factors) ticks.push(factor * 10 ** power);
+    }
+    return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+  };
+  const choices = [[1, 2, 5], [1, 3], [1]].map(inside);
+  const ticks = choices.find((choice) => choice.length <= count) || choices[2];
+  const every = Math.ceil(ticks.length / Math.max(count, 1));
+  return ticks.filter((_, index) => index % every === 0);
 }
 
 // A map from values to pixels, with its ticks. `axis`: {log, min, max, ticks}.
@@ -87,7 +91,7 @@ function lineChart(spec, onHover) {
     const width = canvas.clientWidth;
     const height = canvas.clientHeight;
     if (width < 80 || height < 60) return;
-    bounds = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
+    bounds = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top + (spec.y.label ? LABEL_LINE : 0), bottom: height - MARGIN.bottom };
     const ys = spec.series.flatMap((series) => series.points.map((point) => point[1]));
     scaleX = makeScale(xs, spec.x, bounds.left, bounds.right, Math.floor((bounds.right - bounds.left) / 56));
     const scaleY = makeScale(ys, spec.y, bounds.bottom, bounds.top, Math.floor((bounds.bottom - bounds.top) / 32));
@@ -157,17 +161,19 @@ function axes(spec, scaleX, scaleY, bounds) {
   return nodes;
 }
 
+// Lines first, so that none goes through a label.
 function events(spec, scaleX, bounds) {
-  return (spec.events || []).flatMap((event, index) => {
+  const lines = [];
+  const labels = [];
+  (spec.events || []).forEach((event, index) => {
     const x = scaleX(event.x);
-    if (!(x >= bounds.left && x <= bounds.right)) return [];
+    if (!(x >= bounds.left && x <= bounds.right)) return;
     const anchor = x > (bounds.left + bounds.right) / 2 ? "end" : "start";
     const offset = anchor === "end" ? -4 : 4;
-    return [
-      svg("line", { class: "event", x1: x, x2: x, y1: bounds.top, y2: bounds.bottom, style: eventStyle(event) }),
-      svg("text", { class: "event-label", x: x + offset, y: bounds.top + 12 + 14 * index, "text-anchor": anchor }, readable(event.label)),
-    ];
+    lines.push(svg("line", { class: "event", x1: x, x2: x, y1: bounds.top, y2: bounds.bottom, style: eventStyle(event) }));
+    labels.push(svg("text", { class: "event-label", x: x + offset, y: bounds.top + 12 + 14 * index, "text-anchor": anchor }, readable(event.label)));
   });
+  return [...lines, ...labels];
 }
 
 function eventStyle(event) {

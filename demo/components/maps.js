@@ -321,7 +321,7 @@ function buildChart(rows) {
     height: 150,
     x: { label: "token" },
     y: { label: "", unit: rows.unit, log: rows.log, min: rows.min, max: rows.max },
-    series: rows.series.map((series) => ({ name: series.name, color: series.color, points: points(series.values) })),
+    series: rows.series.map(({ values, ...series }) => ({ ...series, points: points(values) })),
   };
   return lineChart(spec, (x) => board.hover(x === null ? null : { row: x - board.start, column: strongest(x - board.start) }));
 }

@@ -42,6 +42,7 @@ class RowSeries(TypedDict, total=False):
 
     name: str
     color: int
+    dashed: bool
     values: list[float | None]
 
 

@@ -8,7 +8,7 @@ from .canvas import ScriptedHTML
 
 
 class TextTable(ScriptedHTML):
-    """Rows of short texts; scrolls sideways where it is wider than the page.
+    """Rows of short texts; where the page is narrow, a list for each row.
 
     Args:
         value: `{"headers": [text, ...], "rows": [[text, ...], ...]}`; the first column names the row.

@@ -2,12 +2,14 @@
 
 import json
 import struct
+import threading
 
 import pytest
 import torch
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 import attention
+from demo.engine import Decoder
 
 from .conftest import Watched
 
@@ -284,3 +286,21 @@ def test_the_maps_fit_the_window(tab: Page, width: int):
         assert box["width"] >= 250
         assert box["x"] + box["width"] <= width
         assert box["width"] == pytest.approx(box["height"], abs=1)
+
+
+def test_the_maps_follow_a_run_that_ends_while_they_are_open(page: Page, monkeypatch: pytest.MonkeyPatch):
+    step, gate = Decoder.step, threading.Event()
+
+    def held(decoder: Decoder) -> None:
+        gate.wait(60)
+        step(decoder)
+
+    expect(page.locator("#generate-columns .token").nth(60)).to_be_visible()
+    monkeypatch.setattr(Decoder, "step", held)
+    page.get_by_label("Prompt").fill("Follow me")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator("#generate-columns")).to_contain_text("Follow me")
+    page.get_by_role("tab", name="Attention").click()
+    expect(title(page)).to_contain_text("masks · layer 0")
+    gate.set()
+    expect(page.locator("#attention-maps .tokens")).to_contain_text("Follow me")

@@ -26,7 +26,7 @@ def served(checkpoints):
     """The app's address and its store."""
     limits = Limits(new_tokens=60, prompt_characters=2000, seconds=30)
     store = ModelStore([checkpoints / "base", checkpoints / "masks"], limits, Access(None, (checkpoints,)))
-    app, url, _ = launch(App(store), port=free_port(), prevent_thread_lock=True, quiet=True)
+    app, url, _ = launch(App(store), port=free_port(), mcp_server=True, prevent_thread_lock=True, quiet=True)
     yield url, store
     app.blocks.close()
 
