@@ -129,9 +129,9 @@ def _figures(making: Making, measured: dict[str, Fidelity]) -> str:
 
 
 def _usage(making: Making) -> str:
-    place = making.config.push_to or "PATH/TO/THIS/FOLDER"
+    place = making.config.push_to or f"{making.config.output}/variant"
     return (
-        "From a clone of the project that made it:\n\n"
+        "In a clone of the project that made it, from wherever the variant lies:\n\n"
         "```python\n"
         "import attention\n\n"
         f'model, tokenizer = attention.load("{place}")\n'

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .losses import CHUNK_BYTES
+from .losses import CHUNK_TOKENS
 from .stages import last_hidden, output_matrix
 
 
@@ -98,10 +98,9 @@ def _batch_sums(variant: PreTrainedModel, base: PreTrainedModel | None, input_id
     hidden = last_hidden(variant, input_ids)[:, :-1].flatten(0, 1)
     base_hidden = hidden if base is None else last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
     weight, base_weight = output_matrix(variant), output_matrix(variant if base is None else base)
-    chunk = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
     sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
+    for start in range(0, len(labels), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
         log_q = (hidden[part] @ weight.t()).float().log_softmax(-1)
         log_p = log_q if base is None else (base_hidden[part] @ base_weight.t()).float().log_softmax(-1)
         sums += _chunk_sums(log_p, log_q, labels[part, None])

@@ -114,8 +114,8 @@ class Loop:
 
     def _run_stage(self, index: int, snapshot: Snapshot | None) -> None:
         stage = self.config.stages[index]
-        learner = build_learner(stage, self.setup.model, self.setup.base).train()
-        learner, *optimizers = self.accelerator.prepare(learner, *build_optimizers(stage, learner))
+        built = build_learner(stage, self.setup.model, self.setup.base).train()
+        learner, *optimizers = self.accelerator.prepare(built, *build_optimizers(stage, built))
         batches = StageBatches(self.setup.train, stage, (self.config.seed, index))
         done = 0
         if snapshot is not None:
@@ -129,6 +129,7 @@ class Loop:
             self.step_seconds[index] = time.monotonic() - started
             done += 1
             self._after_step(index, done, optimizers)
+        built.close()
         self.accelerator.free_memory()
 
     def _train_step(

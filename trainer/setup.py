@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, LoggerType, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -92,6 +93,7 @@ def build(config: RunConfig) -> Setup:
     Raises:
         DataError, attention.CheckpointError, OSError, ValueError: saying what cannot be used and what to do.
     """
+    check_trackers(config.trackers)
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),  # must be said, or ranks do not find each other
         mixed_precision=_precision(config),
@@ -108,7 +110,7 @@ def build(config: RunConfig) -> Setup:
             if module is not None:
                 fuse_activations(module)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         source, is_main = model if base is None else base, accelerator.is_main_process
         train, valid = load_tokens(
             config.data, tokenizer, lambda: _sample(config, source, show_progress=is_main), show_progress=is_main
@@ -125,6 +127,18 @@ def _precision(config: RunConfig) -> str | None:
         return config.precision
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 and not config.cpu else None
+
+
+def check_trackers(names: list[str]) -> None:
+    """Checks that trackers can be used; Accelerate leaves out what is not installed without a word.
+
+    Raises:
+        ValueError: naming all that cannot.
+    """
+    registered = LOGGER_TYPE_TO_CLASS.keys() - set(LoggerType.list())
+    usable = {"all", *map(str, get_available_trackers()), *registered}
+    if missing := sorted(set(names) - usable):
+        raise ValueError(f"trackers: {missing} are not installed or not known to Accelerate; try pip install")
 
 
 def check_processes(config: RunConfig, accelerator: Accelerator) -> None:

@@ -43,6 +43,9 @@ class Learner(nn.Module):
         """Losses of (B, T) tokens, over B · (T − 1) predicted ones."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Leaves the model as it would be without the learner."""
+
 
 def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """(B, T, E) what the output matrix is applied to."""
@@ -69,14 +72,25 @@ class Distil(Learner):
         super().__init__(model)
         self.objective = stage.objective
         self.base = (base,)  # in a tuple, so that it is neither trained, nor saved, nor moved
+        # Taken while the mechanisms run: then FSDP has their parameters whole, and recomputed activations fit.
+        self.penalties: list[Tensor] = []
+        self.hooks = [mechanism.register_forward_hook(self._collect) for mechanism in model.mechanisms]
+
+    def _collect(self, mechanism: Mechanism, *_: object) -> None:
+        if mechanism.training and (penalty := mechanism.penalty()) is not None:
+            self.penalties.append(penalty)
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def forward(self, input_ids: Tensor) -> Losses:
         base = self.base[0]
         terms = self.objective.model_dump(exclude={"l1"})
         with torch.no_grad():
             teacher = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
-        with penalised(self.model.mechanisms) as penalties:
-            hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
+        self.penalties.clear()
+        hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
         loss, sums = vocabulary_loss(
             hidden,
             output_matrix(self.model),
@@ -85,8 +99,8 @@ class Distil(Learner):
             teacher_hidden=teacher,
             teacher_weight=output_matrix(base),
         )
-        if penalties:
-            penalty = len(hidden) * torch.stack(penalties).sum()
+        if self.penalties:
+            penalty = len(hidden) * torch.stack(self.penalties).sum()
             loss = loss + self.objective.l1 * penalty
             sums["l1"] = penalty.detach()
         return Losses(loss, sums)
@@ -145,23 +159,6 @@ def recorded(mechanisms: list[Mechanism]) -> Iterator[list[Call]]:
     ]
     try:
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def penalised(mechanisms: list[Mechanism]) -> Iterator[list[Tensor]]:
-    """Collects the penalties of mechanisms as they run, which under FSDP is when their parameters are whole."""
-    penalties: list[Tensor] = []
-
-    def collect(mechanism: Mechanism, *_: object) -> None:
-        if (penalty := mechanism.penalty()) is not None:
-            penalties.append(penalty)
-
-    hooks = [mechanism.register_forward_hook(collect) for mechanism in mechanisms]
-    try:
-        yield penalties
     finally:
         for hook in hooks:
             hook.remove()
