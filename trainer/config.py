@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,10 +16,35 @@ from attention.registry import config_from_dict
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class _Loader(yaml.SafeLoader):
+    """Scalars as YAML 1.2 has them: `no`, `on`, 0123 and dates are text, 1e-3 is a number."""
+
+    yaml_implicit_resolvers: ClassVar = {}
+
+
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?|[-+]?[0-9]+[eE][-+]?[0-9]{1,3}|[-+]?\.inf|\.nan",
+    "merge": r"<<",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+
+
+def read_yaml(text: str) -> Any:
+    """A value from YAML.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 class Section(BaseModel):
     """A part of a config: no unknown options, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, coerce_numbers_to_str=True)
 
 
 class DataConfig(Section):
@@ -334,6 +359,11 @@ class RunConfig(Section):
         """The config as a recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("attention")
     @classmethod
     def _attention_exists(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -403,7 +433,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: listing everything that is wrong.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
     except yaml.YAMLError as error:
@@ -432,7 +462,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
         if not given:
             text = words.pop(0) if words and not re.match(r"--[A-Za-z_]", words[0]) else "true"
         try:
-            _set(values, option.split("."), yaml.safe_load(text))
+            _set(values, option.split("."), read_yaml(text))
         except (LookupError, TypeError, ValueError, yaml.YAMLError):
             problems.append(f"--{option} {text}: there is no such place in the recipe, or the value is not YAML")
     return problems

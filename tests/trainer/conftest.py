@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 WORDS = ("the sea old man looked at and a ship came over dark water", "when night fell upon them all")
+
+
+@pytest.fixture(autouse=True)
+def engine() -> None:
+    """Accelerate keeps its settings for the life of a process; each test starts with a fresh one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def made_text(documents: int = 4, paragraphs: int = 12, seed: int = 0) -> str:

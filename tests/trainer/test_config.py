@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention import ConfigError
-from trainer.config import apply_overrides, load_config, share_steps
+from trainer.config import DataConfig, apply_overrides, load_config, share_steps
 
 RECIPES = sorted(Path("trainer/recipes").glob("*.yaml"))
 
@@ -45,6 +45,27 @@ def test_overrides_reach_any_place(tmp_path: Path):
     assert config.resume is True
     assert config.eval.every is None
     assert config.samples.prompts == ["", "--x"]
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "value"),
+    [
+        ("--precision no", "precision", "no"),
+        ("--push_to on", "push_to", "on"),
+        ("--output 2026", "output", "2026"),
+        ("--output 2026-01-31", "output", "2026-01-31"),
+        ("--variant null", "variant", None),
+        ("--trackers tensorboard", "trackers", ["tensorboard"]),
+        ("--cpu on", "cpu", True),
+        ("--resume false", "resume", False),
+        ("--data.revision 0123456", "data", DataConfig(revision="0123456")),
+        ("--attention.num_features 16", "attention", {"method": "performer", "num_features": 16}),
+    ],
+)
+def test_values_are_what_they_look_like(option: str, place: str, value: object, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{base: b, attention: {method: performer}, stages: [{stage: distil, steps: 1e0}], output: o}")
+    assert getattr(load_config(recipe, option.split()), place) == value
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path):

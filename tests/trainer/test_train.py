@@ -76,6 +76,12 @@ def test_the_card_has_what_the_hub_wants(finished: Path):
         assert part in card.content
 
 
+def test_the_snippet_on_the_card_runs(finished: Path, capsys: pytest.CaptureFixture):
+    content = (finished / "variant" / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", content, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.startswith("The old man looked at the sea and")
+
+
 def test_pretraining_lowers_the_loss_and_leaves_a_plain_model(workplace: Path, tmp_path: Path):
     stage = {"stage": "pretrain", "steps": 12, "batch_size": 4, "context": 32, "muon": True, "lr": 1e-2}
     options = recipe(workplace, output=str(tmp_path / "run"), stages=[stage], attention=None)
@@ -127,6 +133,8 @@ def test_a_variant_can_be_continued(finished: Path, workplace: Path, tmp_path: P
     [
         ({"base": "nowhere/at-all/x/y"}, "nowhere"),
         ({"data": {"train": "missing-*.txt"}}, "no file matches missing-*.txt"),
+        ({"trackers": ["no-such"]}, "trackers: ['no-such'] are not installed"),
+        ({"eval": {"text": "missing.txt", "context": 32}}, "no file matches missing.txt"),
         ({"eval": {"context": 65}}, "the model holds 64 tokens, but eval.context is 65"),
     ],
 )
@@ -134,6 +142,22 @@ def test_what_cannot_be_used_is_named(change: dict, message: str, workplace: Pat
     path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run"), **change))
     assert main(["--config", str(path)]) == 2
     assert message in (tmp_path / "run" / "train.log").read_text()
+
+
+def final_kl(folder: Path) -> float:
+    return [row for row in rows(folder) if row["kind"] == "eval"][-1]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [(["--gradient_checkpointing"], 1e-5), (["--precision", "no"], 1e-5), (["--precision", "bf16"], 2e-2)],
+)
+def test_activations_can_be_recomputed_and_precision_be_lower(
+    options: list[str], tolerance: float, finished: Path, workplace: Path, tmp_path: Path
+):
+    path = str(write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run"))))
+    assert main(["--config", path, *options]) == 0
+    assert final_kl(tmp_path / "run") == pytest.approx(final_kl(finished), rel=tolerance)
 
 
 def test_what_is_not_finite_stops_the_run_with_the_step_named_and_keeps_the_checkpoint(workplace: Path, tmp_path: Path):
