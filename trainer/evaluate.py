@@ -1,10 +1,14 @@
-"""Measures variants against their base on a text: `python trainer/evaluate.py --variant DIR --text FILE`.
+"""Measures variants against their base on a text: `python trainer/evaluate.py --variant DIR ... --text FILE`.
 
 Tokens are counted like this. The text's documents (parts between empty lines; objects of JSON lines) are each ended by
 eos and joined into one stream, which is cut into blocks of `--context` tokens. Every token of a block but its first is
 predicted exactly once, from the tokens before it in its block; the last block may be short. All figures are means over
-these predictions. With `--ablate`, each branch of the mechanism is switched off in turn, in all layers. With
-`--samples`, the model writes, and its texts are judged by the base; see `trainer/writing.py`.
+these predictions. Variants of one base are measured together, so that the base reads the text once.
+
+With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
+temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). With `--ablate`,
+each part of the mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
+`--tolerance` does nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,11 @@ from transformers.utils import logging as transformers_logging
 
 import attention
 from trainer.data import DataError, read_files
-from trainer.fidelity import Fidelity, measure
-from trainer.writing import measure_writing
+from trainer.fidelity import Fidelity, Reader, measure_each
+from trainer.samples import draw_prompts, measure_writing
 
 Row = dict[str, Any]
+NOTHING, HARM = "does nothing", "better without"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,79 +42,140 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variant", required=True, nargs="+", metavar="SPEC", help="folders or Hub ids; a base is measured alone")
     add("--text", required=True, nargs="+", metavar="FILE", help="files or patterns of text or JSON lines")
-    add("--base", metavar="SPEC", help="the base, if not the one that the variant names")
+    add("--base", metavar="SPEC", help="the base, if not the one that a variant names")
     add("--context", type=int, default=512, help="tokens of a block (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="blocks of a forward pass (default: %(default)s)")
     add("--device", default="cpu", help="(default: %(default)s)")
-    add("--ablate", action="store_true", help="also measure with each branch switched off")
-    add("--samples", type=int, default=0, metavar="N", help="also have it write N texts")
-    add("--length", type=int, default=200, help="tokens of such a text (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the texts (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object a variant instead of a table")
+    add("--ablate", action="store_true", help="also measure with each part switched off")
+    add("--tolerance", type=float, default=1e-3, help="change in KL that is nothing, nats/token (default: %(default)s)")
+    add("--samples", type=int, default=0, metavar="N", help="also have variant and base continue N passages")
+    add("--prompt_length", type=int, default=16, help="tokens of a passage (default: %(default)s)")
+    add("--length", type=int, default=200, help="tokens to write after it (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of passages and samples (default: %(default)s)")
+    add("--json", action="store_true", help="print one JSON object a variant instead of tables")
     return parser.parse_args(arguments)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured; `base` is None for a base itself."""
+    """A variant, or a base itself, that is measured."""
 
     spec: str
     method: str
     model: PreTrainedModel
-    base: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase
+
+    def keys_read(self, context: int) -> int:
+        """The most keys, or what takes as long, that the last query of a context reads in any layer."""
+        mechanisms = getattr(self.model, "mechanisms", [])
+        return max((mechanism.keys_read(context - 1) for mechanism in mechanisms), default=context)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that can be switched off with something left; none for a mechanism of a single part."""
+        mechanisms = getattr(self.model, "mechanisms", None)
+        names = mechanisms[0].branches if mechanisms else ()
+        return names if len(names) > 1 else ()
 
 
-def load(spec: str, options: argparse.Namespace) -> Subject:
-    """Loads a variant with its base, or a base.
+@dataclass(frozen=True)
+class Family:
+    """A base, and what is measured against it."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    subjects: list[Subject] = field(default_factory=list)
+
+
+def evaluate(options: argparse.Namespace) -> list[Row]:
+    """What is measured of each variant, by name; the order is that of `options.variant`.
 
     Raises:
-        attention.CheckpointError, ValueError: saying what is missing or wrong.
+        attention.CheckpointError, DataError, ValueError: saying what is missing or wrong.
     """
-    found = attention.describe(spec)
-    base = base_tokenizer = None
-    if found.is_variant:
-        if (base_spec := options.base or found.base) is None:
+    rows = [row for family in load(options) for row in _measure(family, options)]
+    return sorted(rows, key=lambda row: options.variant.index(row["variant"]))
+
+
+def load(options: argparse.Namespace) -> list[Family]:
+    """Loads what is to be measured, each base once."""
+    families: dict[str, Family] = {}
+    for spec in options.variant:
+        found = attention.describe(spec)
+        place = (options.base or found.base) if found.is_variant else str(found.folder)
+        if place is None:
             raise ValueError(f"{spec} names no base to compare it with; give one with --base")
-        base, base_tokenizer = attention.load(base_spec, device=options.device)
-    model, tokenizer = attention.load(spec, device=options.device if base is None else None, base=base)
-    if (tokenizer := tokenizer or base_tokenizer) is None:
-        raise ValueError(f"{spec} has no tokenizer, which is needed to read text")
-    return Subject(spec, found.method, model, base, tokenizer)
+        if place not in families:
+            families[place] = Family(*attention.load(place, device=options.device))
+        base = families[place].base
+        model = attention.load(spec, base=base)[0] if found.is_variant else base
+        families[place].subjects.append(Subject(spec, found.method, model))
+    return list(families.values())
 
 
-def evaluate(spec: str, options: argparse.Namespace) -> Row:
-    """What is measured of one variant, by name."""
-    subject = load(spec, options)
-    tokens = read_files(options.text, subject.tokenizer)
-    figures = _measure(subject, tokens, options, spec)
-    row: Row = {"method": subject.method, **figures.to_dict(), "context": options.context, "variant": spec}
+def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
+    if family.tokenizer is None:
+        raise ValueError(f"the base {family.base.name_or_path} has no tokenizer, which is needed to read text")
+    tokens = read_files(options.text, family.tokenizer)
+    rows = _fidelity(family, tokens, options)
     if options.samples:
-        judge = subject.base or subject.model
-        row |= asdict(measure_writing(subject.model, judge, options.samples, options.length, options.seed))
-    if options.ablate:
-        row["ablations"] = {name: _without(subject, name, tokens, options).to_dict() for name in branches(subject)}
-    return row
+        for row, figures in zip(rows, _writing(family, tokens, options), strict=True):
+            row["samples"] = figures
+    return rows
 
 
-def branches(subject: Subject) -> tuple[str, ...]:
-    """The parts that can be switched off, of which there are at least two."""
-    names = () if subject.base is None else subject.model.mechanisms[0].branches
-    return names if len(names) > 1 else ()
+def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
+    """A row for each subject, with its ablations if they are asked for."""
+    parts = [subject.parts if options.ablate else () for subject in family.subjects]
+    readers = [
+        Reader(subject.model, without)
+        for subject, names in zip(family.subjects, parts, strict=True)
+        for without in ((), *((name,) for name in names))
+    ]
+    found = iter(measure_each(readers, family.base, tokens, options.context, options.batch_size, description="reading"))
+    rows = []
+    for subject, names in zip(family.subjects, parts, strict=True):
+        figures = next(found)
+        row: Row = {
+            "method": subject.method,
+            **figures.to_dict(),
+            "context": options.context,
+            "keys_read": subject.keys_read(options.context),
+            "variant": subject.spec,
+        }
+        if options.ablate:
+            row["tolerance"] = options.tolerance
+            row["ablations"] = {name: _ablation(next(found), figures.kl, options.tolerance) for name in names}
+        rows.append(row)
+    return rows
 
 
-def _without(subject: Subject, branch: str, tokens: np.ndarray, options: argparse.Namespace) -> Fidelity:
-    for mechanism in subject.model.mechanisms:
-        mechanism.disable(branch)
-    figures = _measure(subject, tokens, options, f"{subject.spec} without {branch}")
-    for mechanism in subject.model.mechanisms:
-        mechanism.disable()
-    return figures
+def _ablation(figures: Fidelity, whole_kl: float, tolerance: float) -> Row:
+    change = figures.kl - whole_kl
+    return {**figures.to_dict(), "kl_change": change, "does_nothing": abs(change) < tolerance}
 
 
-def _measure(subject: Subject, tokens: np.ndarray, options: argparse.Namespace, description: str) -> Fidelity:
-    model, base = subject.model, subject.base
-    return measure(model, base, tokens, options.context, options.batch_size, description=description)
+def _writing(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
+    """For each subject, figures of its texts beside those of the base's, and the relative difference."""
+    prompts = draw_prompts(tokens, options.samples, options.prompt_length, options.seed)
+    known: dict[PreTrainedModel, Row] = {}
+    for place, model in enumerate([family.base, *(subject.model for subject in family.subjects)]):
+        if model not in known:
+            name = family.subjects[place - 1].spec if place else "base"
+            known[model] = asdict(
+                measure_writing(
+                    model, family.base, prompts, options.length, options.seed, description=f"{name} writing"
+                )
+            )
+    setting = {name: getattr(options, name) for name in ("samples", "prompt_length", "length", "seed")}
+    return [{**setting, **beside(known[subject.model], known[family.base])} for subject in family.subjects]
+
+
+def beside(figures: dict[str, float], base: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    """Each figure with the base's own and the relative difference, None where the base's own is 0."""
+    return {
+        name: {"variant": value, "base": base[name], "difference": value / base[name] - 1 if base[name] else None}
+        for name, value in figures.items()
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,21 +183,58 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     transformers_logging.disable_progress_bar()
     try:
-        rows = [evaluate(spec, options) for spec in options.variant]
+        rows = evaluate(options)
     except (DataError, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows) if options.json else table(rows))
+    sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows) if options.json else tables(rows))
     return 0
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as aligned columns; ablations below the row that they belong to."""
-    lines = []
-    for row in rows:
-        lines.append({name: value for name, value in row.items() if name != "ablations"})
-        for name, figures in row.get("ablations", {}).items():
-            lines.append({"method": f"{row['method']} − {name}", **figures})
+def tables(rows: list[Row]) -> str:
+    """Rows as aligned tables: fidelity, then what was written, then ablations, as far as they were measured."""
+    aside = ("samples", "ablations", "tolerance")
+    parts = [
+        [{name: value for name, value in row.items() if name not in aside} for row in rows],
+        [_writing_line(row) for row in rows if "samples" in row],
+        [line for row in rows if "ablations" in row for line in _ablation_lines(row)],
+    ]
+    return "\n".join(table(lines) for lines in parts if lines)
+
+
+def _writing_line(row: Row) -> Row:
+    """Figures as `variant / base (difference)`."""
+    line: Row = {"variant": row["variant"]}
+    for name, value in row["samples"].items():
+        if isinstance(value, dict):
+            difference = "" if value["difference"] is None else f" ({value['difference']:+.1%})"
+            line[name] = f"{value['variant']:.4f} / {value['base']:.4f}{difference}"
+    return line
+
+
+def _ablation_lines(row: Row) -> list[Row]:
+    lines = [
+        {
+            "variant": row["variant"],
+            "without": name,
+            "kl": figures["kl"],
+            "kl_change": figures["kl_change"],
+            "perplexity": figures["perplexity"],
+            "": _verdict(figures, row["tolerance"]),
+        }
+        for name, figures in row["ablations"].items()
+    ]
+    return lines or [{"variant": row["variant"], "without": "has no part that can be switched off"}]
+
+
+def _verdict(figures: Row, tolerance: float) -> str:
+    if figures["does_nothing"]:
+        return f"{NOTHING} (changes KL by less than {tolerance:g})"
+    return HARM if figures["kl_change"] < 0 else ""
+
+
+def table(lines: list[Row]) -> str:
+    """Lines as aligned columns under their names."""
     header = list(dict.fromkeys(name for line in lines for name in line))
     cells = [header, *([_cell(line.get(name, "")) for name in header] for line in lines)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

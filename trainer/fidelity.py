@@ -1,7 +1,9 @@
-"""How close a variant is to its base, and how well each predicts a text."""
+"""How close variants are to their base, and how well each predicts a text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -36,7 +38,42 @@ class Fidelity:
         return asdict(self)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads a text, with parts of its mechanisms switched off.
+
+    Attributes:
+        model: a variant, or a base, which has no parts.
+        without: the parts that are off in every layer, of those in `Mechanism.branches`.
+    """
+
+    model: PreTrainedModel
+    without: tuple[str, ...] = ()
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """(B, T, E) what the output matrix is applied to."""
+        with switched_off(self.model, self.without):
+            return last_hidden(self.model, input_ids)
+
+
+@contextmanager
+def switched_off(model: PreTrainedModel, parts: Sequence[str]) -> Iterator[None]:
+    """Switches off parts of the mechanism of every layer inside the block.
+
+    Raises:
+        ValueError: if the mechanism has no such part.
+    """
+    mechanisms = getattr(model, "mechanisms", []) if parts else []
+    before = [mechanism.disabled for mechanism in mechanisms]
+    try:
+        for mechanism in mechanisms:
+            mechanism.disable(*parts)
+        yield
+    finally:
+        for mechanism, names in zip(mechanisms, before, strict=True):
+            mechanism.disable(*names)
+
+
 def measure(
     variant: PreTrainedModel,
     base: PreTrainedModel | None,
@@ -46,41 +83,58 @@ def measure(
     *,
     description: str | None = None,
 ) -> Fidelity:
+    """Measures one variant; see `measure_each`. None as the base measures a base alone, with itself as the base."""
+    readers = [Reader(variant)]
+    return measure_each(readers, base or variant, tokens, context, batch_size, description=description)[0]
+
+
+@torch.no_grad()
+def measure_each(
+    readers: Sequence[Reader],
+    base: PreTrainedModel,
+    tokens: np.ndarray,
+    context: int,
+    batch_size: int = 8,
+    *,
+    description: str | None = None,
+) -> list[Fidelity]:
     """Measures on a stream of tokens, cut into blocks of `context`: block i is tokens i·context to (i+1)·context − 1.
 
     In each block every token but the first is predicted, once, from the tokens of its block that come before it. The
     last block may be shorter; a block of a single token predicts nothing. So N tokens give N − ⌈N / context⌉
-    predictions.
+    predictions. The base reads the text once, whatever the number of readers.
 
     Args:
-        base: the base; None measures a base alone, with itself as the base.
+        readers: what is measured, of one vocabulary.
+        base: what they are compared with.
         tokens: (N,) with N ≥ 2.
         batch_size: blocks of a forward pass.
         description: what a progress bar on stderr says; None shows none.
 
     Raises:
-        ValueError: if there are fewer than 2 tokens, or the context is longer than the model's.
+        ValueError: if there are fewer than 2 tokens, or the context is longer than the models'.
     """
     if len(tokens) < 2:
         raise ValueError("a text of at least 2 tokens is needed to predict one")
-    if context > variant.config.max_position_embeddings:
-        raise ValueError(
-            f"the model holds {variant.config.max_position_embeddings} tokens; a context of {context} is more"
-        )
-    modes = [(model, model.training) for model in (variant, base) if model is not None]
-    for model, _ in modes:
+    models = list(dict.fromkeys([base, *(reader.model for reader in readers)]))
+    if context > (room := min(model.config.max_position_embeddings for model in models)):
+        raise ValueError(f"the model holds {room} tokens; a context of {context} is more")
+    modes = [model.training for model in models]
+    for model in models:
         model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(len(readers), 4, dtype=torch.float64)
     count = 0
     with tqdm(total=len(tokens), unit="tok", desc=description, disable=description is None, leave=False) as bar:
         for batch in _batches(tokens, context, batch_size):
-            sums += _batch_sums(variant, base, batch.to(variant.device)).cpu()
+            sums += _batch_sums(readers, base, batch.to(base.device)).cpu()
             count += batch.shape[0] * (batch.shape[1] - 1)
             bar.update(batch.numel())
-    for model, training in modes:
+    for model, training in zip(models, modes, strict=True):
         model.train(training)
-    kl, loss, base_loss, agreement = sums / count
-    return Fidelity(count, kl.item(), loss.exp().item(), base_loss.exp().item(), agreement.item())
+    return [
+        Fidelity(count, kl.item(), loss.exp().item(), base_loss.exp().item(), agreement.item())
+        for kl, loss, base_loss, agreement in sums / count
+    ]
 
 
 def _batches(tokens: np.ndarray, context: int, batch_size: int) -> list[Tensor]:
@@ -92,19 +146,27 @@ def _batches(tokens: np.ndarray, context: int, batch_size: int) -> list[Tensor]:
     return batches
 
 
-def _batch_sums(variant: PreTrainedModel, base: PreTrainedModel | None, input_ids: Tensor) -> Tensor:
-    """(4,) sums of KL, loss, the base's loss and agreement over the tokens of a batch."""
+def _batch_sums(readers: Sequence[Reader], base: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """(R, 4) for each reader, sums of KL, loss, the base's loss and agreement over the tokens of a batch."""
     labels = input_ids[:, 1:].flatten()
-    hidden = last_hidden(variant, input_ids)[:, :-1].flatten(0, 1)
-    base_hidden = hidden if base is None else last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
-    weight, base_weight = output_matrix(variant), output_matrix(variant if base is None else base)
-    sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
+    base_hidden = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
+    same = [reader.model is base for reader in readers]
+    hidden = [
+        base_hidden if is_base else reader.hidden(input_ids)[:, :-1].flatten(0, 1)
+        for reader, is_base in zip(readers, same, strict=True)
+    ]
+    sums = torch.zeros(len(readers), 4, dtype=torch.float64, device=labels.device)
     for start in range(0, len(labels), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
-        log_q = (hidden[part] @ weight.t()).float().log_softmax(-1)
-        log_p = log_q if base is None else (base_hidden[part] @ base_weight.t()).float().log_softmax(-1)
-        sums += _chunk_sums(log_p, log_q, labels[part, None])
+        log_p = _log_probabilities(base_hidden[part], base)
+        for place, reader in enumerate(readers):
+            log_q = log_p if same[place] else _log_probabilities(hidden[place][part], reader.model)
+            sums[place] += _chunk_sums(log_p, log_q, labels[part, None])
     return sums
+
+
+def _log_probabilities(hidden: Tensor, model: PreTrainedModel) -> Tensor:
+    return (hidden @ output_matrix(model).t()).float().log_softmax(-1)
 
 
 def _chunk_sums(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:

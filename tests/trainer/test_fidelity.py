@@ -1,6 +1,5 @@
-"""Measuring a variant, and the command that does it."""
+"""Measuring variants against their base."""
 
-import json
 import math
 
 import numpy as np
@@ -8,15 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 import attention
-from trainer.data import read_files
-from trainer.evaluate import main
-from trainer.fidelity import measure
-from trainer.writing import measure_writing
+from trainer.fidelity import Reader, measure, measure_each, switched_off
 
 MASKS = attention.MasksConfig(candidates=("window(3)", "first(1)"))
+PERFORMER = attention.PerformerConfig(num_features=4, window=3)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +23,6 @@ def base(workplace):
 @pytest.fixture(scope="module")
 def variant(base):
     return attention.convert(base, MASKS)
-
-
-@pytest.fixture(scope="module")
-def saved(workplace, variant):
-    attention.save(variant, workplace / "measured")
-    return workplace / "measured"
 
 
 @given(length=st.integers(2, 70), context=st.integers(2, 32), batch_size=st.integers(1, 4), seed=st.integers(0, 9))
@@ -63,6 +53,44 @@ def test_the_base_is_perfect(base):
     assert (alone.kl, alone.top1_agreement) == (0.0, 1.0)
 
 
+def test_together_is_as_one_by_one(base, variant):
+    tokens = np.random.default_rng(0).integers(0, 300, 150).astype(np.int32)
+    performer = attention.convert(base, PERFORMER)
+    together = measure_each([Reader(variant), Reader(performer), Reader(base)], base, tokens, 32)
+    assert together == [measure(model, base, tokens, 32) for model in (variant, performer, base)]
+
+
+@pytest.mark.parametrize("config", [MASKS, PERFORMER], ids=lambda config: config.method)
+def test_a_part_that_is_off_is_off_while_its_reader_reads(base, config):
+    tokens = np.random.default_rng(0).integers(0, 300, 150).astype(np.int32)
+    model = attention.convert(base, config)
+    parts = model.mechanisms[0].branches
+    readers = [Reader(model), *(Reader(model, (part,)) for part in parts)]
+    whole, *without = measure_each(readers, base, tokens, 32)
+    assert whole == measure(model, base, tokens, 32)
+    for part, figures in zip(parts, without, strict=True):
+        for mechanism in model.mechanisms:
+            mechanism.disable(part)
+        assert figures == measure(model, base, tokens, 32) != whole
+        for mechanism in model.mechanisms:
+            mechanism.disable()
+
+
+def test_parts_are_as_before_after_an_error(variant):
+    def off() -> list[frozenset[str]]:
+        return [mechanism.disabled for mechanism in variant.mechanisms]
+
+    before = off()
+    with pytest.raises(ValueError, match="no branch"), switched_off(variant, ["linear"]):
+        pass
+    assert off() == before
+    with switched_off(variant, ["window(3)"]):
+        with pytest.raises(ZeroDivisionError), switched_off(variant, ["first(1)"]):
+            assert 1 / 0
+        assert off() == [{"window(3)"}] * 2
+    assert off() == before == [frozenset()] * 2
+
+
 @pytest.mark.parametrize(("length", "context", "message"), [(1, 8, "at least 2 tokens"), (9, 65, "holds 64 tokens")])
 def test_what_cannot_be_measured(base, length, context, message):
     with pytest.raises(ValueError, match=message):
@@ -75,51 +103,3 @@ def test_the_mode_of_a_model_is_left_as_it_was(base, variant):
     assert variant.training
     assert not base.training
     variant.eval()
-
-
-def test_the_command_prints_one_object(saved, workplace, base, variant, tokenizer, capsys):
-    text = str(workplace / "valid.txt")
-    assert main(["--variant", str(saved), "--text", text, "--context", "16", "--json", "--ablate"]) == 0
-    row = json.loads(capsys.readouterr().out)
-    figures = measure(variant, base, read_files([text], tokenizer), 16)
-    assert {name: row[name] for name in figures.to_dict()} == pytest.approx(figures.to_dict(), rel=1e-3)
-    assert row["method"] == "masks"
-    assert set(row["ablations"]) == {"window(3)", "first(1)"}
-    assert row["ablations"]["window(3)"]["kl"] > row["kl"]
-
-
-def test_the_command_prints_a_table_of_several(saved, workplace, capsys):
-    variants = [str(saved), str(workplace / "base")]
-    options = ["--text", str(workplace / "valid.txt"), "--context", "32", "--samples", "4", "--length", "8"]
-    assert main(["--variant", *variants, *options]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["masks", "softmax"]
-    for name in ("kl", "perplexity", "sample_perplexity", "distinct_2", "repetition"):
-        assert name in header.split()
-
-
-def test_what_the_command_cannot_load_is_named(workplace, capsys):
-    assert main(["--variant", str(workplace / "nothing"), "--text", str(workplace / "valid.txt")]) == 2
-    assert "nothing" in capsys.readouterr().err
-
-
-def test_writing_of_a_model_that_repeats_itself(workplace):
-    model = AutoModelForCausalLM.from_pretrained(workplace / "base").eval()
-    with torch.no_grad():
-        model.transformer.wpe.weight.zero_()
-        model.transformer.wte.weight.mul_(0.01)
-        model.transformer.wte.weight[7] = 10 * model.transformer.ln_f.bias.sign().add(0.5)
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[7])
-    writing = measure_writing(model, model, count=3, length=20)
-    assert writing.sample_perplexity == pytest.approx(1.0)
-    assert writing.distinct_2 == 1 / (3 * 19)
-    assert writing.repetition == pytest.approx(16 / 17)
-
-
-def test_the_perplexity_of_samples_is_that_of_their_distribution(base):
-    writing = measure_writing(base, base, count=32, length=40)
-    with torch.no_grad():
-        probabilities = base(torch.zeros(1, 1, dtype=torch.long)).logits.softmax(-1)
-    entropy = -(probabilities * probabilities.log()).sum().item()
-    assert math.log(writing.sample_perplexity) == pytest.approx(entropy, rel=0.35)

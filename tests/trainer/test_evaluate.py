@@ -1,0 +1,126 @@
+"""The command that measures variants."""
+
+import json
+
+import pytest
+
+import attention
+from trainer.data import read_files
+from trainer.evaluate import beside, evaluate, main, parse
+from trainer.fidelity import measure
+from trainer.samples import draw_prompts, measure_writing
+
+FIGURES = ("sample_perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition")
+
+
+@pytest.fixture(scope="module")
+def base(workplace):
+    return attention.load(workplace / "base")[0]
+
+
+@pytest.fixture(scope="module")
+def variants(workplace, base):
+    """Folders of a variant by method."""
+    configs = {
+        "masks": attention.MasksConfig(candidates=("window(3)", "first(1)", "last(2)")),
+        "performer": attention.PerformerConfig(num_features=4),
+        "performer-window": attention.PerformerConfig(num_features=4, window=4),
+    }
+    for name, config in configs.items():
+        attention.save(attention.convert(base, config), workplace / "measured" / name)
+    return {name: str(workplace / "measured" / name) for name in configs}
+
+
+@pytest.fixture(scope="module")
+def valid(workplace):
+    return str(workplace / "valid.txt")
+
+
+def test_one_variant_is_one_object(variants, valid, base, tokenizer, capsys):
+    assert main(["--variant", variants["masks"], "--text", valid, "--context", "16", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    figures = measure(attention.load(variants["masks"], base=base)[0], base, read_files([valid], tokenizer), 16)
+    assert {name: row[name] for name in figures.to_dict()} == pytest.approx(figures.to_dict(), rel=1e-3)
+    assert (row["method"], row["context"], row["variant"]) == ("masks", 16, variants["masks"])
+    assert row["keys_read"] == 4
+    assert "samples" not in row
+    assert "ablations" not in row
+
+
+def test_several_share_a_base_and_keep_their_order(variants, workplace, valid, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        "attention.load", lambda spec, load=attention.load, **o: loaded.append(str(spec)) or load(spec, **o)
+    )
+    specs = [variants["performer"], str(workplace / "base"), variants["masks"]]
+    rows = evaluate(parse(["--variant", *specs, "--text", valid, "--context", "32"]))
+    assert [row["method"] for row in rows] == ["performer", "softmax", "masks"]
+    assert len({row["base_perplexity"] for row in rows}) == 1
+    assert rows[1]["kl"] == 0
+    assert rows[1]["keys_read"] == 32
+    assert len(loaded) == len(set(loaded)) == 3
+
+
+def test_ablations_name_every_part_and_what_does_nothing(variants, valid):
+    options = ["--text", valid, "--context", "32", "--ablate"]
+    both = [variants["masks"], variants["performer-window"]]
+    masks, performer = evaluate(parse(["--variant", *both, *options, "--tolerance", "1e-9"]))
+    assert list(masks["ablations"]) == ["window(3)", "first(1)", "last(2)"]
+    assert list(performer["ablations"]) == ["linear", "window"]
+    for row in (masks, performer):
+        for figures in row["ablations"].values():
+            assert figures["kl_change"] == pytest.approx(figures["kl"] - row["kl"])
+            assert not figures["does_nothing"]
+    (tolerant,) = evaluate(parse(["--variant", variants["masks"], *options, "--tolerance", "100"]))
+    assert all(figures["does_nothing"] for figures in tolerant["ablations"].values())
+
+
+def test_a_mechanism_of_one_part_has_nothing_to_switch_off(variants, valid, capsys):
+    options = ["--variant", variants["performer"], "--text", valid, "--context", "32", "--ablate"]
+    (row,) = evaluate(parse(options))
+    assert row["ablations"] == {}
+    assert main(options) == 0
+    assert "has no part that can be switched off" in capsys.readouterr().out
+
+
+def test_samples_are_beside_the_bases_own(variants, valid, base, tokenizer):
+    options = ["--context", "32", "--samples", "5", "--length", "8", "--prompt_length", "4", "--seed", "3"]
+    masks, plain = evaluate(parse(["--variant", variants["masks"], base.name_or_path, "--text", valid, *options]))
+    prompts = draw_prompts(read_files([valid], tokenizer), 5, 4, 3)
+    own = measure_writing(base, base, prompts, 8, 3)
+    other = measure_writing(attention.load(variants["masks"], base=base)[0], base, prompts, 8, 3)
+    for name in FIGURES:
+        figures = masks["samples"][name]
+        assert figures["base"] == pytest.approx(getattr(own, name), rel=1e-4)
+        assert figures["variant"] == pytest.approx(getattr(other, name), rel=1e-4)
+        assert plain["samples"][name]["difference"] in (0, None)
+    assert {name: masks["samples"][name] for name in ("samples", "length", "prompt_length", "seed")} == {
+        **{"samples": 5, "length": 8, "prompt_length": 4, "seed": 3}
+    }
+
+
+def test_a_difference_is_relative_where_it_can_be():
+    found = beside({"a": 3.0, "b": 1.0}, {"a": 2.0, "b": 0.0})
+    assert found["a"] == {"variant": 3.0, "base": 2.0, "difference": 0.5}
+    assert found["b"]["difference"] is None
+
+
+def test_tables_have_a_line_for_everything(variants, valid, capsys):
+    both = [variants["masks"], variants["performer-window"]]
+    options = ["--text", valid, "--context", "32", "--samples", "4", "--length", "8", "--ablate", "--tolerance", "100"]
+    assert main(["--variant", *both, *options]) == 0
+    fidelity, writing, ablations = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in fidelity.splitlines()] == ["method", "masks", "performer"]
+    assert [line.split()[0] for line in writing.splitlines()] == ["variant", *both]
+    assert set(FIGURES) <= set(writing.splitlines()[0].split())
+    assert len(ablations.splitlines()) == 1 + 3 + 2
+    assert ablations.count("does nothing (changes KL by less than 100)") == 5
+
+
+def test_what_the_command_cannot_use_is_named(variants, workplace, valid, capsys):
+    assert main(["--variant", str(workplace / "nothing"), "--text", valid]) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert main(["--variant", variants["masks"], "--text", valid, "--context", "65"]) == 2
+    assert "holds 64 tokens" in capsys.readouterr().err
+    assert main(["--variant", variants["masks"], "--text", valid, "--context", "8", "--samples", "2"]) == 2
+    assert "must have 4 to 48, not 200" in capsys.readouterr().err
