@@ -1,0 +1,243 @@
+"""The study: its grid, its runs on a tiny base, and conclusions that follow from the figures."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import attention
+from trainer import study
+from trainer.study import MEASURED, Cell, Result, grid, main, parse, plan
+from trainer.study_report import UNANSWERED, conclusions, most_dropped
+
+PLACES = {
+    **{"base": "base", "data.train": "train.txt", "data.valid": "valid.txt", "eval.text": "valid.txt"},
+    **{"data.cache": "study-cache", "runs": "study-runs", "output": "study-docs"},
+}
+TINY = {
+    **{"tokens": 512, "samples": 4, "length": 8, "samples.length": 8, "data.sample_batch": 8, "cpu": "true"},
+    **{"eval.context": 16, "eval.every": 100, "stages.transfer.context": 32, "stages.distil.context": 32},
+}
+
+
+def arguments(workplace: Path, *more: str) -> list[str]:
+    """The command line of a study of the tiny base."""
+    options = {name: workplace / path for name, path in PLACES.items()} | TINY
+    return ["--methods", "masks", "nsa", *(f"--{name}={value}" for name, value in options.items()), *more]
+
+
+@pytest.fixture(scope="module")
+def page(workplace: Path) -> Path:
+    assert main(arguments(workplace)) == 0
+    return workplace / "study-docs" / "study.md"
+
+
+def test_the_grid_has_every_cell_once_and_l1_for_masks_alone():
+    cells = grid(study.METHODS)
+    assert len(cells) == len(set(cells)) == 4 * 2 * 2 + 2
+    assert {cell.method for cell in cells if cell.objective == "kl+l1"} == {"masks"}
+    assert cells[0] == Cell("masks", "kl", "corpus")
+
+
+def test_cells_have_equal_budgets_and_differ_in_what_they_should(workplace: Path):
+    configs = plan(parse(arguments(workplace, "--l1", "0.25", "--runs", str(workplace / "none"))))
+    assert {sum(stage.steps * stage.batch_size * stage.context for stage in c.stages) for c in configs.values()} == {
+        512
+    }
+    for cell, config in configs.items():
+        objective = config.stages[-1].objective
+        assert (objective.kl, objective.ce > 0, objective.l1) == (
+            *(1.0, cell.objective == "kl+ce"),
+            0.25 if cell.objective == "kl+l1" else 0.0,
+        )
+        assert (config.data.train is None) == (cell.text == "sampled")
+        assert config.attention["method"] == cell.method
+    assert len({config.output for config in configs.values()}) == len(configs)
+
+
+def test_budgets_that_are_not_equal_are_refused(workplace: Path, capsys: pytest.CaptureFixture):
+    runs = ["--runs", str(workplace / "none")]
+    assert main([*arguments(workplace), "--stages.distil.context", "16", *runs]) == 2
+    assert "unequal budgets" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture, tmp_path: Path):
+    with pytest.raises(SystemExit):
+        main(["--data.train", "a.txt"])
+    assert "--data.valid, --eval.text" in capsys.readouterr().err
+    assert main(["--report-only", "--runs", str(tmp_path)]) == 2
+    assert "is finished and measured" in capsys.readouterr().err
+
+
+def test_every_cell_is_a_variant_that_loads(page: Path, workplace: Path):
+    base = attention.load(workplace / "base")[0]
+    for cell in grid(["masks", "nsa"]):
+        variant, _ = attention.load(workplace / "study-runs" / cell.name / "variant", base=base)
+        assert variant.config.attention["method"] == cell.method
+
+
+def test_base_text_is_sampled_once(page: Path, workplace: Path):
+    assert len(list((workplace / "study-cache").iterdir())) == 1
+
+
+def test_the_page_has_a_row_a_cell_and_its_figures(page: Path):
+    text = page.read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| (masks|nsa) \|", line)]
+    assert len(rows) == 10
+    figures = re.findall(r"\]\((study/[\w-]+\.png)\)", text)
+    assert len(figures) == 4
+    assert all((page.parent / figure).stat().st_size > 1000 for figure in figures)
+    for cell in grid(["masks", "nsa"]):
+        measured = json.loads((page.parent.parent / "study-runs" / cell.name / MEASURED).read_text())
+        assert f"| {cell.objective} | {cell.text} | {measured['row']['kl']:.4f} |" in text
+    assert UNANSWERED not in text
+    assert not re.search(r"[{}]", text.partition("## What they write")[0])
+    assert str(page.parent.parent) not in text
+
+
+def test_dropping_all_light_masks_reads_less(page: Path, workplace: Path):
+    pruning = json.loads((workplace / "study-runs" / "masks-kl-corpus" / MEASURED).read_text())["pruning"]
+    assert [row["threshold"] for row in pruning] == list(study.PRUNE)
+    dropped, keys = ([row[name] for row in pruning] for name in ("dropped", "keys_read"))
+    assert dropped[0] == 0
+    assert dropped == sorted(dropped)
+    assert dropped[-1] > 0
+    assert keys == sorted(keys, reverse=True)
+
+
+def test_a_study_goes_on_where_it_stopped(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = workplace / "study-runs"
+    shutil.rmtree(runs / "nsa-kl-corpus" / "variant")
+    (runs / "nsa-kl-corpus" / MEASURED).unlink()
+    ran, read = [], []
+    monkeypatch.setattr(study, "run", lambda config, run=study.run: ran.append(config.output) or run(config))
+    each = study.evaluate.evaluate
+    monkeypatch.setattr(study.evaluate, "evaluate", lambda options: read.extend(options.variant) or each(options))
+    before = page.read_text()
+    assert main(arguments(workplace)) == 0
+    assert ran == [str(runs / "nsa-kl-corpus")]
+    assert read == [str(runs / "nsa-kl-corpus" / "variant")]
+    assert re.sub(r"0\.\d \|$", "", page.read_text(), flags=re.M) == re.sub(r"0\.\d \|$", "", before, flags=re.M)
+
+
+def test_a_run_with_other_options_is_not_taken_for_this_one(page: Path, workplace: Path, capsys: pytest.CaptureFixture):
+    assert main(arguments(workplace, "--seed", "1")) == 2
+    assert capsys.readouterr().err.count("holds a run with other options") == 10
+
+
+def test_a_stopped_cell_stops_the_study(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(study, "run", lambda config: 75)
+    assert main(arguments(workplace, "--runs", str(workplace / "stopped"))) == 75
+    assert "masks-kl-corpus did not finish" in capsys.readouterr().err
+
+
+def test_the_page_alone_needs_no_text_and_takes_what_there_is(page: Path, workplace: Path, tmp_path: Path):
+    for name in ("masks-kl-corpus", "nsa-kl-corpus"):
+        shutil.copytree(workplace / "study-runs" / name, tmp_path / "runs" / name)
+    assert main(["--report-only", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert text.count(UNANSWERED) == 2
+    assert "Is the simplest method the best?" in text
+
+
+def result(method: str, objective: str, text: str, kl: float, perplexity: float = 50.0, samples: float = 0.0, **more):
+    row = {"kl": kl, "perplexity": perplexity, "keys_read": 7}
+    row["samples"] = {"sample_perplexity": {"difference": samples}}
+    return Result(Cell(method, objective, text), Path("nowhere"), row, more.get("pruning", []))
+
+
+def sweep(*steps: tuple[float, float]) -> list[dict[str, float]]:
+    """Rows of a sweep from pairs of the dropped share and the KL."""
+    return [
+        {"threshold": place / 10, "dropped": dropped, "keys_read": 70 - place, "kl": kl, "perplexity": 1.0}
+        for place, (dropped, kl) in enumerate(steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("masks", "nsa", "performer", "verdict"),
+    [
+        (0.02, 0.03, 0.05, "Yes"),
+        (0.03, 0.029, 0.05, "As good as any"),
+        (0.06, 0.05, 0.02, "No: performer is closer to the base than masks, whose KL is 3.0 times as high"),
+    ],
+)
+def test_which_method_is_best_follows_from_kl(masks, nsa, performer, verdict):
+    figures = {"masks": masks, "nsa": nsa, "performer": performer}
+    found = conclusions([result(method, "kl", "corpus", kl) for method, kl in figures.items()])[0]
+    assert found.verdict.startswith(verdict)
+    assert all(f"{method} {kl:.4f}" in found.evidence for method, kl in figures.items())
+
+
+@pytest.mark.parametrize(
+    ("sampled", "difference", "verdict"),
+    [
+        (0.05, 0.02, "No: fitted on the corpus, every variant"),
+        (0.03, 0.02, "Not for incoherence"),
+        (0.03, 0.40, "In part: the text of masks is less likely"),
+        (0.06, 0.40, "No: the text of masks is not as likely"),
+    ],
+)
+def test_whether_data_is_to_blame_follows_from_kl_and_samples(sampled, difference, verdict):
+    results = [
+        result("masks", "kl", "corpus", 0.05, samples=difference),
+        result("masks", "kl", "sampled", sampled),
+    ]
+    found = conclusions(results)[1]
+    assert found.verdict.startswith(verdict)
+    assert f"masks 0.0500 → {sampled:.4f}" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("masks", "nsa", "verdict"),
+    [
+        (49.0, 49.0, "Yes, for perplexity: it is lower with it in 2 of 2"),
+        (49.0, 52.0, "Not as a rule: perplexity is lower with it in 1 of 2 comparisons, higher in 1"),
+        (50.1, 52.0, "No: perplexity is lower with it in none of 2 comparisons, higher in 1"),
+    ],
+)
+def test_whether_cross_entropy_helps_follows_from_perplexity(masks, nsa, verdict):
+    results = [result(method, "kl", "corpus", 0.05) for method in ("masks", "nsa")]
+    results += [result("masks", "kl+ce", "corpus", 0.08, masks), result("nsa", "kl+ce", "corpus", 0.05, nsa)]
+    found = conclusions(results)[2]
+    assert found.verdict.startswith(verdict)
+    assert found.verdict.endswith("The KL to the base is higher with it in 1 of them.")
+
+
+@pytest.mark.parametrize(
+    ("plain", "penalised", "verdict"),
+    [
+        (sweep((0, 0.05), (0.2, 0.09)), sweep((0, 0.06), (0.6, 0.062), (0.9, 0.2)), "Yes: 60% of the masks can go"),
+        (sweep((0, 0.05), (0.2, 0.051)), sweep((0, 0.06), (0.6, 0.09)), "Some: 20% of the masks can go"),
+        (sweep((0, 0.05), (0.2, 0.06)), sweep((0, 0.06), (0.6, 0.09)), "No: dropping even the lightest"),
+        (sweep((0, 0.05)), sweep((0, 0.06)), "Not answered: no mask became light enough"),
+    ],
+)
+def test_whether_masks_can_go_follows_from_the_sweep(plain, penalised, verdict):
+    results = [
+        result("masks", "kl", "corpus", 0.05, pruning=plain),
+        result("masks", "kl+l1", "corpus", 0.06, pruning=penalised),
+    ]
+    found = conclusions(results)[3]
+    assert found.verdict.startswith(verdict)
+    assert "from 0.0500 to 0.0600" in found.evidence
+
+
+@pytest.mark.parametrize(("keys", "words"), [(70, "as many keys as before"), (35, "reads 50% fewer keys")])
+def test_what_pruning_saves_is_said(keys, words):
+    pruning = sweep((0, 0.05), (0.5, 0.05))
+    pruning[1]["keys_read"] = keys
+    found = conclusions([result("masks", "kl", "corpus", 0.05, pruning=pruning)])[3]
+    assert words in found.verdict
+
+
+def test_most_dropped_is_bound_by_cost():
+    rows = sweep((0, 0.05), (0.3, 0.054), (0.4, 0.0551), (0.5, 0.0549))
+    assert most_dropped(rows)["dropped"] == 0.5
+    assert most_dropped(rows[:3])["dropped"] == 0.3
+
+
+def test_without_results_nothing_is_concluded():
+    assert [one.verdict for one in conclusions([result("nsa", "kl", "corpus", 0.1)])] == [UNANSWERED] * 4

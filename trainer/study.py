@@ -1,0 +1,308 @@
+"""Redoes the study that this project began with, and writes it up: `python -m trainer.study --data.train FILE ...`.
+
+Every method is fitted with every objective on every kind of text, with equal budgets of tokens; then all variants are
+measured on one text that none saw, and `docs/study.md` says what came out, with figures and conclusions that are
+computed from the table. A cell of the grid is an ordinary run of the recipe of its method, in a folder of its own under
+`--runs`: finished cells are kept, interrupted ones resumed. Options that are not listed below go to every recipe, as
+with `trainer/train.py`, for example `--base gpt2`.
+
+Exit codes are those of `trainer/train.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import attention
+from attention.files import write_json
+
+from . import evaluate
+from .config import RunConfig, load_config
+from .data import DataError, read_files
+from .fidelity import Reader, measure_each
+from .study_report import write_report
+from .train import run
+
+RECIPES = Path(__file__).parent / "recipes"
+METHODS = ("masks", "performer", "performer-window", "nsa")
+OBJECTIVES = ("kl", "kl+ce", "kl+l1")
+TEXTS = ("corpus", "sampled")
+PRUNE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)  # shares of a layer's largest weight; lighter masks are dropped
+MEASURED = "measured.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fit of the grid.
+
+    Attributes:
+        method: name of a recipe.
+        objective: terms of the loss; "kl+l1", which masks alone have, also weighs the masks' weights.
+        text: what is trained on: the corpus, or text sampled from the base itself.
+    """
+
+    method: str
+    objective: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.objective}-{self.text}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished cell.
+
+    Attributes:
+        cell: which.
+        folder: of the run.
+        row: what `trainer/evaluate.py` measured.
+        pruning: for masks, what dropping light masks costs; see `prune_sweep`.
+    """
+
+    cell: Cell
+    folder: Path
+    row: dict[str, Any]
+    pruning: list[dict[str, float]]
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return load_config(self.folder / "config.yaml")
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """The rows of the history that are of a kind; see `History`."""
+        return [row for row in self.history if row["kind"] == kind]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.rows("train")[-1]["tokens"]
+
+
+class StudyError(Exception):
+    """A cell that did not finish.
+
+    Attributes:
+        code: its exit code.
+    """
+
+    def __init__(self, message: str, code: int):
+        self.code = code
+        super().__init__(message)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what is meant for the recipes is in `overrides`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--data.train", dest="train", metavar="FILE", help="the corpus; sampled cells do not see it")
+    add("--data.valid", dest="valid", metavar="FILE", help="text to validate on while training, for every cell")
+    add("--eval.text", dest="text", metavar="FILE", help="text to measure the finished variants on")
+    add("--tokens", type=int, default=250_000, help="tokens that a cell trains on (default: %(default)s)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
+    add("--l1", type=float, default=1e-3, help="weight of the masks' weights in kl+l1 (default: %(default)s)")
+    add("--samples", type=int, default=64, help="texts that each variant writes to be measured (default: %(default)s)")
+    add("--length", type=int, default=200, help="tokens of such a text (default: %(default)s)")
+    add("--runs", type=Path, default=Path("runs/study"), help="folder of the cells (default: %(default)s)")
+    add("--output", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
+    add("--report-only", action="store_true", help="write the page from the cells that are finished and measured")
+    options, options.overrides = parser.parse_known_args(arguments)
+    needed = {"--data.train": options.train, "--data.valid": options.valid, "--eval.text": options.text}
+    if not options.report_only and (missing := [name for name, value in needed.items() if value is None]):
+        parser.error(f"give {', '.join(missing)}: a fair comparison validates and measures every cell on one text")
+    if options.samples < 1:
+        parser.error("--samples must be at least 1: the page tells how the variants write")
+    return options
+
+
+def grid(methods: Sequence[str]) -> list[Cell]:
+    """The cells, those that answer most first."""
+    return [
+        Cell(method, objective, text)
+        for objective in OBJECTIVES
+        for text in TEXTS
+        for method in methods
+        if objective != "kl+l1" or method == "masks"
+    ]
+
+
+def cell_config(cell: Cell, options: argparse.Namespace) -> RunConfig:
+    """A cell's run: the recipe of its method, shortened to the budget, with the cell's objective and text.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    recipe = RECIPES / f"{cell.method}.yaml"
+    own = [f"--{name}={json.dumps(value)}" for name, value in _own_options(cell, options).items()]
+    whole = load_config(recipe, [*options.overrides, *own])
+    steps = max(len(whole.stages), options.tokens // max(_tokens_per_step(whole)))
+    schedule = {
+        "eval.every": max(1, steps // 8),
+        "eval.tokens": 16_384,
+        "checkpoint.every": max(1, steps // 4),
+        "log_every": max(1, steps // 40),
+        "samples.length": 80,
+    }
+    defaults = [f"--{name}={value}" for name, value in schedule.items()]
+    return load_config(recipe, [*defaults, *options.overrides, *own, f"--max_steps={steps}"])
+
+
+def _own_options(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """What makes the cell, by name of an option."""
+    weights = {"kl": 1.0, "ce": float("ce" in cell.objective), "l1": options.l1 if "l1" in cell.objective else 0.0}
+    return {
+        "stages.distil.objective": weights,
+        "data.train": options.train if cell.text == "corpus" else None,
+        "data.valid": options.valid,
+        "data.sampled_tokens": max(1024, options.tokens),
+        "output": str(options.runs / cell.name),
+        "resume": True,
+    }
+
+
+def _tokens_per_step(config: RunConfig) -> set[int]:
+    return {stage.batch_size * stage.context for stage in config.stages}
+
+
+def plan(options: argparse.Namespace) -> dict[Cell, RunConfig]:
+    """The runs of all cells, checked before the first one starts.
+
+    Raises:
+        ConfigError: if budgets are not equal, or a folder holds a run with other options.
+    """
+    configs = {cell: cell_config(cell, options) for cell in grid(options.methods)}
+    problems = []
+    if len(sizes := set().union(*map(_tokens_per_step, configs.values()))) > 1:
+        problems.append(
+            f"steps of {sorted(sizes)} tokens make unequal budgets; give all stages of all recipes one size"
+        )
+    for config in configs.values():
+        record = Path(config.output) / "config.yaml"
+        if record.is_file() and load_config(record) != config:
+            problems.append(f"{config.output} holds a run with other options; delete it, or choose another --runs")
+    if problems:
+        raise attention.ConfigError("the study", problems)
+    return configs
+
+
+def train(configs: dict[Cell, RunConfig]) -> None:
+    """Runs the cells that are not finished.
+
+    Raises:
+        StudyError: when one was stopped or failed.
+    """
+    for place, (cell, config) in enumerate(configs.items(), 1):
+        if (Path(config.output) / "variant").is_dir():
+            continue
+        sys.stderr.write(f"cell {place} of {len(configs)}: {cell.name}\n")
+        if code := run(config):
+            raise StudyError(f"{cell.name} did not finish; the same command goes on from there", code)
+
+
+def measure(configs: dict[Cell, RunConfig], options: argparse.Namespace) -> None:
+    """Measures what was not yet measured like this, all together, and leaves the figures with the runs."""
+    context = next(iter(configs.values())).eval.context
+    setting = {"text": options.text, "context": context, "samples": options.samples, "length": options.length}
+    places = {str(Path(config.output) / "variant"): cell for cell, config in configs.items()}
+    missing = [place for place in places if _measured(Path(place).parent).get("setting") != setting]
+    if not missing:
+        return
+    flags = [word for name, value in setting.items() for word in (f"--{name}", str(value))]
+    rows = evaluate.evaluate(evaluate.parse(["--variant", *missing, *flags]))
+    for place, row in zip(missing, rows, strict=True):
+        cell = places[place]
+        prunes = cell.method == "masks" and cell.objective in ("kl", "kl+l1")
+        pruning = prune_sweep(place, configs[cell], options.text) if prunes else []
+        write_json(Path(place).parent / MEASURED, {"setting": setting, "row": row, "pruning": pruning})
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    path = folder / MEASURED
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def prune_sweep(place: str, config: RunConfig, text: str) -> list[dict[str, float]]:
+    """What dropping light masks costs, on the beginning of a text, as long as that which the run was validated on.
+
+    A factor common to all masks of a head cancels in the softmax, so that weights mean something only beside each
+    other: a mask is light if its weight is less than a share of the layer's largest.
+
+    Returns:
+        For each share of `PRUNE`: `threshold`, the `dropped` share of the masks of all heads and layers, the
+        `keys_read` by a query at the end of the context (mean over layers), `kl`, `perplexity`.
+    """
+    base, tokenizer = attention.load(config.base)
+    tokens = read_files([text], tokenizer)[: config.eval.tokens]
+    variants = [attention.load(place, base=base)[0] for _ in PRUNE]
+    for variant, share in zip(variants, PRUNE, strict=True):
+        for mechanism in variant.mechanisms:
+            mechanism.prune(share * mechanism.weights().max().item())
+    readers = [Reader(variant) for variant in variants]
+    found = measure_each(readers, base, tokens, config.eval.context, config.eval.batch_size, description="pruning")
+    return [
+        {"threshold": share, **_support(variant, config.eval.context), "kl": one.kl, "perplexity": one.perplexity}
+        for share, variant, one in zip(PRUNE, variants, found, strict=True)
+    ]
+
+
+def _support(variant: Any, context: int) -> dict[str, float]:
+    active = [mechanism.active.float().mean().item() for mechanism in variant.mechanisms]
+    keys = [mechanism.keys_read(context - 1) for mechanism in variant.mechanisms]
+    return {"dropped": 1 - sum(active) / len(active), "keys_read": sum(keys) / len(keys)}
+
+
+def collect(options: argparse.Namespace) -> list[Result]:
+    """The cells that are finished and measured."""
+    found = {cell: _measured(options.runs / cell.name) for cell in grid(options.methods)}
+    return [
+        Result(cell, options.runs / cell.name, content["row"], content["pruning"])
+        for cell, content in found.items()
+        if content
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is missing, and writes the page."""
+    options = parse(arguments)
+    try:
+        if not options.report_only:
+            configs = plan(options)
+            train(configs)
+            measure(configs, options)
+        if not (results := collect(options)):
+            raise ValueError(f"no cell in {options.runs} is finished and measured; run without --report-only first")
+        page = write_report(results, options.output)
+    except StudyError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.code
+    except (DataError, OSError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stderr.write(f"{page}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
