@@ -60,6 +60,12 @@ class HubSpec:
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
+    @property
+    def arguments(self) -> str:
+        """The spec as arguments of transformers' `from_pretrained`, in Python."""
+        options = {"subfolder": self.subfolder, "revision": self.revision}
+        return ", ".join([f'"{self.repo_id}"', *(f'{name}="{value}"' for name, value in options.items() if value)])
+
     def path(self, name: str) -> str:
         """A file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import posixpath
+import re
 import shlex
 import shutil
 import tempfile
@@ -39,6 +40,7 @@ from .saving import save_model
 
 logger = logging.getLogger(__name__)
 
+ANY_REPOSITORY = '"user/repo"'  # in a card's snippets
 IMAGES = (".png", ".svg")
 LONGEST_WAIT = 60.0
 
@@ -100,6 +102,7 @@ def push(
     with tempfile.TemporaryDirectory() as work:
         publish(locate(Path(folder)), Path(work), spec, include_base, HubOptions(api))
         _check_card(Path(work, CARD), command)
+        _address_card(Path(work, CARD), Path(folder), spec)
         method = read_json(Path(work, "config.json"))["attention"]["method"]
         message = message or f"Upload a {method} variant"
         files = {path.name: path for path in Path(work).iterdir()}
@@ -233,6 +236,17 @@ def _check_card(path: Path, command: str) -> None:
         ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
     except Exception as error:  # yaml's errors have no common class with the others
         raise PushError(f"The metadata of {path.name} is not valid: {error}.", retry=False, command=command) from error
+
+
+def _address_card(path: Path, folder: Path, spec: HubSpec) -> None:
+    """Has the snippets of a card name the place on the Hub instead of the folder that is pushed."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    for place in set(re.findall(r'attention\.load\("([^"\n]+)"\)', text)):
+        if Path(place).expanduser().absolute() == folder.expanduser().absolute():
+            text = text.replace(f'attention.load("{place}")', f'attention.load("{spec}")')
+    path.write_text(text.replace(ANY_REPOSITORY, spec.arguments), encoding="utf-8", newline="\n")
 
 
 def _persistently(

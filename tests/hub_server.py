@@ -39,7 +39,8 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What to do instead of answering: a status, "refuse" (hang up at once) or "lose" (do it, then hang up).
+    """What to do instead of answering: a status, "refuse" (hang up at once), "half" (hang up with half of what is
+    sent not yet read) or "lose" (do it, then hang up).
 
     For a file's content, "cut" sends half of it.
     """
@@ -137,9 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
-        self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.hub.take_fault(f"{self.command} {path}")
-        if not self.hub.open or (fault and fault.action == "refuse"):
+        size = int(self.headers.get("Content-Length", 0))
+        self.content = self.rfile.read(size // 2 if fault and fault.action == "half" else size)
+        if not self.hub.open or (fault and fault.action in ("refuse", "half")):
             self.close_connection = True
             return
         try:

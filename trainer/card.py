@@ -8,7 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from attention.hub import HubSpec
 from attention.mechanism import MechanismConfig
+from attention.pushing import ANY_REPOSITORY
 
 from .config import RunConfig
 from .fidelity import Fidelity
@@ -129,17 +131,24 @@ def _figures(making: Making, measured: dict[str, Fidelity]) -> str:
 
 
 def _usage(making: Making) -> str:
-    place = making.config.push_to or f"{making.config.output}/variant"
-    return (
-        "In a clone of the project that made it, from wherever the variant lies:\n\n"
-        "```python\n"
-        "import attention\n\n"
-        f'model, tokenizer = attention.load("{place}")\n'
+    to = making.config.push_to
+    repository = HubSpec.parse(to).arguments if to else ANY_REPOSITORY
+    generate = (
         'inputs = tokenizer("The old man looked at the sea and", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
-        "```\n\n"
-        "Pushed to the Hub, the code travels with it: "
-        '`AutoModelForCausalLM.from_pretrained("user/repo", trust_remote_code=True)` needs nothing but transformers.'
+    )
+    return (
+        "In a clone of the project that made it:\n\n"
+        "```python\n"
+        "import attention\n\n"
+        f'model, tokenizer = attention.load("{to or making.config.output + "/variant"}")\n'
+        f"{generate}```\n\n"
+        "From the Hub, where its code travels with it, with transformers alone:\n\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({repository}, trust_remote_code=True)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({repository}, trust_remote_code=True)\n"
+        f"{generate}```"
     )
 
 

@@ -71,10 +71,10 @@ class Publisher:
         self.private = private
         self._thread: threading.Thread | None = None
 
-    def push(self, folder: Path) -> str | None:
-        """Pushes now; returns what `attention.load` takes to get it, or None."""
+    def push(self, folder: Path, *, dry_run: bool = False) -> str | None:
+        """Pushes now, or only lists what would go; returns what `attention.load` takes to get it, or None."""
         self.wait()
-        return self._push(folder)
+        return self._push(folder, dry_run)
 
     def push_behind(self, folder: Path) -> None:
         """Pushes in the background, unless the last such push still goes on."""
@@ -89,11 +89,15 @@ class Publisher:
         if self._thread is not None:
             self._thread.join()
 
-    def _push(self, folder: Path) -> str | None:
+    def _push(self, folder: Path, dry_run: bool = False) -> str | None:
         try:
-            done = attention.push(folder, self.to, private=self.private)
+            done = attention.push(folder, self.to, private=self.private, dry_run=dry_run)
         except (CheckpointError, OSError, ValueError) as error:
             logger.warning("not pushed: %s", error)
             return None
-        logger.info("pushed %s", done.url)
+        if dry_run:
+            files = "".join(f"\n{size:>12,}  {path}" for path, size in done.files.items())
+            logger.info("would be pushed to %s:%s", self.to, files)
+        else:
+            logger.info("pushed %s", done.url)
         return done.spec

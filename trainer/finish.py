@@ -37,8 +37,8 @@ def finish(loop: Loop) -> None:
         if setup.test is not None:
             test = measure_saved(loop, place, *setup.test)
             save_variant(setup, loop.observer, model, loop.step, test)
-        if loop.publisher is not None and not loop.config.dry_run:
-            pushed = loop.publisher.push(place)
+        if loop.publisher is not None:
+            pushed = loop.publisher.push(place, dry_run=loop.config.dry_run)
     logger.info("%s", summary(loop, place, test, pushed))
     if loop.config.dry_run:
         logger.info("%s", estimate(loop))
@@ -61,7 +61,7 @@ def summary(loop: Loop, place: Path, test: tuple[str, Fidelity] | None, pushed: 
         f"cost     {observer.tokens:,} tokens in {loop.step:,} steps, {observer.seconds:,.0f} s, "
         f"{peak_memory_mb():,.0f} MB at most",
         f"saved    {place}",
-        *([f"pushed   {pushed}"] if pushed is not None else []),
+        *([f"pushed   {pushed}"] if pushed is not None and not loop.config.dry_run else []),
         f"see it   python app.py --checkpoints {place}",
     ]
     return "\n".join(lines)

@@ -112,6 +112,10 @@ class Loop:
     def _steps(self, stage: StageConfig) -> int:
         return 1 if self.config.dry_run else stage.steps
 
+    def _batch_of(self, stage: StageConfig, done: int) -> int:
+        """The batch of the next step; in a dry run the stage's last, whose context is the longest."""
+        return stage.steps - 1 if self.config.dry_run else done
+
     def _run_stage(self, index: int, snapshot: Snapshot | None) -> None:
         stage = self.config.stages[index]
         built = build_learner(stage, self.setup.model, self.setup.base).train()
@@ -125,7 +129,7 @@ class Loop:
         while done < self._steps(stage):
             started = time.monotonic()
             set_lr(optimizers, lr_factor(stage.schedule, done, stage.steps))
-            self._train_step(stage, learner, optimizers, *batches(done))
+            self._train_step(stage, learner, optimizers, *batches(self._batch_of(stage, done)))
             self.step_seconds[index] = time.monotonic() - started
             done += 1
             self._after_step(index, done, optimizers)

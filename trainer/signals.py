@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from types import FrameType
 
 import psutil
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, go on later
+ECHO_SECONDS = 2.0
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM; a second one acts at once, as usual.
+    """Remembers SIGINT and SIGTERM; a later one acts at once, as usual.
+
+    One that follows within `ECHO_SECONDS` is taken for the same: Ctrl-C reaches every process of a terminal, and a
+    launcher of several processes then hands on what it got itself.
 
     `accelerate launch` with one process does not hand SIGTERM on: it dies and leaves the trainer running. So the
     launcher's death counts as a request, too.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked_at = math.inf
         self._launcher = os.getppid() if _launched_by_accelerate() else None
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self.close()
+        now = time.monotonic()
+        if now - self._asked_at > ECHO_SECONDS:
+            self.close()
+            signal.raise_signal(number)
+        self._asked_at = min(self._asked_at, now)
 
     @property
     def asked(self) -> bool:
-        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
+        return self._asked_at < math.inf or (self._launcher is not None and os.getppid() != self._launcher)
 
     def close(self) -> None:
         """Puts back the handlers that were there before."""

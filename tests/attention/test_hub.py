@@ -113,6 +113,19 @@ def test_push_and_load(server, api, hub, saved, place):
     assert done.url.endswith(done.spec.partition("@")[2])
 
 
+def test_the_card_says_where_it_lies(server, api, saved):
+    card = (
+        f"""---\nlicense: mit\n---\nattention.load("{saved}"), from_pretrained("user/repo"), attention.load("other")"""
+    )
+    (saved / "README.md").write_text(card)
+    attention.push(saved, "me/repo/sub@next", api=api)
+    pushed = server.repos["me/repo"].files("next")["sub/README.md"].decode()
+    assert 'attention.load("me/repo/sub@next")' in pushed
+    assert 'from_pretrained("me/repo", subfolder="sub", revision="next")' in pushed
+    assert 'attention.load("other")' in pushed
+    assert (saved / "README.md").read_text() == card
+
+
 def test_a_second_push_replaces_the_first(server, api, hub, base, saved, tmp_path):
     variant = make_variant(base, "softmax")
     big = tmp_path / "big"
@@ -167,7 +180,7 @@ def test_the_commit_is_on_top_of_what_was_seen(server, api, saved):
     assert server.repos["me/repo"].files()["a"] == b"2"
 
 
-@pytest.mark.parametrize("action", [412, 429, 500, 503, "refuse", "lose"])
+@pytest.mark.parametrize("action", [412, 429, 500, 503, "refuse", "half", "lose"])
 @pytest.mark.parametrize("times", [1, 2, 9])
 def test_what_may_pass_is_tried_again(server, api, saved, action, times):
     before, pauses = contents(saved), []

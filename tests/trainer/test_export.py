@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -39,6 +43,17 @@ def test_a_run_pushes_its_variant_with_card_history_and_curves(server, workplace
     last = json.loads(files["masks/training.jsonl"].decode().splitlines()[-1])
     assert last["step"] == 8
     assert "pushed   me/fitted/masks@" in (tmp_path / "run" / "train.log").read_text()
+    here, anywhere = re.findall(r"```python\n(.*?)```", files["masks/README.md"].decode(), re.DOTALL)
+    assert 'attention.load("me/fitted/masks")' in here
+    assert run_elsewhere(anywhere, server, tmp_path).startswith("The old man looked at the sea and")
+
+
+def run_elsewhere(code: str, server: HubServer, folder: Path) -> str:
+    """What code prints in a folder from which this project cannot be imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_push_that_fails_is_no_failure_of_the_run(server, workplace: Path, tmp_path: Path):
@@ -50,16 +65,20 @@ def test_a_push_that_fails_is_no_failure_of_the_run(server, workplace: Path, tmp
     assert (tmp_path / "run" / "variant" / "model.safetensors").exists()
 
 
-def test_a_dry_run_does_not_push(server, workplace: Path, tmp_path: Path):
+def test_a_dry_run_says_what_would_be_pushed(server, workplace: Path, tmp_path: Path):
     assert main(["--config", pushing(workplace, tmp_path), "--dry_run"]) == 0
     assert server.requests == []
+    log = (tmp_path / "run" / "dry-run" / "train.log").read_text()
+    assert "would be pushed to me/fitted/masks" in log
+    assert "masks/model.safetensors" in log
+    assert "pushed   " not in log
 
 
 def test_a_slow_push_does_not_hold_training_up(tmp_path: Path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     release, pushed = threading.Event(), []
 
-    def push(folder: Path, to: str, *, private: bool) -> attention.Push:
+    def push(folder: Path, to: str, *, private: bool, dry_run: bool) -> attention.Push:
         release.wait(10)
         pushed.append(folder)
         return attention.Push(to, {}, "url")

@@ -1,8 +1,11 @@
 """Rows for files, trackers and pictures."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from tests.trainer.conftest import recipe, write_recipe
 from trainer.history import History, plot
@@ -35,13 +38,40 @@ def test_trackers_get_numbers_means_of_weights_and_samples():
     assert tracked({"kind": "samples", "step": 3, "stage": "distil", "texts": texts}) == {"samples/0": "Av"}
 
 
+class Memory(GeneralTracker):
+    """A tracker of Accelerate's own kind."""
+
+    name = "memory"
+    requires_logging_directory = True
+    config: ClassVar[dict] = {}
+    logged: ClassVar[dict[int, dict]] = {}
+    finished = False
+
+    def __init__(self, project: str, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def tracker(self) -> str:
+        return self.folder
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.config.update(values)
+
+    def log(self, values: dict, step: int | None = None, **_: object) -> None:
+        self.logged.setdefault(step, {}).update(values)
+
+    def finish(self) -> None:
+        type(self).finished = True
+
+
 def test_a_run_reports_to_its_trackers(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    logged = {}
-    monkeypatch.setattr(
-        "accelerate.Accelerator.log", lambda self, values, step: logged.setdefault(step, {}).update(values)
-    )
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, Memory.name, Memory)
     path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run")))
-    assert main(["--config", str(path)]) == 0
+    assert main(["--config", str(path), "--trackers", "memory"]) == 0
+    assert yaml.safe_load(Memory.config["config"])["output"] == str(tmp_path / "run")
+    assert Memory.finished
+    logged = Memory.logged
     assert {"train/loss", "train/tokens_per_second", "train/peak_memory_mb", "eval/kl", "eval/perplexity"} <= set(
         logged[8]
     )

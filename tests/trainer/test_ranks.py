@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -20,7 +22,14 @@ def launch(config: str, recipe_path: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"trainer/accelerate/{config}.yaml"]
     command += ["trainer/train.py", "--config", str(recipe_path), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a test can signal all of it, as a terminal does
+    )
 
 
 def rows(folder: Path) -> list[dict]:
@@ -48,9 +57,25 @@ def test_two_ranks_train_as_one_process_does(workplace: Path, tmp_path: Path):
     assert_same_curves(runs["one-cpu"], runs["two-cpu-ranks"])
 
 
+def to_the_launcher(run: subprocess.Popen) -> None:
+    run.send_signal(signal.SIGTERM)
+
+
+def from_a_terminal(run: subprocess.Popen) -> None:
+    os.killpg(run.pid, signal.SIGINT)
+
+
+def to_one_rank(run: subprocess.Popen) -> None:
+    ranks = [child for child in psutil.Process(run.pid).children() if "trainer/train.py" in child.cmdline()]
+    ranks[-1].send_signal(signal.SIGTERM)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["one-cpu", "two-cpu-ranks"])
-def test_a_signal_to_the_launcher_stops_the_run_which_can_be_resumed(config: str, workplace: Path, tmp_path: Path):
+@pytest.mark.parametrize("send", [to_the_launcher, from_a_terminal, to_one_rank])
+def test_a_signal_stops_all_of_a_run_which_can_be_resumed(
+    config: str, send: Callable[[subprocess.Popen], None], workplace: Path, tmp_path: Path
+):
     options = recipe(workplace, output=str(tmp_path / "run"), checkpoint={"every": None})
     options["stages"] = [options["stages"][1] | {"steps": 100_000}]
     options |= {"eval": {"every": None, "context": 32}, "samples": {"every": None}}
@@ -60,8 +85,10 @@ def test_a_signal_to_the_launcher_stops_the_run_which_can_be_resumed(config: str
     while not (history.exists() and len(rows(tmp_path / "run")) > 3):
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.1)
-    run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=120)
+    send(run)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "stopped after step" in output
     saved = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 60
     while not list(saved.glob("step-*/manifest.json")):

@@ -219,6 +219,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "step-00000002" in caplog.text
 
 
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+    uninterrupted: dict[str, Path], tmp_path: Path
+):
+    shutil.copytree(uninterrupted["fit"] / "run", tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / checkpoints(tmp_path / "run")[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    arguments = ["--config", str(uninterrupted["fit"] / "recipe.yaml"), "--output", str(tmp_path / "run"), "--resume"]
+    assert train.main(arguments) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"skipping a broken checkpoint: {newest.parent} is damaged" in log
+    assert "resuming after step 6" in log
+    assert outcome(tmp_path / "run") == outcome(uninterrupted["fit"] / "run")
+
+
 def test_a_skipped_checkpoint_does_not_outlive_the_one_written_after_it(two_checkpoints: Path, tmp_path: Path):
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     (tmp_path / "step-00000002" / "manifest.json").unlink()
