@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any] | None]:
     try:
         files = json.loads(content)["files"]
         intact = content == _dump_manifest(files)  # so that no single bit of it can change unnoticed
-        intact = intact and all(Path(name).name == name for name in files)
+        intact = intact and all(Path(name).name == name and _is_entry(entry) for name, entry in files.items())
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
@@ -267,6 +267,10 @@ def _measure(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _is_entry(entry: object) -> bool:
+    return entry is None or (isinstance(entry, dict) and entry.keys() == {"size", "sha256"})
 
 
 def _dump_manifest(files: dict[str, dict[str, Any] | None]) -> bytes:

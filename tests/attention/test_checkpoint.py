@@ -295,6 +295,15 @@ def test_missing_files_are_refused(saved, name):
         attention.load(saved)
 
 
+def test_a_manifest_of_another_shape_is_refused(saved):
+    path = saved / "manifest.json"
+    content = path.read_text()
+    for old, new in (('"size"', '"sizd"'), ('"sha256"', '"sha257"'), ('"config.json"', '"/config.json"')):
+        path.write_text(content.replace(old, new, 1))
+        with pytest.raises(BrokenCheckpointError, match=r"manifest\.json was changed"):
+            attention.load(saved)
+
+
 def test_all_damage_is_listed(saved):
     (saved / "tokenizer.json").unlink()
     (saved / "training.jsonl").write_text("")
