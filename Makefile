@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev browser
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -n auto -m long $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

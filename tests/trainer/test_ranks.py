@@ -73,7 +73,7 @@ def to_one_rank(run: subprocess.Popen) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["one-cpu", "two-cpu-ranks"])
 @pytest.mark.parametrize("send", [to_the_launcher, from_a_terminal, to_one_rank])
-def test_a_signal_stops_all_of_a_run_which_can_be_resumed(
+def test_a_signal_stops_all_of_a_run_which_goes_on_with_more_or_fewer(
     config: str, send: Callable[[subprocess.Popen], None], workplace: Path, tmp_path: Path
 ):
     options = recipe(workplace, output=str(tmp_path / "run"), checkpoint={"every": None})
@@ -96,7 +96,8 @@ def test_a_signal_stops_all_of_a_run_which_can_be_resumed(
         time.sleep(0.1)
     (folder,) = saved.iterdir()
     done = int(folder.name.removeprefix("step-"))
-    resumed = launch(config, path, "--resume", "--stages.0.steps", str(done + 2))
+    other = {"one-cpu": "two-cpu-ranks", "two-cpu-ranks": "one-cpu"}[config]
+    resumed = launch(other, path, "--resume", "--stages.0.steps", str(done + 2))
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     assert f"resuming after step {done}" in output
