@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional as F
+
+CPU_ROWS, ROWS = 3072, 1 << 17  # queries of all heads worked on at a time: on a CPU what is temporary fits its cache
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive blocks of `size` queries that are computed together, as slices into what they need."""
-
-    size: int
-    rows: slice
-    blocks: slice
-    bias: slice
-
-    @classmethod
-    def cut(cls, length: int, block: int, biases: int, at_once: int) -> Iterator[Piece]:
-        """Cuts `length` rows into pieces of at most `at_once` blocks, where block i has bias min(i, biases − 1).
-
-        A last block that is shorter comes alone.
-        """
-        whole, start = length // block, 0
-        while start < whole:
-            stop = min(start + at_once, whole, biases - 1 if start < biases - 1 else whole)
-            bias = slice(min(start, biases - 1), min(stop, biases))
-            yield cls(block, slice(start * block, stop * block), slice(start, stop), bias)
-            start = stop
-        if rest := length % block:
-            last = slice(biases - 1, biases)
-            yield cls(rest, slice(whole * block, length), slice(whole, whole + 1), last)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Rows of (B, H, T, D) as blocks (B·H, blocks, size, D)."""
-        return x[:, :, self.rows].unflatten(2, (-1, self.size)).flatten(0, 1)
-
-    def keys(self, x: Tensor, index: Tensor) -> Tensor:
-        """Keys or values (B, H, S, D), gathered for each block: (B·H, blocks, K, D)."""
-        index = index[self.blocks]
-        return x.index_select(2, index.flatten()).unflatten(2, index.shape).flatten(0, 1)
-
-    def put(self, blocks: Tensor, out: Tensor) -> None:
-        """Writes (B·H, blocks, size, D) to the rows of `out` (B, H, T, D)."""
-        out[:, :, self.rows].unflatten(2, (-1, self.size)).copy_(blocks.unflatten(0, out.shape[:2]))
-
-    def add(self, parts: Tensor, index: Tensor, total: Tensor) -> None:
-        """Adds (B·H, blocks, K, D), which belong to the gathered keys, to `total` (B, H, S, D)."""
-        parts = parts.to(total.dtype).flatten(1, 2).unflatten(0, total.shape[:2])
-        total.index_add_(2, index[self.blocks].flatten(), parts)
-
-    def weights(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-        """(B·H, blocks, K, size) attention weights, at least in float32, for a bias (1 or B·H, N, K, b).
-
-        Keys come before queries: the products of small matrices that it takes are faster this way round.
-        """
-        scores = (keys @ queries.mT).to(_precise(queries.dtype)).mul_(queries.shape[-1] ** -0.5)
-        return scores.add_(bias[:, self.bias, :, : self.size]).softmax(-2)
-
-
-def block_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, dropout: float = 0.0) -> Tensor:
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, run: int = 1, dropout: float = 0.0
+) -> Tensor:
     """softmax(q kᵀ / √D + bias) v over the keys that `index` lists for each block of queries.
 
-    It goes a few thousand rows at a time, so that the gathered keys stay in the CPU's cache, and computes the
+    It goes a few thousand rows at a time, so that what is temporary stays in the CPU's cache, and computes the
     weights again for the gradients: no tensor of size T·K is kept, unless weights are dropped.
 
     Args:
@@ -74,67 +27,147 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor
         v: values (B, H, S, D).
         bias: (1 or B·H, N ≤ ⌈T/b⌉, b, K), added to the scores; block i reads row min(i, N − 1) of the second
             dimension. A query needs at least one key whose bias is finite.
-        index: (⌈T/b⌉, K), which keys each block reads; one that is listed twice counts twice.
+        index: (1 or B·H, ⌈T/b⌉, K / run), which runs of keys each block reads; one that is listed twice counts twice.
+        run: consecutive keys that are listed together, a divisor of S: run r is the keys from r·run on.
         dropout: probability of dropping a weight.
 
     Returns:
-        (B, H, T, D), laid out as (B, T, H, D): merging the heads copies nothing.
+        (B, H, T, D).
     """
-    return _BlockAttention.apply(q, k, v, bias, index, dropout)
+    batch, heads, length, _ = q.shape
+    rows = torch.arange(batch * heads, device=q.device)[:, None, None] * (k.shape[2] // run)
+    missing = -length % bias.shape[2]
+    blocks = (F.pad(q, (0, 0, 0, missing)) if missing else q).flatten(0, 1).unflatten(1, (-1, bias.shape[2]))
+    tables = (t.flatten(0, 1).unflatten(1, (-1, run)).flatten(2).flatten(0, 1) for t in (k, v))
+    out = _BlockAttention.apply(blocks, *tables, bias, index + rows, dropout)
+    return out.flatten(1, 2)[:, :length].unflatten(0, (batch, heads))
+
+
+class Piece(NamedTuple):
+    """Heads and blocks that are computed together: all blocks of several heads, or some of one head's."""
+
+    heads: slice
+    blocks: slice
+
+    @classmethod
+    def cut(cls, heads: int, blocks: int, at_once: int) -> Iterator[Piece]:
+        """Cuts heads × blocks into pieces of about `at_once` blocks."""
+        many, parts = max(1, at_once // blocks), math.ceil(blocks / max(1, at_once))
+        size = math.ceil(blocks / parts)
+        for head in range(0, heads, many):
+            for block in range(0, blocks, size):
+                yield cls(slice(head, min(head + many, heads)), slice(block, min(block + size, blocks)))
+
+    def of(self, x: Tensor) -> Tensor:
+        """The piece of x (G, N, ...) as (blocks, ...); shares its memory."""
+        return x[self.heads, self.blocks].flatten(0, 1)
+
+    def each_bias(self, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Which of its blocks share the same bias, or have one each, and the bias (1 or heads, 1 or blocks, b, K)."""
+        if bias.shape[0] > 1:
+            bias = bias[self.heads]
+        last, begin, end = bias.shape[1] - 1, self.blocks.start, self.blocks.stop
+        if begin < last:
+            yield slice(0, min(end, last) - begin), bias[:, begin : min(end, last)]
+        if end > last:
+            yield slice(max(0, last - begin), None), bias[:, last:]
+
+
+class Workspace:
+    """Memory for what a piece needs and the next one overwrites."""
+
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor of arbitrary content; it shares memory with earlier ones of its name."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = self.like.new_empty(size)
+        return self.buffers[name][:size].view(shape)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """The products (n, ·, ·) of two batches of matrices."""
+        return torch.bmm(a, b, out=self.take(name, *a.shape[:2], b.shape[2]))
+
+    def gathered(self, name: str, table: Tensor, runs: Tensor, width: int) -> Tensor:
+        """The listed runs (n, R) of a table (·, run·D), as (n, R·run, D)."""
+        out = self.take(name, runs.numel(), table.shape[1])
+        return torch.index_select(table, 0, runs.flatten(), out=out).view(len(runs), -1, width)
 
 
 class _BlockAttention(torch.autograd.Function):
-    @staticmethod
-    def pieces(q: Tensor, bias: Tensor) -> Iterator[Piece]:
-        rows = 3072 if q.device.type == "cpu" else 1 << 17
-        batch, heads, length, _ = q.shape
-        block = bias.shape[2]
-        return Piece.cut(length, block, bias.shape[1], max(1, rows // (batch * heads * block)))
+    """For q (G, N, b, D), tables of k and v (G·S / run, run·D), bias, and runs (G, N, R) as rows of the tables."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, dropout: float) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias, index)
-        ctx.dropout, ctx.kept = dropout, []
-        bias = bias.detach()  # with a gradient for the bias in sight, SDPA leaves its fast kernels
-        batch, heads, length, width = q.shape
-        out = v.new_empty(batch, length, heads, width).transpose(1, 2)
-        for piece in _BlockAttention.pieces(q, bias):
-            queries, keys, values = piece.queries(q), piece.keys(k, index), piece.keys(v, index)
+    def pieces(q: Tensor) -> Iterator[Piece]:
+        rows = CPU_ROWS if q.device.type == "cpu" else ROWS
+        return Piece.cut(q.shape[0], q.shape[1], rows // q.shape[2])
+
+    @staticmethod
+    def weights(space: Workspace, queries: Tensor, keys: Tensor, bias: Tensor, piece: Piece) -> Tensor:
+        """(n, b, K) attention weights, at least in float32."""
+        scores = space.product("scores", queries, keys.mT)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        by_block = scores.unflatten(0, (-1, piece.blocks.stop - piece.blocks.start))
+        for blocks, part in piece.each_bias(bias):
+            torch.add(part, by_block[:, blocks], alpha=queries.shape[-1] ** -0.5, out=by_block[:, blocks])
+        return torch.softmax(scores, -1, out=scores)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, runs: Tensor, dropout: float) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, space, kept = torch.empty_like(q), Workspace(q), []
+        for piece in _BlockAttention.pieces(q):
+            keys, values = (space.gathered("kv"[i], t, piece.of(runs), q.shape[-1]) for i, t in enumerate((k, v)))
+            weights = _BlockAttention.weights(space, piece.of(q), keys, bias, piece)
             if dropout:
-                weights = piece.weights(queries, keys, bias.mT)
-                ctx.kept.append(torch.rand_like(weights) >= dropout)
-                mixed = _drop(weights, ctx.kept[-1], dropout).to(v.dtype).mT @ values
-            else:
-                mixed = scaled_dot_product_attention(queries, keys, values, bias[:, piece.bias, : piece.size])
-            piece.put(mixed, out)
+                kept.append(torch.rand_like(weights) >= dropout)
+                weights = _drop(weights, kept[-1], dropout)
+            torch.bmm(weights.to(v.dtype), values, out=piece.of(out))
+        ctx.save_for_backward(q, k, v, bias, runs, out)
+        ctx.dropout, ctx.kept = dropout, kept
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, index = ctx.saved_tensors
-        scale, bias_t = q.shape[-1] ** -0.5, bias.mT.contiguous()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, runs, out = ctx.saved_tensors
+        grad, space, scale = grad.contiguous(), Workspace(q), q.shape[-1] ** -0.5
+        precise = torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q)
-        grad_k, grad_v, grad_bias = (torch.zeros_like(t, dtype=_precise(t.dtype)) for t in (k, v, bias_t))
-        for number, piece in enumerate(_BlockAttention.pieces(q, bias)):
-            queries, keys, values = piece.queries(q), piece.keys(k, index), piece.keys(v, index)
-            grads = piece.queries(grad)
-            weights = used = piece.weights(queries, keys, bias_t)
-            grad_weights = (values @ grads.mT).to(weights.dtype)
+        grad_k, grad_v = (torch.zeros_like(t, dtype=precise) for t in (k, v))
+        grad_bias = torch.zeros_like(bias, dtype=precise) if ctx.needs_input_grad[3] else None
+        means = (grad * out).sum(-1, keepdim=True, dtype=precise)  # Σ_j weight · its gradient, of every query
+        for number, piece in enumerate(_BlockAttention.pieces(q)):
+            listed, queries, grads = piece.of(runs), piece.of(q), piece.of(grad)
+            keys, values = (space.gathered("kv"[i], t, listed, q.shape[-1]) for i, t in enumerate((k, v)))
+            weights = used = _BlockAttention.weights(space, queries, keys, bias, piece)
+            grad_scores = space.product("gradients", grads, values.mT).to(precise)
             if ctx.dropout:
-                used, grad_weights = (_drop(t, ctx.kept[number], ctx.dropout) for t in (weights, grad_weights))
-            mean = (grad_weights * weights).sum(-2, keepdim=True)
-            grad_scores = grad_weights.sub_(mean).mul_(weights)
-            target = grad_bias[:, piece.bias, :, : piece.size]
-            target += grad_scores.sum_to_size(target.shape)
-            grad_scores = grad_scores.mul_(scale).to(q.dtype)
-            piece.put(grad_scores.mT @ keys, grad_q)
-            piece.add(grad_scores @ queries, index, grad_k)
-            piece.add(used.to(q.dtype) @ grads, index, grad_v)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias.mT.to(bias.dtype), None, None
+                used, grad_scores = (_drop(t, ctx.kept[number], ctx.dropout) for t in (weights, grad_scores))
+            _add(grad_v, space.product("parts", used.to(q.dtype).mT, grads), listed)
+            grad_scores.sub_(piece.of(means)).mul_(weights)
+            if grad_bias is not None:
+                _add_bias(grad_bias, grad_scores, piece)
+            grad_scores = grad_scores.to(q.dtype)
+            _add(grad_k, space.product("parts", grad_scores.mT, queries), listed)
+            torch.bmm(grad_scores, keys, out=piece.of(grad_q))
+        grad_k = grad_k.mul_(scale).to(k.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_q.mul_(scale), grad_k, grad_v.to(v.dtype), grad_bias, None, None
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _add(table: Tensor, parts: Tensor, runs: Tensor) -> None:
+    """Adds parts (n, R·run, D) to the rows of a table (·, run·D) that are listed in runs (n, R)."""
+    table.index_add_(0, runs.flatten(), parts.view(-1, table.shape[1]).to(table.dtype))
+
+
+def _add_bias(total: Tensor, parts: Tensor, piece: Piece) -> None:
+    """Adds parts (n, b, K) of a piece to a `total` that is shaped like the bias."""
+    parts = parts.unflatten(0, (-1, piece.blocks.stop - piece.blocks.start))
+    for blocks, target in piece.each_bias(total):
+        target += parts[:, blocks].sum_to_size(target.shape)
 
 
 def _drop(x: Tensor, kept: Tensor, probability: float) -> Tensor:

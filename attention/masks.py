@@ -268,9 +268,9 @@ class MasksAttention(Mechanism):
         """
         batch, heads, length, _ = q.shape
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-        index = layout.index(layout.blocks(length), before, k.shape[2])
+        index = layout.index(layout.blocks(length), before, k.shape[2])[None]
         bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        return block_attention(q, k, v, bias.to(q.dtype), index, self._dropout)
+        return block_attention(q, k, v, bias, index, dropout=self._dropout)
 
     def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:
         """One token in every row: none misses a key, or all miss the same."""

@@ -36,7 +36,7 @@ from .reference import (
 from .state import State, store
 
 BRANCHES = ("compressed", "selected", "window")
-CHUNK, GRADIENT_CHUNK = 512, 4096  # queries for which scores, masks and gathered keys exist at the same time
+CHUNK = 512  # queries for which scores against the compressed keys exist at the same time
 FORCED = 3  # blocks that are always read: the first one, the one before the query's, the query's own
 
 Index = TypeVar("Index", int, Tensor)
@@ -266,8 +266,11 @@ class NativeSparseAttention(Mechanism):
         return torch.addcmul(torch.addcmul(to_compressed * compressed, to_selected, selected), to_window, window)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        dropout = self.layer.dropout if self.training else 0.0
-        return scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=q.shape[1] != k.shape[1])
+        return scaled_dot_product_attention(q, k, v, mask, self._dropout, enable_gqa=q.shape[1] != k.shape[1])
+
+    @property
+    def _dropout(self) -> float:
+        return self.layer.dropout if self.training else 0.0
 
     def _block(
         self,
@@ -297,48 +300,28 @@ class NativeSparseAttention(Mechanism):
             state.advance(length, lengths)
             state.selected = take(blocks, (state.position - first) // config.select_every, 1)[:, :, 0]
             state.selected_keys = state.selected_values = None
-        chunk = config.whole_blocks(GRADIENT_CHUNK if torch.is_grad_enabled() else CHUNK)
-        outputs = []
-        for begin in range(0, padded, chunk):
-            end = min(begin + chunk, padded)
-            outputs.append(
-                self._chunk(
-                    [q[:, :, begin:end] for q in queries],
-                    keys,
-                    values,
-                    compressed,
-                    blocks[:, :, begin // config.select_every : end // config.select_every],
-                    positions[:, begin:end],
-                    first + begin,
-                    gates[:, :, begin:end],
-                ).transpose(1, 2)
-            )
-        return take(torch.cat(outputs, dim=1).transpose(1, 2), shift, length)
-
-    def _chunk(
-        self,
-        queries: list[Tensor],
-        keys: Tensor,
-        values: Tensor,
-        compressed: tuple[Tensor, Tensor],
-        blocks: Tensor,
-        positions: Tensor,
-        first: int | Tensor,
-        gates: Tensor,
-    ) -> Tensor:
-        """The output (B, H, T, D) of whole blocks of queries that stand at `positions` (P, T) from `first` on."""
-        config, size = self.config, self.config.select_block
-        bounds = 0, compressed[0].shape[2]
-        if isinstance(first, int):
-            bounds = config.visible(first), config.visible(first + positions.shape[1] - 1)
-        settled = isinstance(first, int) and first >= max(config.window, config.num_selected * size)
-        pattern = positions[:, :size] if settled else positions
-        return self._combine(
-            compressed_branch(queries[0], *compressed, config.visible(positions), bounds, self._attend),
-            selected_branch(queries[1], keys, values, blocks, pattern, size, config.select_every, self._attend),
-            window_branch(queries[2], keys, values, first, pattern, config.window, size, self._attend),
-            gates,
+        size, dropout = config.select_block, self._dropout
+        outputs = (
+            self._compressed(queries[0], compressed, positions, first),
+            selected_branch(queries[1], keys, values, blocks, first, size, config.select_every, dropout),
+            window_branch(queries[2], keys, values, first, config.window, size, dropout),
         )
+        return take(self._combine(*outputs, gates), shift, length)
+
+    def _compressed(
+        self, q: Tensor, compressed: tuple[Tensor, Tensor], positions: Tensor, first: int | Tensor
+    ) -> Tensor:
+        """The compressed branch (B, H, T, D) of queries that stand at `positions` (P, T) from `first` on."""
+        config, outputs = self.config, []
+        for begin in range(0, q.shape[2], CHUNK):
+            part = slice(begin, begin + CHUNK)
+            bounds = 0, compressed[0].shape[2]
+            if isinstance(first, int):
+                last = first + min(begin + CHUNK, q.shape[2]) - 1
+                bounds = config.visible(first + begin), config.visible(last)
+            visible = config.visible(positions[:, part])
+            outputs.append(compressed_branch(q[:, :, part], *compressed, visible, bounds, self._attend))
+        return torch.cat(outputs, 2)
 
     def _token(
         self,

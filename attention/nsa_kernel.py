@@ -7,11 +7,15 @@ where a row starts is one number in the first case and (B,) numbers in the secon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .block_attention import block_attention
+from .mechanism import repeat_heads
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # softmax attention of q, k, v and a mask
 
@@ -27,52 +31,61 @@ def take(x: Tensor, start: int | Tensor, count: int) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def fold(q: Tensor, kv_heads: int, size: int) -> Tensor:
-    """(T / size, B·H_kv, G·size, D): query blocks as a batch; the G query heads of a key head are more rows."""
-    blocks = q.unflatten(1, (kv_heads, -1)).unflatten(3, (-1, size))
-    return blocks.permute(3, 0, 1, 2, 4, 5).flatten(1, 2).flatten(2, 3)
-
-
-def unfold(out: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """(B, H, T, D): the inverse of `fold`."""
-    blocks = out.unflatten(2, (heads // kv_heads, -1)).unflatten(1, (-1, kv_heads))
-    return blocks.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
-
-
-def fold_mask(mask: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """(T / size, 1 or B·H_kv, G·size, S): masks (P, T / size, size, S) to go with folded queries."""
-    mask = mask.transpose(0, 1).repeat(1, 1, heads // kv_heads, 1)
-    return mask if mask.shape[1] == 1 else mask.repeat_interleave(kv_heads, dim=1)
-
-
 def window_branch(
+    q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, window: int, block: int, dropout: float
+) -> Tensor:
+    """(B, H, T, D): attention over the last `window` keys, in blocks of queries that read what any of them sees."""
+    before = -(-(window - 1) // 8) * 8  # matrix products are fastest where sizes are multiples of 8
+    run, number = math.gcd(before, block), q.shape[2] // block
+    starts = _starts(start, block, number, q.device)
+    runs = (starts[..., None] - before) // run + torch.arange((before + block) // run, device=q.device)
+    distinct = _distinct(start, block, number, -(-before // block))
+    queries = starts[:, :distinct, None, None] + torch.arange(block, device=q.device)[:, None]
+    sources = starts[:, :distinct, None, None] - before + torch.arange(before + block, device=q.device)
+    visible = (sources >= 0) & (sources <= queries) & (sources > queries - window)
+    return _by_block(q, keys, values, visible, runs.clamp(0, keys.shape[2] // run - 1), run, dropout)
+
+
+def selected_branch(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
+    blocks: Tensor,
     start: int | Tensor,
-    positions: Tensor,
-    window: int,
-    block: int,
-    attend: Attend,
+    size: int,
+    every: int,
+    dropout: float,
 ) -> Tensor:
-    """(B, H, T, D): attention over the last `window` keys, in blocks of queries.
+    """(B, H, T, D): attention over the tokens of the chosen blocks (B, H_kv, T / every, n) of `size` tokens."""
+    number, groups = blocks.shape[-1], blocks.shape[2]
+    distinct = _distinct(start, size, groups, number - 1) if every == size else groups
+    starts = _starts(start, every, groups, q.device)[:, :distinct]
+    readable = selected_mask(starts[..., None] + torch.arange(every, device=q.device), number, size)
+    return _by_block(q, keys, values, readable, repeat_heads(blocks, q.shape[1]).flatten(0, 1), size, dropout)
 
-    A block reads the keys that its queries see between them, as views that overlap.
-    """
-    heads, kv_heads = q.shape[1], keys.shape[1]
-    before = -(-(window - 1) // 8) * 8  # matrix products are fastest where sizes are multiples of 8
-    k, v = (
-        take(t, start - before, before + q.shape[2])
-        .unfold(2, before + block, block)
-        .permute(2, 0, 1, 4, 3)
-        .flatten(1, 2)
-        for t in (keys, values)
-    )
-    queries = positions.unflatten(1, (-1, block))[..., None]
-    sources = queries[:, :, :1] - before + torch.arange(before + block, device=q.device)
-    visible = (sources >= 0) & (sources <= queries) & (sources > queries - window)
-    out = attend(fold(q, kv_heads, block), k, v, fold_mask(visible, heads, kv_heads))
-    return unfold(out, heads, kv_heads)
+
+def _starts(start: int | Tensor, block: int, number: int, device: torch.device) -> Tensor:
+    """(P, number) positions of the first queries of consecutive blocks."""
+    first = start[:, None] if isinstance(start, Tensor) else start
+    return (first + block * torch.arange(number, device=device)).view(-1, number)
+
+
+def _distinct(start: int | Tensor, block: int, number: int, early: int) -> int:
+    """How many of `number` blocks need a mask of their own, where all but the text's first `early` blocks share one."""
+    return number if isinstance(start, Tensor) else max(1, min(number, early + 1 - start // block))
+
+
+def _by_block(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, runs: Tensor, run: int, dropout: float
+) -> Tensor:
+    """`block_attention` with a mask (P, N, b, K) and runs (P or B·H, N, R) that may be the same for all heads."""
+    batch, heads = q.shape[:2]
+    bias = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, -torch.inf)
+    if len(bias) > 1:
+        bias = bias.repeat_interleave(heads, 0)
+    if 1 < len(runs) < batch * heads:
+        runs = runs.repeat_interleave(heads, 0)
+    return block_attention(q, repeat_heads(keys, heads), repeat_heads(values, heads), bias, runs, run, dropout)
 
 
 def compressed_branch(
@@ -99,21 +112,6 @@ def gather_blocks(x: Tensor, blocks: Tensor, size: int) -> Tensor:
     heads = torch.arange(blocks.shape[1], device=x.device)[:, None] * (x.shape[2] // size)
     table = x.reshape(-1, size * x.shape[3])
     return table.index_select(0, (blocks + heads).flatten()).view(*blocks.shape[:2], -1, x.shape[3])
-
-
-def selected_branch(
-    q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, positions: Tensor, size: int, every: int, attend: Attend
-) -> Tensor:
-    """(B, H, T, D): attention over the tokens of the chosen blocks (B, H_kv, T / every, n) of `size` tokens."""
-    heads, kv_heads = q.shape[1], keys.shape[1]
-    index = blocks.flatten(0, 1).transpose(0, 1)
-    k, v = (gather_blocks(t, index, size) for t in (keys, values))
-    readable = selected_mask(positions.unflatten(1, (-1, every)), blocks.shape[-1], size)
-    mask = fold_mask(readable, heads, kv_heads)
-    if 1 < len(mask) < len(index):
-        mask = mask.repeat(len(index) // len(mask), 1, 1, 1)
-    out = attend(fold(q, kv_heads, every), k, v, mask)
-    return unfold(out, heads, kv_heads)
 
 
 def selected_mask(positions: Tensor, number: int, size: int) -> Tensor:
