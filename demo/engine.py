@@ -166,12 +166,16 @@ class Generation:
         self._decoders: list[Decoder] = []
         self._deadline = time.monotonic() + store.limits.seconds
         self._lock = threading.Lock()
+        self._stopping = False  # said without the lock, which the next step could take first
         self._finished = False
 
     def stream(self) -> Iterator[Run]:
         """Yields the same run as models load, after every token, and at the end with costs and scores."""
         for column in self.run.columns:
-            column.stage = "loading"
+            with self._lock:
+                if self._finished:
+                    break
+                column.stage = "loading"
             yield self.run
             self._start(column)
         while active := [decoder for decoder in self._decoders if decoder.column.stage == "writing"]:
@@ -182,6 +186,7 @@ class Generation:
 
     def finish(self) -> Run:
         """Ends what still runs, then fills in costs and scores; safe to call while another thread streams."""
+        self._stopping = True
         with self._lock:
             if not self._finished:
                 self._finished = True
@@ -207,7 +212,7 @@ class Generation:
     def _step(self, decoder: Decoder) -> None:
         column = decoder.column
         with self._lock:
-            if self._finished:
+            if self._stopping:
                 return
             try:
                 decoder.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,19 +53,15 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def waiting_run(store: ModelStore) -> Run:
-    """The example before anything is written: the first prompt with one model of each method."""
-    by_method: dict[str, str] = {}
-    for name in store.names():
-        by_method.setdefault(store.entry(name).method, name)
-    names = tuple(by_method.values())[: store.limits.models_per_run]
-    settings = Settings(EXAMPLE_PROMPT, names, max_new_tokens=min(60, store.limits.new_tokens))
-    return Run(settings, [Column(name) for name in names])
+def example_settings(store: ModelStore, models: Iterable[str]) -> Settings:
+    """The first prompt with the first of `models`, as many as one run takes."""
+    names = tuple(models)[: store.limits.models_per_run]
+    return Settings(EXAMPLE_PROMPT, names, max_new_tokens=min(60, store.limits.new_tokens))
 
 
 def make(store: ModelStore) -> Example:
     """Runs the example."""
-    generation = Generation(store, waiting_run(store).settings)
+    generation = Generation(store, example_settings(store, store.names()))
     for _ in generation.stream():
         pass
     names = generation.run.settings.models
@@ -72,14 +69,14 @@ def make(store: ModelStore) -> Example:
 
 
 def stored(store: ModelStore, file: Path = FILE) -> Run | None:
-    """The run in `file`, if it was made with exactly the models that are there now."""
+    """The run in `file`, if its models are here as they were when it was made; there may be more."""
     try:
         example = _EXAMPLE.validate_json(file.read_bytes())
         current = {name: fingerprint(store.entry(name).folder) for name in example.fingerprints}
     except (OSError, ValidationError, KeyError) as error:
         logger.info("no stored example: %s", error)
         return None
-    expected = waiting_run(store).settings
+    expected = example_settings(store, example.run.settings.models)
     return example.run if example.run.settings == expected and current == example.fingerprints else None
 
 
@@ -90,10 +87,15 @@ def write(example: Example, file: Path = FILE) -> None:
 
 
 class FirstRun:
-    """The example of one app: the stored one, or one made in the background where that is not of these models."""
+    """The example of one app: the stored one, or one made in the background where that is not of these models.
+
+    Attributes:
+        settings: what it is made with, known from the start.
+    """
 
     def __init__(self, store: ModelStore):
         self._run = stored(store)
+        self.settings = self._run.settings if self._run else example_settings(store, store.names())
         self._thread: threading.Thread | None = None
         if self._run is None and store.names():
             self._thread = threading.Thread(target=self._make, args=(store,), name="first-run")
@@ -101,6 +103,10 @@ class FirstRun:
 
     def _make(self, store: ModelStore) -> None:
         self._run = make(store).run
+
+    def waiting(self) -> Run:
+        """The example before anything is written."""
+        return Run(self.settings, [Column(name) for name in self.settings.models])
 
     def get(self, seconds: float = 0.0) -> Run | None:
         """The run, waiting for it up to `seconds`; None if there is none yet."""

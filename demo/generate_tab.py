@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from .components.costs import CostTable
 from .components.tokens import TokenColumns
 from .context import GENERATE, App, Session
 from .engine import Generation, RemoteGeneration
-from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun, waiting_run
+from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun
 from .gpu import IS_LENT, with_gpu
 from .models import ModelStore
 from .request import OPTIONS, RequestError, from_query, read_settings
-from .runs import Run, Settings
-from .views import columns_view, cost_table, history_label, settings_line
+from .runs import Run, Settings, newest
+from .views import columns_view, cost_table, distinction, history_label, settings_line
 
 FRAME_SECONDS = 0.07  # the page is not sent more often than it can be read
 FIELDS = ("prompt", "models", *OPTIONS)
@@ -70,15 +70,16 @@ class Controls:
 
 def build_generate_tab(app: App, session: Session) -> gr.Tab:
     """Settings, the models' texts as they are written, what they cost, and the runs before."""
-    handlers = Handlers(app.store, FirstRun(app.store))
+    example = FirstRun(app.store)
+    handlers = Handlers(app.store, example)
     with gr.Tab("Generate", id="generate", elem_id="generate-tab") as tab:
-        controls = _controls(app)
+        controls = _controls(app, example.settings.models)
         with gr.Row(elem_classes="actions"):
             start = gr.Button("Generate", variant="primary", scale=3, elem_id="generate-start")
             stop = gr.Button("Stop", scale=1, elem_id="generate-stop")
             link = gr.Button("Copy link", scale=1, elem_id="generate-link")
             save = gr.Button("Download JSON", scale=1, elem_id="generate-save")
-        soon = waiting_run(app.store)
+        soon = example.waiting()
         shown = gr.Textbox(
             settings_line(soon.settings) if soon.columns else "",
             label="Settings of the run below",
@@ -136,7 +137,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
     return tab
 
 
-def _controls(app: App) -> Controls:
+def _controls(app: App, chosen: Sequence[str]) -> Controls:
     names = app.store.names()
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -160,7 +161,7 @@ def _controls(app: App) -> Controls:
         with gr.Column(scale=2, min_width=320):
             models = gr.CheckboxGroup(
                 model_choices(app.store, names),
-                value=names[:4],
+                value=list(chosen),
                 label="Attention methods",
                 info="The same network, but another way for its tokens to look at one another.",
                 elem_id="generate-models",
@@ -190,7 +191,8 @@ def _sampling(app: App) -> list[gr.components.Component]:
 
 def model_choices(store: ModelStore, names: list[str]) -> list[tuple[str, str]]:
     """Names for a picker, each with its method in one line."""
-    return [(f"{name}: {store.entry(name).description}", name) for name in names]
+    entries = [store.entry(name) for name in names]
+    return [(f"{entry.name}: {entry.description}{distinction(entry, entries)}", entry.name) for entry in entries]
 
 
 class Handlers:
@@ -242,8 +244,9 @@ class Handlers:
 
     def _finished(self, generation: Generation, runs: list[Run]) -> tuple[Any, ...]:
         run = generation.run
-        runs = [run, *(each for each in runs if each is not run)][: self.store.limits.runs]
-        return *self._show(run), None, runs
+        runs = [run, *(each for each in runs if each is not run)]
+        limits = self.store.limits
+        return *self._show(run), None, newest(runs, limits.runs, limits.history_tokens)
 
     def _show(self, run: Run) -> tuple[str, Any, Any]:
         return settings_line(run.settings), columns_view(run, self.store), cost_table(run)

@@ -16,6 +16,7 @@ class Limits:
         seconds: a computation that takes longer ends with what it has.
         queue: requests that may wait; the next is told that the app is busy.
         runs: runs that a visitor's history keeps.
+        history_tokens: written tokens in all of them, each about 2 kB with its scores; older runs go.
         view_tokens: tokens of a text that a view shows at once; longer texts are windowed.
         loaded_models: models in memory; the least recently used goes.
         listed_models: models that can be chosen, loaded or not.
@@ -28,6 +29,7 @@ class Limits:
     seconds: float = 60.0
     queue: int = 64
     runs: int = 8
+    history_tokens: int = 6_000
     view_tokens: int = 400
     loaded_models: int = 8
     listed_models: int = 24

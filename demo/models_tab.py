@@ -14,6 +14,7 @@ from .components.notices import Notices
 from .components.table import TextTable
 from .context import App, Session
 from .models import LONGEST_SOURCE, Entry, LoadError, ModelStore, is_local
+from .views import option_text
 
 LANE = "models"
 HEADERS = ["Name", "Method", "Made from", "Weights", "In memory", "Where", "Options"]
@@ -170,13 +171,6 @@ def notice(text: str) -> list[dict[str, str]]:
 def warning(problem: object) -> list[dict[str, str]]:
     """One thing that went wrong, as `Notices` shows it."""
     return [{"level": "warning", "text": str(problem)}]
-
-
-def option_text(value: Any) -> str:
-    """An option's value as one reads it."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(option_text, value))
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def megabytes(size: int) -> str:

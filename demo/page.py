@@ -19,7 +19,7 @@ from .training_tab import build_training_tab
 TITLE = "Efficient attention, side by side"
 STYLE = Path(__file__).with_name("page.css")
 TABS = (build_generate_tab, build_attention_tab, build_speed_tab, build_training_tab, build_models_tab)
-SESSIONS = 200  # visitors whose state is kept; the one who was away longest goes
+SESSIONS = 100  # visitors whose state is kept; the one who was away longest goes
 UPLOAD_LIMIT = "1mb"  # the page takes no files, but Gradio's route for them is there
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Literal, TypedDict
 
 from pydantic import Field
@@ -126,6 +128,17 @@ class Run:
     settings: Settings
     columns: list[Column]
     reference: str | None = None
+
+    @property
+    def generated(self) -> int:
+        """How many tokens all models wrote."""
+        return sum(column.generated for column in self.columns)
+
+
+def newest(runs: Sequence[Run], count: int, tokens: int) -> list[Run]:
+    """The first of `runs`, at most `count`, that together have at most `tokens` written tokens; at least one."""
+    totals = accumulate(run.generated for run in runs)
+    return [run for i, (run, total) in enumerate(zip(runs, totals, strict=True)) if i == 0 or total <= tokens][:count]
 
 
 class TokenView(TypedDict, total=False):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from .models import ModelStore
+from .models import Entry, ModelStore
 from .runs import Column, ColumnView, Cost, Run, Settings, TokenScore, TokenView
 
+MOST_OPTIONS = 4
 ENDINGS = {
     "length": "",
     "end": ", ended by itself",
@@ -54,7 +56,7 @@ def _distance(column: Column) -> str:
     if not column.scores or column.method == "softmax":
         return ""
     mean = math.fsum(score.kl for score in column.scores) / len(column.scores)
-    return f" · KL to the base {mean:.3f} nats/token"
+    return f" · KL {mean:.3f} nats/token"
 
 
 def _token_view(column: Column, index: int) -> TokenView:
@@ -131,3 +133,18 @@ def history_label(run: Run) -> str:
     """A run in the list of earlier ones."""
     prompt = " ".join(run.settings.prompt.split())
     return f"“{prompt[:48]}{'…' if len(prompt) > 48 else ''}” {settings_line(run.settings)}"
+
+
+def distinction(entry: Entry, entries: Sequence[Entry]) -> str:
+    """The options that tell a model from others of its method, in words; empty where there is nothing to tell."""
+    others = [other.options for other in entries if other.method == entry.method and other is not entry]
+    differ = {name: value for name, value in entry.options.items() if any(o.get(name) != value for o in others)}
+    said = [f"{name} {option_text(value)}" for name, value in differ.items()][:MOST_OPTIONS]
+    return f" Here: {', '.join(said)}." if said else ""
+
+
+def option_text(value: Any) -> str:
+    """An option's value as one reads it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(option_text, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

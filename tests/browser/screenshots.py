@@ -17,14 +17,12 @@ from tests.demo.conftest import free_port
 from .conftest import CHROMIUMS
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
-COLORS = 128
 
 
 def generate(page: Page) -> None:
     """The example, with the card of a token that the variant and the base disagree about."""
-    page.locator("#generate-columns .parts").first.scroll_into_view_if_needed()
-    page.mouse.wheel(0, 330)
-    page.wait_for_timeout(300)
+    page.set_viewport_size({"width": 1280, "height": 860})
+    show_from(page, "#generate-start")
     page.locator("#generate-columns .parts").nth(1).hover()
 
 
@@ -38,14 +36,21 @@ def attention(page: Page) -> None:
     page.get_by_text("nsa · layer 4 · head 1").wait_for()
     page.locator("#attention-maps .tokens .token").nth(45).click()
     page.mouse.move(0, 0)
-    page.locator("#attention-tab").evaluate("tab => window.scrollTo(0, tab.offsetTop)")
+    page.set_viewport_size({"width": 1280, "height": 1220})
+    show_from(page, "#attention-model")
+
+
+def show_from(page: Page, selector: str) -> None:
+    """Scrolls an element to the top."""
+    page.locator(selector).evaluate("node => window.scrollBy(0, node.getBoundingClientRect().top - 16)")
+    page.wait_for_timeout(300)
 
 
 def save(page: Page, file: Path) -> None:
-    """Takes the picture with few colours, which a page of text hardly shows."""
+    """Takes the picture; lossless, since a page of text is small like that."""
     page.wait_for_timeout(500)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(COLORS, dither=Image.Dither.NONE).save(file, optimize=True)
+    picture.save(file, lossless=True, method=6)
 
 
 def main() -> None:
@@ -59,7 +64,7 @@ def main() -> None:
         page.locator("#generate-columns .token").nth(60).wait_for(timeout=120_000)
         for take in (generate, attention):
             take(page)
-            save(page, FOLDER / f"{take.__name__}.png")
+            save(page, FOLDER / f"{take.__name__}.webp")
         browser.close()
     app.blocks.close()
 

@@ -299,7 +299,7 @@ def test_the_maps_follow_a_run_that_ends_while_they_are_open(page: Page, monkeyp
     monkeypatch.setattr(Decoder, "step", held)
     page.get_by_label("Prompt").fill("Follow me")
     page.get_by_role("button", name="Generate", exact=True).click()
-    expect(page.locator("#generate-columns")).to_contain_text("Follow me")
+    expect(page.locator("#generate-columns")).to_contain_text("loading the model")
     page.get_by_role("tab", name="Attention").click()
     expect(title(page)).to_contain_text("masks · layer 0")
     gate.set()

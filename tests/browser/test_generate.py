@@ -8,7 +8,8 @@ import time
 import pytest
 from playwright.sync_api import Page, expect
 
-from demo.engine import Decoder
+from demo.engine import Decoder, Generation
+from demo.runs import Run
 
 from .conftest import Watched
 
@@ -41,7 +42,7 @@ def generate(page: Page) -> None:
 
 def test_a_finished_example_is_there_before_anything_is_pressed(page: Page):
     expect(column(page, "base")).to_contain_text("60 tokens")
-    expect(column(page, "masks")).to_contain_text("KL to the base")
+    expect(column(page, "masks")).to_contain_text("60 tokens · KL")
     expect(page.locator("#generate-costs tbody tr")).to_have_count(2)
 
 
@@ -90,18 +91,22 @@ def test_a_link_reproduces_the_page(page: Page, url: str):
 
 def test_stop_keeps_and_compares_what_is_written(page: Page, monkeypatch: pytest.MonkeyPatch):
     expect(column(page, "base")).to_contain_text("60 tokens")
-    step, gate = Decoder.step, threading.Event()
+    step, finish, gate = Decoder.step, Generation.finish, threading.Event()
 
     def held(decoder: Decoder) -> None:
         gate.wait(60 if decoder.column.generated == 5 else 0.05)  # slow enough for every token to be shown
         step(decoder)
 
+    def stopped(generation: Generation) -> Run:
+        gate.set()  # Stop has arrived
+        return finish(generation)
+
     monkeypatch.setattr(Decoder, "step", held)
+    monkeypatch.setattr(Generation, "finish", stopped)
     page.get_by_label("Prompt").fill("Stop me")
     generate(page)
     expect(column(page, "masks")).to_contain_text(re.compile("Stop me.*tokens …"))
     page.get_by_role("button", name="Stop").click()
-    gate.set()
     for name in ("base", "masks"):
         expect(column(page, name)).to_contain_text(re.compile(r"[1-6] tokens?, stopped"))
         expect(column(page, name).locator(".token:not(.prompt):not(.scored)")).to_have_count(0)

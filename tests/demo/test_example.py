@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from demo.example import CHECKPOINTS, FirstRun, make, stored, waiting_run, write
+from demo.example import CHECKPOINTS, FirstRun, make, stored, write
 from demo.models import Access, ModelStore, bundled
 
 
@@ -12,7 +12,7 @@ def test_a_stored_example_comes_back_as_it_was(store, tmp_path):
     example = make(store)
     write(example, tmp_path / "first.json")
     assert stored(store, tmp_path / "first.json") == example.run
-    assert example.run.settings == waiting_run(store).settings
+    assert example.run.settings.models == ("base", "masks")
     assert [column.stage for column in example.run.columns] == ["done", "done"]
 
 
@@ -24,6 +24,13 @@ def test_other_models_make_a_stored_example_stale(store, checkpoints, tmp_path):
         assert stored(ModelStore(sources, access=Access()), tmp_path / "first.json") is None
 
 
+def test_further_models_leave_a_stored_example_as_it_is(store, checkpoints, tmp_path):
+    write(make(store), tmp_path / "first.json")
+    further = shutil.copytree(checkpoints / "masks", tmp_path / "further")
+    more = ModelStore([checkpoints / "base", checkpoints / "masks", further], access=store.access, limits=store.limits)
+    assert stored(more, tmp_path / "first.json").settings.models == ("base", "masks")
+
+
 @pytest.mark.parametrize("content", [None, "", "{}", '{"fingerprints": {"gone": ""}, "run": 1}'])
 def test_a_missing_or_broken_file_is_no_example(store, tmp_path, content):
     if content is not None:
@@ -33,6 +40,7 @@ def test_a_missing_or_broken_file_is_no_example(store, tmp_path, content):
 
 def test_without_a_stored_one_it_is_made_in_the_background(store):
     first = FirstRun(store)
+    assert [column.name for column in first.waiting().columns] == store.names()
     assert first.get(seconds=60).settings.prompt.startswith("The old house")
 
 
@@ -42,4 +50,6 @@ def test_no_models_no_example():
 
 def test_the_example_that_is_shipped_is_of_the_checkpoints_that_are_shipped():
     store = ModelStore(bundled(CHECKPOINTS), access=Access())
-    assert stored(store) is not None, "the checkpoints changed; run `python -m demo.example`"
+    run = stored(store)
+    assert run is not None, "the checkpoints changed; run `python -m demo.example`"
+    assert list(run.settings.models) == store.names()[: store.limits.models_per_run]

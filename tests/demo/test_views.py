@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from demo.engine import Generation
 from demo.runs import Column, Run, Settings
-from demo.views import colour, columns_view, cost_table, history_label
+from demo.views import colour, columns_view, cost_table, distinction, history_label
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_every_token_is_shown_and_only_new_ones_are_coloured(run, store):
         assert scores == pytest.approx([colour(score.kl) for score in column.scores], abs=1e-4)
     assert [token.get("parts", False) for token in views[1]["tokens"]].index(True) == run.columns[1].parts_at
     assert "KL" not in views[0]["status"]
-    assert "KL to the base" in views[1]["status"]
+    assert "KL" in views[1]["status"]
 
 
 @given(
@@ -63,3 +64,12 @@ def test_history_labels_are_short_and_in_one_line(run):
     assert label.startswith("“one two xxx")
     assert "\n" not in label
     assert len(label) < 200
+
+
+def test_models_of_one_method_are_told_apart_by_their_options(store):
+    masks = store.entry("masks")
+    wider = replace(masks, name="wider", options={**masks.options, "candidates": ["window(9)"]})
+    entries = [store.entry("base"), masks, wider]
+    assert distinction(wider, entries) == " Here: candidates window(9)."
+    assert distinction(masks, entries) == " Here: candidates last(0), window(6), first(2)."
+    assert distinction(masks, entries[:2]) == distinction(entries[0], entries) == ""
