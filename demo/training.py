@@ -19,6 +19,7 @@ from attention.files import CARD, HISTORY
 from .components.curves import Chart, Series
 from .components.samples import SamplesView
 from .models import Entry
+from .views import option_text
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def facts(entry: Entry, rows: list[Row], card: ModelCard) -> list[list[str]]:
         "Same first choice, validation": _percent(last_eval.get("top1_agreement")),
         "Weights on disk": f"{entry.size / 1e6:.1f} MB",
         **_measured(card, known=bool(evals)),
-        "Options": ", ".join(f"{name} {_option(value)}" for name, value in entry.options.items()),
+        "Options": " · ".join(f"{name} {option_text(value)}" for name, value in entry.options.items()),
         "How it was made": section(card, "How it was made"),
     }
     return [[label, value] for label, value in found.items() if value]
@@ -113,10 +114,6 @@ def _measured(card: ModelCard, known: bool) -> dict[str, str]:
 def _names(names: Any) -> str:
     names = [names] if isinstance(names, str) else names
     return ", ".join(map(str, names)) if isinstance(names, list) else ""
-
-
-def _option(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _count(value: Any) -> str:

@@ -139,7 +139,7 @@ def test_facts_say_on_what_for_how_long_and_how_close(entry, folder):
     assert said["Perplexity, validation"] == "25 (base 20)"
     assert said["Same first choice, validation"] == "80.0% of tokens"
     assert said["KL to the base, test.txt"] == "0.0712"
-    assert said["Options"] == "candidates a b"
+    assert said["Options"] == "candidates a, b"
     assert said["Weights on disk"] == "2.5 MB"
     assert said["Same first choice, test.txt"] == "75.0% of tokens"
     assert said["How it was made"] == "Fitted on many books with train.py."
