@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -109,6 +109,11 @@ class Loop:
         finally:
             self.stop.close()
 
+    @property
+    def _partitioned(self) -> bool:
+        """Whether the optimiser's memory is spread over processes in a form that only DeepSpeed reads."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
     def _steps(self, stage: StageConfig) -> int:
         return 1 if self.config.dry_run else stage.steps
 
@@ -124,7 +129,10 @@ class Loop:
         done = 0
         if snapshot is not None:
             done = snapshot.state["stage_step"]
-            checkpointing.restore_optimizers(optimizers, snapshot.optimizers)
+            if self._partitioned:
+                logger.warning("under DeepSpeed the optimiser starts anew: the end will be close, not equal")
+            else:
+                checkpointing.restore_optimizers(optimizers, snapshot.optimizers)
             self._restore_rng(snapshot.rng)
         while done < self._steps(stage):
             started = time.monotonic()
@@ -238,7 +246,7 @@ class Loop:
         scaler = self.accelerator.scaler
         snapshot = Snapshot(
             weights=self.setup.trained_tensors(self.setup.model),
-            optimizers=checkpointing.optimizer_tensors(optimizers),
+            optimizers={} if self._partitioned else checkpointing.optimizer_tensors(optimizers),
             best=self.observer.best[1],
             rng=self._rng(),
             state={
