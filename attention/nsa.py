@@ -7,7 +7,7 @@ Positions and blocks count from 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,10 @@ from .reference import (
 from .state import State, store
 
 BRANCHES = ("compressed", "selected", "window")
-CHUNK = 512  # queries for which scores against the compressed keys exist at the same time
+SEGMENT = 2048  # queries whose branches exist at the same time, unless gradients are kept
+CHUNK = 512  # queries whose weights in the compressed branch exist at the same time
+LEADERS = 64  # the same, of those whose weights are needed to choose blocks
+GROUP = 8  # spans that φ averages by one matrix product
 FORCED = 3  # blocks that are always read: the first one, the one before the query's, the query's own
 
 Index = TypeVar("Index", int, Tensor)
@@ -186,20 +189,38 @@ class Compression(nn.Module):
     def hidden_layer(self, k: Tensor) -> Tensor:
         """Hidden units (B, H_kv, N, hidden) of the blocks of k; overlapping blocks are never laid out."""
         spans = k.unflatten(2, (-1, self.stride)).flatten(-2)
-        number = spans.shape[2] - self.overlap + 1
         parts = self.hidden.unflatten(1, (self.overlap, -1)).unbind(1)
         encoding = self.position.flatten(1)[:, None] @ self.hidden
-        return F.gelu(sum((spans[:, :, i : i + number] @ part for i, part in enumerate(parts)), encoding))
+        return F.gelu(self._over_parts([spans @ part for part in parts]) + encoding)
 
     def weights(self, hidden: Tensor) -> Tensor:
         """(B, H_kv, N, l): the weights of a block's tokens; they sum to 1."""
         return (hidden @ self.to_weights).softmax(-1, dtype=torch.float32).to(hidden.dtype)
 
     def average(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Weighted means (B, H_kv, N, D) of the blocks of (B, H_kv, (N − 1)·d + l, D)."""
-        spans, number = tokens.unflatten(2, (-1, self.stride)), weights.shape[2]
-        parts = weights.unflatten(-1, (self.overlap, 1, self.stride)).unbind(3)
-        return sum(part @ spans[:, :, i : i + number] for i, part in enumerate(parts)).squeeze(-2)
+        """Weighted means (B, H_kv, N, D) of the blocks of (B, H_kv, (N − 1)·d + l, D).
+
+        Eight spans of d tokens at a time are one product, with a matrix for each part of a block that a span can be:
+        its row i has the weights of span i from column i·d on.
+        """
+        spans = weights.shape[2] + self.overlap - 1
+        missing = -spans % GROUP
+        if missing:
+            tokens = F.pad(tokens, (0, 0, 0, missing * self.stride))
+        parts = [
+            F.pad(part, (0, GROUP * self.stride, i, self.overlap - 1 - i + missing))
+            for i, part in enumerate(weights.split(self.stride, -1))
+        ]
+        rows = torch.stack(parts, 2).unflatten(3, (-1, GROUP)).flatten(-2)[..., : GROUP * GROUP * self.stride]
+        matrices = rows.unflatten(-1, (GROUP, -1)).transpose(2, 3).flatten(3, 4)
+        means = matrices @ tokens.unflatten(2, (-1, GROUP * self.stride))
+        by_part = means.unflatten(3, (self.overlap, GROUP)).transpose(3, 2).flatten(3, 4)
+        return self._over_parts([part[:, :, :spans] for part in by_part.unbind(2)])
+
+    def _over_parts(self, parts: list[Tensor]) -> Tensor:
+        """Sums (B, H_kv, N, ·), over a block's spans, of what (B, H_kv, N + l/d − 1, ·) each span adds as that part."""
+        number = parts[0].shape[2] - self.overlap + 1
+        return sum(part[:, :, i : i + number] for i, part in enumerate(parts))
 
 
 class NativeSparseAttention(Mechanism):
@@ -263,7 +284,7 @@ class NativeSparseAttention(Mechanism):
             maps = self.value_maps.repeat_interleave(self.layer.num_heads // self.layer.num_kv_heads, dim=1)
             compressed, selected, window = compressed @ maps[0], selected @ maps[1], window @ maps[2]
         to_compressed, to_selected, to_window = gates.chunk(len(BRANCHES), dim=1)
-        return torch.addcmul(torch.addcmul(to_compressed * compressed, to_selected, selected), to_window, window)
+        return (to_compressed * compressed).addcmul_(to_selected, selected).addcmul_(to_window, window)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return scaled_dot_product_attention(q, k, v, mask, self._dropout, enable_gqa=q.shape[1] != k.shape[1])
@@ -293,34 +314,57 @@ class NativeSparseAttention(Mechanism):
             keys, values = state.append(k, v)
         compressed = self._compress(keys, values, state, start, length)
         *queries, gates = (take(t, -shift, padded) for t in (*queries, gates))
-        positions = _column(first, k.device) + torch.arange(padded, device=k.device)
-        blocks = self._choose(queries[0], compressed[0], positions, keys.shape[2])
+        blocks = self._choose(queries[0], compressed[0], first, keys.shape[2])
         if state is not None:
             blocks = self._resume(blocks, state, _column(start, k.device))
             state.advance(length, lengths)
             state.selected = take(blocks, (state.position - first) // config.select_every, 1)[:, :, 0]
             state.selected_keys = state.selected_values = None
-        size, dropout = config.select_block, self._dropout
+        return take(self._segments(queries, gates, blocks, first, keys, values, compressed), shift, length)
+
+    def _segments(
+        self, queries: list[Tensor], gates: Tensor, blocks: Tensor, first: int | Tensor, *context: Any
+    ) -> Tensor:
+        """`_segment` for any number of queries; a few at a time where no gradients are kept, for less memory."""
+        length, size, every = gates.shape[2], self.config.whole_blocks(SEGMENT), self.config.select_every
+        if torch.is_grad_enabled() or length <= size:
+            return self._segment(queries, gates, blocks, first, *context)
+        whole = torch.empty_like(queries[0])
+        for begin in range(0, length, size):
+            part, groups = slice(begin, begin + size), slice(begin // every, (begin + size) // every)
+            own = [q[:, :, part] for q in queries], gates[:, :, part], blocks[:, :, groups], first + begin
+            whole[:, :, part] = self._segment(*own, *context)
+        return whole
+
+    def _segment(
+        self,
+        queries: list[Tensor],
+        gates: Tensor,
+        blocks: Tensor,
+        first: int | Tensor,
+        keys: Tensor,
+        values: Tensor,
+        compressed: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The output (B, H, T, D) of whole blocks of queries from position `first` on."""
+        config, size, dropout = self.config, self.config.select_block, self._dropout
         outputs = (
-            self._compressed(queries[0], compressed, positions, first),
+            self._compressed(queries[0], compressed, first),
             selected_branch(queries[1], keys, values, blocks, first, size, config.select_every, dropout),
             window_branch(queries[2], keys, values, first, config.window, size, dropout),
         )
-        return take(self._combine(*outputs, gates), shift, length)
+        return self._combine(*outputs, gates)
 
-    def _compressed(
-        self, q: Tensor, compressed: tuple[Tensor, Tensor], positions: Tensor, first: int | Tensor
-    ) -> Tensor:
-        """The compressed branch (B, H, T, D) of queries that stand at `positions` (P, T) from `first` on."""
+    def _compressed(self, q: Tensor, compressed: tuple[Tensor, Tensor], first: int | Tensor) -> Tensor:
+        """The compressed branch (B, H, T, D) of queries from position `first` on."""
         config, outputs = self.config, []
         for begin in range(0, q.shape[2], CHUNK):
-            part = slice(begin, begin + CHUNK)
-            bounds = 0, compressed[0].shape[2]
-            if isinstance(first, int):
-                last = first + min(begin + CHUNK, q.shape[2]) - 1
-                bounds = config.visible(first + begin), config.visible(last)
-            visible = config.visible(positions[:, part])
-            outputs.append(compressed_branch(q[:, :, part], *compressed, visible, bounds, self._attend))
+            part = q[:, :, begin : begin + CHUNK]
+            start, bounds = first + begin, (0, compressed[0].shape[2])
+            if isinstance(start, int):
+                bounds = config.visible(start), config.visible(start + part.shape[2] - 1)
+            visible = config.visible(_column(start, q.device) + torch.arange(part.shape[2], device=q.device))
+            outputs.append(compressed_branch(part, *compressed, visible, bounds, self._attend))
         return torch.cat(outputs, 2)
 
     def _token(
@@ -413,21 +457,25 @@ class NativeSparseAttention(Mechanism):
         new = self.compression(*(take(t, before * config.compress_stride, tokens) for t in (keys, values)))
         return new if state is None else state.append_compressed(*new, before)
 
-    def _choose(self, q: Tensor, compressed_keys: Tensor, positions: Tensor, capacity: int) -> Tensor:
-        """(B, H_kv, T / select_every, n): the blocks of every group of queries q (B, H, T, D)."""
-        config = self.config
-        leaders, positions = q[:, :, :: config.select_every], positions[:, :: config.select_every]
+    def _choose(self, q: Tensor, compressed_keys: Tensor, start: int | Tensor, capacity: int) -> Tensor:
+        """(B, H_kv, T / select_every, n): the blocks of every group of queries q (B, H, T, D) from `start` on."""
+        config, every = self.config, self.config.select_every
+        leaders, number = q[:, :, ::every], compressed_keys.shape[2]
+        positions = _column(start, q.device) + every * torch.arange(leaders.shape[2], device=q.device)
         chosen = []
-        for part_q, part_positions in zip(leaders.split(CHUNK, 2), positions.split(CHUNK, 1), strict=True):
+        for begin in range(0, leaders.shape[2], LEADERS):
+            part = slice(begin, begin + LEADERS)
+            if isinstance(start, int):  # later keys are visible to none of them
+                number = min(compressed_keys.shape[2], config.visible(start + every * (begin + LEADERS - 1)))
             scores = selection_scores(
-                part_q,
-                compressed_keys,
-                config.visible(part_positions),
+                leaders[:, :, part],
+                compressed_keys[:, :, :number],
+                config.visible(positions[:, part]),
                 config.compress_block // config.compress_stride,
                 config.select_block // config.compress_stride,
                 capacity // config.select_block,
             )
-            chosen.append(choose_blocks(scores, part_positions // config.select_block, config.num_selected))
+            chosen.append(choose_blocks(scores, positions[:, part] // config.select_block, config.num_selected))
         return torch.cat(chosen, dim=2)
 
     def _choose_for_token(self, q: Tensor, compressed_keys: Tensor, state: NSAState, position: int | Tensor) -> None:
@@ -435,7 +483,7 @@ class NativeSparseAttention(Mechanism):
         begins = position % self.config.select_every == 0
         if begins is False:
             return
-        chosen = self._choose(q, compressed_keys, _column(position, q.device), state.keys.shape[2])[:, :, 0]
+        chosen = self._choose(q, compressed_keys, position, state.keys.shape[2])[:, :, 0]
         state.selected = chosen if begins is True else torch.where(begins[:, None, None], chosen, state.selected)
 
     def _resume(self, blocks: Tensor, state: NSAState, start: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ def selection_scores(q: Tensor, keys: Tensor, visible: Tensor, overlap: int, per
     """
     grouped = q.unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
     hidden = torch.arange(keys.shape[2], device=q.device) >= visible[:, None, None, :, None]
-    scores = (grouped @ keys[:, :, None].transpose(-1, -2)).float().masked_fill(hidden, -torch.inf)
-    weights = scores.softmax(-1).masked_fill(hidden, 0).sum(2)
+    scores = (grouped @ keys[:, :, None].transpose(-1, -2)).float().masked_fill_(hidden, -torch.inf)
+    weights = scores.softmax(-1).masked_fill_(hidden, 0).sum(2)
     padded, spans = F.pad(weights, (overlap - 1, number * per_block - keys.shape[2])), number * per_block
     covering = sum(padded[..., n : n + spans] for n in range(overlap))
     return sum(covering[..., m::per_block] for m in range(per_block))
