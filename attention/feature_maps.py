@@ -192,7 +192,7 @@ class FavorMap(RandomMap):
         omega = self.omega.float() * x.shape[-1] ** -0.25
         if self.config.hyperbolic:
             omega = torch.cat([omega, -omega])
-        half_square = x.square().sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5)
+        half_square = (x * x).sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5)
         return (x @ omega.T).sub_(half_square + math.log(self.config.num_features) / 2)
 
     @torch.no_grad()

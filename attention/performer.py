@@ -82,8 +82,8 @@ class PerformerState(State):
     """The past as sums over its keys, and the last w keys and values where there is a window; all float32.
 
     Attributes:
-        sums: Σ φ(k_j) v_jᵀ (B, H, m, D) over the keys that have left the window.
-        norms: Σ φ(k_j)ᵀ (B, H, 1, m) over the same keys.
+        sums: Σ φ(k_j) [v_j, 1]ᵀ (B, H, m, D + 1) over the keys that have left the window; the last column adds up to
+            the normaliser.
         peaks: largest log-features of those keys (B, H, 1, m); `favor` only, which keeps its sums relative to them.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
         fading: what the learned map keeps for single steps; the same for all rows.
@@ -93,7 +93,6 @@ class PerformerState(State):
         super().__init__()
         self.window = window
         self.sums: Tensor | None = None
-        self.norms: Tensor | None = None
         self.peaks: Tensor | None = None
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
@@ -122,35 +121,32 @@ class PerformerState(State):
         self.recent_values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
 
 
-def _rescaled(sums: Tensor, norms: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums (B, H, m, D) and norms (B, H, 1, m), feature by feature times a factor (·, H, 1, m), None for 1."""
-    return (sums, norms) if factor is None else (sums * factor.mT, norms * factor)
+def _rescaled(sums: Tensor, factor: Tensor | None) -> Tensor:
+    """Sums (..., m, D), feature by feature times a factor (..., 1, m), None for 1."""
+    return sums if factor is None else sums * factor.mT
 
 
-def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal linear attention in chunks: O_c = tril(Q_c K_cᵀ) V_c + Q_c S, then S ← (S + K_cᵀ V_c) · factor_c.
+def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal sums in chunks: O_c = tril(Q_c K_cᵀ) V_c + Q_c S, then S ← (S + K_cᵀ V_c) · factor_c.
 
     Args:
         scaled: features.
         v: (B, H, N, C, D).
-        sums, norms: S (B, H, m, D) and Σ φ(k)ᵀ (B, H, 1, m) before the first chunk.
+        sums: S (B, H, m, D) before the first chunk.
 
     Returns:
-        Numerator (B H N, C, D), denominator (B H N, C), and `sums` and `norms` after the last chunk.
+        (B, H, N, C, D), and `sums` after the last chunk.
     """
-    shape = v.shape[:3]
+    shape, factors = v.shape[:3], scaled.factors
     q, k, v = (t.flatten(0, 2) for t in (scaled.q, scaled.k, v))
-    added = (t.unflatten(0, shape).unbind(2) for t in (k.mT @ v, k.sum(-2, keepdim=True)))
-    sums_before, norms_before = [], []
-    for chunk, (new_sums, new_norms) in enumerate(zip(*added, strict=True)):
-        sums_before.append(sums)
-        norms_before.append(norms)
-        factor = None if scaled.factors is None else scaled.factors[:, :, chunk]
-        sums, norms = _rescaled(sums + new_sums, norms + new_norms, factor)
+    added = _rescaled((k.mT @ v).unflatten(0, shape), factors).unbind(2)
+    before = []
+    for chunk, new in enumerate(added):
+        before.append(sums)
+        sums = sums + new if factors is None else torch.addcmul(new, sums, factors[:, :, chunk].mT)
     inside = (q @ k.mT).tril_()
-    numerator = (q @ torch.stack(sums_before, 2).flatten(0, 2)).baddbmm_(inside, v)
-    denominator = inside.sum(-1).add_((q * torch.stack(norms_before, 2).flatten(0, 2)).sum(-1))
-    return numerator, denominator, sums, norms
+    out = (q @ torch.stack(before, 2).flatten(0, 2)).baddbmm_(inside, v)
+    return out.unflatten(0, shape), sums
 
 
 def window_attention(
@@ -301,16 +297,16 @@ class PerformerAttention(Mechanism):
             self._start(state, v)
         q, k, v = (steps.padded(t) for t in (q, repeat_heads(k, heads), v))
         scaled = self.features.scale(q, k, steps, state)
-        sums, norms = _rescaled(state.sums, state.norms, scaled.entry)
-        numerator, denominator, sums, norms = linear_chunks(scaled, steps.chunked(v), sums, norms)
-        state.sums, state.norms = _rescaled(sums, norms, scaled.exit)
-        bounded = denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
-        mixed = steps.joined(numerator.div_(bounded[..., None]).unflatten(0, scaled.q.shape[:3]))
+        sums = _rescaled(state.sums, scaled.entry)
+        out, sums = linear_chunks(scaled, steps.chunked(F.pad(v, (0, 1), value=1.0)), sums)
+        state.sums = _rescaled(sums, scaled.exit)
+        mixed, total = out[..., :-1], out[..., -1:]
+        bounded = total.clamp_min(torch.finfo(total.dtype).tiny)
+        mixed = steps.joined(mixed / bounded)
         if not state.window:
             return mixed, None
-        bounded, denominator = (t.unflatten(0, scaled.q.shape[:3]) for t in (bounded, denominator))
-        logs = (scaled.top.squeeze(-1) + bounded.log()).masked_fill(denominator == 0, -torch.inf)
-        return mixed, steps.joined(logs)
+        logs = (scaled.top + bounded.log()).masked_fill(total == 0, -torch.inf)
+        return mixed, steps.joined(logs.squeeze(-1))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
         """What `_segment` gives for a single token of rows of one length, in few operations."""
@@ -339,20 +335,18 @@ class PerformerAttention(Mechanism):
         if state.sums is None:
             self._start(state, v)
         scaled = self.features.scale_one(q, k, state)
-        sums, norms = _rescaled(state.sums, state.norms, scaled.entry)
-        sums, norms = torch.addcmul(sums, scaled.k.transpose(-1, -2), v), norms + scaled.k
-        denominator = (scaled.q * norms).sum(-1, keepdim=True)
-        mixed = scaled.q @ sums / denominator
-        state.sums, state.norms = _rescaled(sums, norms, None if scaled.factors is None else scaled.factors[:, 0])
-        return mixed, scaled.top + denominator.log() if state.window else denominator
+        sums = torch.addcmul(_rescaled(state.sums, scaled.entry), scaled.k.mT, F.pad(v, (0, 1), value=1.0))
+        out = scaled.q @ sums
+        state.sums = _rescaled(sums, None if scaled.factors is None else scaled.factors[:, 0])
+        mixed, total = out[..., :-1], out[..., -1:]
+        return mixed / total, scaled.top + total.log() if state.window else total
 
     def _start(self, state: PerformerState, v: Tensor) -> None:
         """Sums over no keys, for values (B, H, T, D)."""
         batch, heads, _, width = v.shape
-        state.sums = v.new_zeros(batch, heads, self.config.num_features, width)
-        state.norms = v.new_zeros(batch, heads, 1, self.config.num_features)
+        state.sums = v.new_zeros(batch, heads, self.config.num_features, width + 1)
         if self.config.feature_map == "favor":
-            state.peaks = torch.full_like(state.norms, NOTHING)
+            state.peaks = v.new_full((batch, heads, 1, self.config.num_features), NOTHING)
 
     def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """What `forward` gives when the value of token j is the j-th unit vector (B, H, T, T)."""
