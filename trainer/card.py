@@ -125,7 +125,8 @@ def _figures(making: Making, measured: dict[str, Fidelity]) -> str:
     context = making.config.eval.context
     note = (
         f"Means over the predicted tokens of blocks of {context}; in each block every token but the first is predicted "
-        "once, from those before it. The validation text guided choices, the others did not."
+        "once, from those before it. The validation text may have guided choices"
+        + ("; the other did not." if len(measured) > 1 else ".")
     )
     return "\n".join(rows) + f"\n\n{note}"
 

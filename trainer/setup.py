@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .checkpointing import restore_weights, whole
 from .config import RunConfig
 from .data import load_test_tokens, load_tokens, sampled_tokens
 from .optim import is_mechanism
+from .signals import launcher_arguments
 from .stages import trains
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
@@ -245,9 +247,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache  # the launcher may be gone later
 def command() -> str:
-    """How to run this again from the repository's root."""
-    return "accelerate launch trainer/train.py " + shlex.join(sys.argv[1:])
+    """How this was started, the launcher's options included."""
+    launched = launcher_arguments()
+    return shlex.join(["python", *sys.orig_argv[1:]] if launched is None else ["accelerate", "launch", *launched])
 
 
 def _cpu_name() -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -26,7 +27,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked_at = math.inf
-        self._launcher = os.getppid() if _launched_by_accelerate() else None
+        self._launcher = os.getppid() if launcher_arguments() is not None else None
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -46,8 +47,15 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _launched_by_accelerate() -> bool:
+def launcher_arguments() -> list[str] | None:
+    """What `accelerate launch` was told; None if this process was started in another way."""
     try:
-        return any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline()[:3])
+        words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
-        return False
+        return None
+    for place, word in enumerate(words[:4]):
+        if word == "accelerate.commands.launch" or Path(word).name == "accelerate-launch":
+            return words[place + 1 :]
+        if Path(word).name == "accelerate" and words[place + 1 : place + 2] == ["launch"]:
+            return words[place + 2 :]
+    return None

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file from a clone that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from filelock import FileLock, Timeout
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +30,10 @@ from trainer.loop import Loop, NonFiniteError, StoppedError
 from trainer.signals import EXIT_STOPPED
 
 logger = logging.getLogger("trainer")
+
+
+class InUseError(Exception):
+    """A folder belongs to another run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +55,21 @@ def main(arguments: list[str] | None = None) -> int:
 def run(config: RunConfig) -> int:
     """Sets up, fits and saves; returns the exit code."""
     folder = Path(config.output)
-    start_logging(folder)
+    try:
+        start_logging(folder)
+    except OSError as error:
+        sys.stderr.write(f"{folder} cannot be written: {error}\n")
+        return 2
+    try:
+        with claimed(folder):
+            return fit(config, folder)
+    except InUseError as error:
+        logger.error("%s", error)
+        return 2
+
+
+def fit(config: RunConfig, folder: Path) -> int:
+    """What `run` does in the folder that is its own."""
     try:
         parts = setup.build(config)
         loop = Loop(parts)
@@ -71,6 +93,29 @@ def run(config: RunConfig) -> int:
     finally:
         parts.accelerator.end_training()
     return 0
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; the first process of a run does that for all of its processes.
+
+    Raises:
+        InUseError: if another run has it.
+    """
+    lock = FileLock(folder / ".lock")
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InUseError(
+                f"{folder} belongs to a run that still goes on: wait for its end, or choose another --output"
+            ) from None
+        except (NotImplementedError, OSError) as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked against other runs: %s", folder, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def start_logging(folder: Path) -> None:

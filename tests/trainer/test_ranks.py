@@ -54,6 +54,8 @@ def test_two_ranks_train_as_one_process_does(workplace: Path, tmp_path: Path):
         output, _ = run.communicate(timeout=300)
         assert run.returncode == 0, output
         runs[config] = rows(tmp_path / config)
+        command = json.loads((tmp_path / config / "environment.json").read_text())["command"]
+        assert command.startswith(f"accelerate launch --config_file trainer/accelerate/{config}.yaml trainer/train.py")
     assert_same_curves(runs["one-cpu"], runs["two-cpu-ranks"])
 
 

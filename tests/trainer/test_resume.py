@@ -143,6 +143,17 @@ def test_signals(number: signal.Signals, uninterrupted: dict[str, Path], tmp_pat
     assert outcome(output) == outcome(uninterrupted["fit"] / "run")
 
 
+def test_a_run_that_still_goes_on_is_left_alone(uninterrupted: dict[str, Path], tmp_path: Path):
+    arguments = ["--config", str(uninterrupted["fit"] / "recipe.yaml"), "--output", str(tmp_path / "run"), "--resume"]
+    process = start_apart(arguments, 4)
+    wait_for(lambda: bool(checkpoints(tmp_path / "run")), process)
+    assert train.main(arguments) == 2
+    assert "belongs to a run that still goes on" in (tmp_path / "run" / "train.log").read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == EXIT_STOPPED
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", RECIPES)
 def test_killed_at_twenty_points_a_run_ends_the_same(name: str, uninterrupted: dict[str, Path], tmp_path: Path):

@@ -50,8 +50,25 @@ def test_afterwards_signals_do_what_they_did(deaths: list[int]):
     assert deaths == [signal.SIGTERM]
 
 
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (["/bin/python", "/bin/accelerate", "launch", "--cpu", "trainer/train.py"], ["--cpu", "trainer/train.py"]),
+        (["python", "-m", "accelerate.commands.launch", "trainer/train.py"], ["trainer/train.py"]),
+        (["/bin/accelerate-launch", "trainer/train.py"], ["trainer/train.py"]),
+        (["bash", "/home/me/accelerate/job.sh"], None),
+        (["torchrun", "--nproc_per_node", "2", "trainer/train.py"], None),
+    ],
+)
+def test_the_launcher_is_known_by_its_command(
+    words: list[str], arguments: list[str] | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("psutil.Process.cmdline", lambda self: words)
+    assert signals.launcher_arguments() == arguments
+
+
 def test_the_death_of_the_launcher_asks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(signals, "_launched_by_accelerate", lambda: True)
+    monkeypatch.setattr(signals, "launcher_arguments", list)
     stop = StopRequest()
     assert not stop.asked
     monkeypatch.setattr("os.getppid", lambda: 1)

@@ -30,7 +30,8 @@ def finished(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_all_that_it_should(finished: Path):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.yaml", "environment.json", "train.log", "training.jsonl", "curves.png", "checkpoints", "variant")
+        *("config.yaml", "environment.json", "train.log", "training.jsonl", "curves.png", "checkpoints", "variant"),
+        ".lock",
     }
 
 
@@ -72,7 +73,7 @@ def test_the_card_has_what_the_hub_wants(finished: Path):
     last = [row for row in rows(finished) if row["kind"] == "eval"][-1]
     assert measured["validation text", "kl"] == pytest.approx(last["kl"], abs=1e-5)
     assert ("valid.txt", "perplexity") in measured
-    for part in ("accelerate launch trainer/train.py", "attention.load", "## Limits", "curves.png"):
+    for part in ("## How it was made\n\n```\npython ", "attention.load", "## Limits", "curves.png"):
         assert part in card.content
 
 
@@ -142,6 +143,24 @@ def test_what_cannot_be_used_is_named(change: dict, message: str, workplace: Pat
     path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run"), **change))
     assert main(["--config", str(path)]) == 2
     assert message in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_named(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "file").write_text("")
+    assert (
+        main(["--config", str(write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "file" / "run"))))]) == 2
+    )
+    assert f"{tmp_path / 'file' / 'run'} cannot be written" in capsys.readouterr().err
+
+
+def test_where_there_are_no_locks_a_run_goes_on(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run")))
+    assert main(["--config", str(path), "--max_steps", "2"]) == 0
+    assert "cannot be locked against other runs: No locks available" in (tmp_path / "run" / "train.log").read_text()
 
 
 def final_kl(folder: Path) -> float:
