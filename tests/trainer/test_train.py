@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from huggingface_hub import ModelCard
 
 import attention
@@ -147,17 +148,18 @@ def test_what_cannot_be_used_is_named(change: dict, message: str, workplace: Pat
 
 def test_a_folder_that_cannot_be_written_is_named(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "file").write_text("")
-    assert (
-        main(["--config", str(write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "file" / "run"))))]) == 2
-    )
-    assert f"{tmp_path / 'file' / 'run'} cannot be written" in capsys.readouterr().err
+    output = tmp_path / "file" / "run"
+    assert main(["--config", str(write_recipe(tmp_path, recipe(workplace, output=str(output))))]) == 2
+    assert f"{output} cannot be written" in capsys.readouterr().err
+
+
+class NoLocks(FileLock):
+    def acquire(self, *_: object, **__: object) -> None:
+        raise OSError("No locks available")
 
 
 def test_where_there_are_no_locks_a_run_goes_on(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("No locks available")
-
-    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    monkeypatch.setattr("trainer.train.FileLock", NoLocks)
     path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run")))
     assert main(["--config", str(path), "--max_steps", "2"]) == 0
     assert "cannot be locked against other runs: No locks available" in (tmp_path / "run" / "train.log").read_text()
