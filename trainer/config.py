@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from attention.errors import CheckpointError
+from attention.hub import HubSpec
 from attention.mechanism import ConfigError
 from attention.registry import config_from_dict
 
@@ -363,6 +365,18 @@ class RunConfig(Section):
     @classmethod
     def _one_tracker_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("push_to")
+    @classmethod
+    def _is_a_repository(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                owned = "/" in HubSpec.parse(value).repo_id
+            except CheckpointError:
+                owned = False
+            if not owned:
+                raise ValueError("must be user/repo[/subfolder][@revision]")
+        return value
 
     @field_validator("attention")
     @classmethod

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention import ConfigError
-from trainer.config import DataConfig, apply_overrides, load_config, share_steps
+from trainer.config import CardConfig, DataConfig, apply_overrides, load_config, share_steps
 
 RECIPES = sorted(Path("trainer/recipes").glob("*.yaml"))
 
@@ -51,7 +51,7 @@ def test_overrides_reach_any_place(tmp_path: Path):
     ("option", "place", "value"),
     [
         ("--precision no", "precision", "no"),
-        ("--push_to on", "push_to", "on"),
+        ("--card.license no", "card", CardConfig(license="no")),
         ("--output 2026", "output", "2026"),
         ("--output 2026-01-31", "output", "2026-01-31"),
         ("--variant null", "variant", None),
@@ -79,6 +79,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path):
                 "stages": [{"stage": "distil", "steps": 0, "objective": {"kl": 0}}, {"stage": "pretrain", "steps": 1}],
                 "data": {"train": "a", "dataset": "b", "trian": 1},
                 "output": "o",
+                "push_to": "no repository",
             }
         )
     )
@@ -94,6 +95,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path):
         "stages.0.steps",
         "there is nothing to learn",
         "pretrain cannot be mixed",
+        "push_to: must be user/repo[/subfolder][@revision] (got 'no repository')",
         "data.trian: is not an option",
         "max_steps: 2 stages need",
     ):
