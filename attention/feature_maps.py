@@ -90,7 +90,7 @@ class Scaled(NamedTuple):
 
     Attributes:
         q: (B, H, N, C, m).
-        top: (B, H, N, C, 1) logs of what the features of each query were divided by.
+        top: (B, H, N, C, 1) logs of what the features of each query were divided by, where there is a window.
         k: (B, H, N, C, m).
         entry: (·, H, 1, m) factor of the state's sums before the first chunk, or None for 1.
         factors: (·, H, N, 1, m) factors of the sums after each chunk, or None for 1.
@@ -98,17 +98,11 @@ class Scaled(NamedTuple):
     """
 
     q: Tensor
-    top: Tensor
+    top: Tensor | None
     k: Tensor
     entry: Tensor | None = None
     factors: Tensor | None = None
     exit: Tensor | None = None
-
-
-def _exp_relative(logs: Tensor) -> tuple[Tensor, Tensor]:
-    """exp of (…, m), divided by the largest of each m, and the logs (…, 1) of the divisors."""
-    top = logs.detach().amax(-1, keepdim=True)
-    return (logs - top).exp_(), top
 
 
 class FeatureMap(nn.Module, ABC):
@@ -120,6 +114,11 @@ class FeatureMap(nn.Module, ABC):
     """
 
     absolute: ClassVar[bool] = False
+    config: PerformerConfig
+
+    def _shares(self, logs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """exp of (…, m) over their sum, in which a query's factor cancels, and the logs (…, 1) of the sums."""
+        return logs.softmax(-1), logs.logsumexp(-1, keepdim=True) if self.config.window else None
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,12 +135,12 @@ class FeatureMap(nn.Module, ABC):
             state: what came before.
         """
         q_log, k_log = (steps.chunked(t) for t in self(q, k))
-        return Scaled(*_exp_relative(q_log), steps.real(k_log.exp(), 0.0))
+        return Scaled(*self._shares(q_log), steps.real(k_log.exp(), 0.0))
 
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
         """`scale` for one token, q and k (B, H, 1, D) and no dimensions N and C."""
-        q_log, k_log = self(q, k)
-        return Scaled(*_exp_relative(q_log), k_log.exp())
+        q_log, k_log = self.forward(q, k)
+        return Scaled(*self._shares(q_log), k_log.exp())
 
     @abstractmethod
     def operations(self) -> int:
@@ -189,11 +188,11 @@ class FavorMap(RandomMap):
         super().__init__(config, layer, config.num_features // 2 if config.hyperbolic else config.num_features)
 
     def _log_features(self, x: Tensor) -> Tensor:
-        omega = self.omega.float() * x.shape[-1] ** -0.25
+        u = x @ (self.omega.float().T * x.shape[-1] ** -0.25)
         if self.config.hyperbolic:
-            omega = torch.cat([omega, -omega])
+            u = torch.cat([u, -u], -1)
         half_square = (x * x).sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5)
-        return (x @ omega.T).sub_(half_square + math.log(self.config.num_features) / 2)
+        return u.sub_(half_square + math.log(self.config.num_features) / 2)
 
     @torch.no_grad()
     def _reference(self, peaks: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ class FavorMap(RandomMap):
             entry = (self._reference(state.peaks) - reference[:, :, 0]).exp()
         state.peaks = peaks[:, :, -1:].clone()
         k = (k_log - reference[:, :, :-1]).clamp_(max=HEADROOM).exp_()
-        return Scaled(*_exp_relative(q_log + reference[:, :, :-1]), k, entry, factors)
+        return Scaled(*self._shares(q_log + reference[:, :, :-1]), k, entry, factors)
 
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
         q_log, k_log = self(q, k)
@@ -230,7 +229,7 @@ class FavorMap(RandomMap):
             before = self._reference(state.peaks)
             state.peaks = torch.maximum(state.peaks, k_log)
             reference = self._reference(state.peaks)
-        return Scaled(*_exp_relative(q_log + reference), (k_log - reference).exp_(), (before - reference).exp_())
+        return Scaled(*self._shares(q_log + reference), (k_log - reference).exp_(), (before - reference).exp_())
 
     @staticmethod
     def _first_keys(k_log: Tensor, missing: int | Tensor) -> Tensor:
@@ -299,11 +298,11 @@ class LearnedMap(FeatureMap):
         q_log = steps.chunked(self._linear(q, slice(heads)))
         k_log = steps.chunked(self._linear(k, slice(heads, None))).clamp(-KEY_CAP - k_bias, KEY_CAP - k_bias)
         if not self.config.fade:
-            return Scaled(*_exp_relative(q_log + q_bias), steps.real(k_log.add_(k_bias).exp_(), 0.0))
+            return Scaled(*self._shares(q_log + q_bias), steps.real(k_log.add_(k_bias).exp_(), 0.0))
         fading, shift = self._fading(steps, state)
         k_features = steps.real(k_log.add_(k_bias + fading).exp_(), 0.0)
         factors = (-self.rates()[:, None] * steps.counts(q.device)).exp().expand(-1, -1, q_log.shape[2], -1, -1)
-        return Scaled(*_exp_relative(q_log + (q_bias - fading)), k_features, 1 / shift, factors, shift)
+        return Scaled(*self._shares(q_log + (q_bias - fading)), k_features, 1 / shift, factors, shift)
 
     def _fading(self, steps: Steps, state: PerformerState) -> tuple[Tensor, Tensor]:
         """r (p − h) (H, 1, C, m) for the positions p in a chunk, and e^(r h) (H, 1, m)."""

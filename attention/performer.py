@@ -223,6 +223,8 @@ class PerformerAttention(Mechanism):
     ) -> Tensor:
         dropout = self.layer.dropout if self.training else 0.0
         state = self.new_state() if state is None else state
+        if not torch.is_autocast_enabled(q.device.type):
+            return self._mix(q, k, v, state, lengths, dropout).to(v.dtype)
         with torch.autocast(q.device.type, enabled=False):  # sums over keys need float32
             return self._mix(q, k, v, state, lengths, dropout).to(v.dtype)
 
