@@ -109,25 +109,31 @@ def _forward_backward(module: Callable, inputs: list[Tensor]) -> Any:
 
 
 def measure_length(names: list[str], length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a name: milliseconds (median), ratio, peak memory, and rate against the machine's own."""
-    functions = {name: make(name, length, args.backward) for name in names}
-    times = measure.times_in_turn(functions, budget=args.seconds)
-    rows = []
-    for name in names:
-        peer = "layer, softmax" if name.startswith("layer") else "sdpa"
-        seconds = statistics.median(times[name])
-        operations = _operations(name, length)
-        rows.append(
-            {
-                "method": name,
-                "length": length,
-                "ms": 1e3 * seconds,
-                "ratio": measure.median_ratio(times[peer], times[name]),
-                "peak_mb": measure.peak_memory_mb(make, name, length, args.backward) if args.memory else None,
-                "gflops": operations / seconds / 1e9 if operations and not args.backward else None,
-            }
-        )
-    return rows
+    """One row a name: milliseconds (median), ratio, peak memory, and operations a second.
+
+    What needs more memory than there is has a peak of infinity and no times.
+    """
+    peaks = {
+        name: measure.peak_memory_mb(make, name, length, args.backward)
+        for name in names
+        if args.memory or name in (PEER_PERFORMER, PEER_NSA)
+    }
+    fitting = [name for name in names if peaks.get(name) != math.inf]
+    times = measure.times_in_turn({name: make(name, length, args.backward) for name in fitting}, budget=args.seconds)
+    return [_row(name, length, times, peaks.get(name), args.backward) for name in names]
+
+
+def _row(
+    name: str, length: int, times: dict[str, list[float]], peak_mb: float | None, backward: bool
+) -> dict[str, Any]:
+    row = dict.fromkeys(("method", "length", "ms", "ratio", "peak_mb", "gflops"))
+    row |= {"method": name, "length": length, "peak_mb": peak_mb}
+    if name in times:
+        seconds, operations = statistics.median(times[name]), _operations(name, length)
+        peer = times["layer, softmax" if name.startswith("layer") else "sdpa"]
+        row |= {"ms": 1e3 * seconds, "ratio": measure.median_ratio(peer, times[name])}
+        row["gflops"] = operations / seconds / 1e9 if operations and not backward else None
+    return row
 
 
 def _operations(name: str, length: int) -> int | None:
@@ -139,11 +145,15 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Growth of time with length, as the log-log slope from 4,096 (or the shortest longer) to the longest length."""
     result = {}
     for name in dict.fromkeys(row["method"] for row in rows):
-        points = sorted((row["length"], row["ms"]) for row in rows if row["method"] == name and row["length"] >= 4096)
+        points = [point for point in _points(rows, name) if point[0] >= 4096]
         if len(points) > 1:
             (n0, t0), (n1, t1) = points[0], points[-1]
             result[name] = math.log(t1 / t0) / math.log(n1 / n0)
     return result
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return sorted((row["length"], row["ms"]) for row in rows if row["method"] == name and row["ms"] is not None)
 
 
 def break_even(rows: list[dict[str, Any]]) -> dict[str, int | None]:
@@ -152,7 +162,7 @@ def break_even(rows: list[dict[str, Any]]) -> dict[str, int | None]:
     for name in dict.fromkeys(row["method"] for row in rows):
         result[name] = None
         for row in sorted((r for r in rows if r["method"] == name), key=lambda r: -r["length"]):
-            if row["ratio"] < 1:
+            if row["ratio"] is None or row["ratio"] < 1:
                 break
             result[name] = row["length"]
     return result
@@ -164,7 +174,7 @@ def figure(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
     axes = (drawing := Figure(figsize=(7.5, 4.6), layout="constrained")).subplots()
     for name in dict.fromkeys(row["method"] for row in rows):
-        points = sorted((row["length"], row["ms"]) for row in rows if row["method"] == name)
+        points = _points(rows, name)
         style = "--" if name in (PEER_PERFORMER, PEER_NSA) else "-"
         axes.loglog(*zip(*points, strict=True), style, base=2, marker="o", markersize=3, label=name)
     axes.set(xlabel="tokens", ylabel="milliseconds", title=title)
@@ -208,7 +218,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.figure:
         kind = "forward + backward" if args.backward else "forward"
         figure(report["rows"], args.figure, f"{kind}, 1 x {HEADS} heads x {WIDTH}, {report['machine']['device']}")
-    print(json.dumps(report, indent=1) if args.json else render(report))
+    print(json.dumps(_finite(report), indent=1) if args.json else render(report))
+
+
+def _finite(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with null for a peak that does not fit, as JSON has no infinity."""
+    rows = [row | {"peak_mb": None if row["peak_mb"] == math.inf else row["peak_mb"]} for row in report["rows"]]
+    return report | {"rows": rows}
 
 
 def render(report: dict[str, Any]) -> str:

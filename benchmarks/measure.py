@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
+import math
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -94,14 +96,24 @@ def peak_memory_mb(make: Callable[..., Callable[[], Any]], *args: Any) -> float 
         make: a module-level function that builds what is to be called from `args`; both go to a fresh process.
 
     Returns:
-        None where the system does not tell (it is read from Linux's /proc, or from CUDA's allocator).
+        Infinity if the machine has not as much. None where the system does not tell (it is read from Linux's /proc, or
+        from CUDA's allocator).
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_probe, make, *args).result()
+        try:
+            return pool.submit(_probe, make, *args).result()
+        except (MemoryError, concurrent.futures.process.BrokenProcessPool):
+            return math.inf
+        except RuntimeError as error:
+            if "memory" in str(error):
+                return math.inf
+            raise
 
 
 def _probe(make: Callable[..., Callable[[], Any]], *args: Any) -> float | None:
+    if (available := _available_bytes()) is not None:  # so that it fails, before the system kills something for it
+        resource.setrlimit(resource.RLIMIT_DATA, (available, available))
     function = make(*args)
     if torch.cuda.is_available():
         function()
@@ -116,6 +128,14 @@ def _probe(make: Callable[..., Callable[[], Any]], *args: Any) -> float | None:
     held = _status_kb("VmRSS")
     function()
     return (_status_kb("VmHWM") - held) / 2**10
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _status_kb(field: str) -> int:
@@ -137,6 +157,8 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, float) and math.isinf(value):
+        return "does not fit"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
