@@ -137,16 +137,17 @@ class Loop:
         while done < self._steps(stage):
             started = time.monotonic()
             set_lr(optimizers, lr_factor(stage.schedule, done, stage.steps))
-            self._train_step(stage, learner, optimizers, *batches(self._batch_of(stage, done)))
+            self.train_step(stage, learner, optimizers, *batches(self._batch_of(stage, done)))
             self.step_seconds[index] = time.monotonic() - started
             done += 1
             self._after_step(index, done, optimizers)
         built.close()
         self.accelerator.free_memory()
 
-    def _train_step(
+    def train_step(
         self, stage: StageConfig, learner: nn.Module, optimizers: list[Optimizer], batch: Tensor, first: int
     ) -> None:
+        """One optimiser step on a batch (B, T), whose first sequence is block `first` of the text."""
         predicted = len(batch) * (batch.shape[1] - 1)
         sums = self._accumulate(learner, self._own_part(stage, batch), predicted)
         values = {name: value / predicted for name, value in sums.items()}

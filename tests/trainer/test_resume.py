@@ -68,7 +68,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
-    ("method", "step"), [("_train_step", 1), ("_train_step", 4), ("_after_step", 3), ("_after_step", 7)]
+    ("method", "step"), [("train_step", 1), ("train_step", 4), ("_after_step", 3), ("_after_step", 7)]
 )
 def test_a_run_that_died_ends_the_same(
     name: str, method: str, step: int, uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,7 +97,7 @@ def run_apart(arguments: list[str], held_step: int | None = None, file_limit: in
         file_limit: bytes that a file may have after the first checkpoint, as if the disk were full.
     """
     torch.set_num_threads(1)
-    step, save = Loop._train_step, Loop._save_checkpoint
+    step, save = Loop.train_step, Loop._save_checkpoint
 
     def hold(self: Loop, *given: object) -> None:
         while self.step + 1 == held_step and not self.stop.asked:
@@ -109,7 +109,7 @@ def run_apart(arguments: list[str], held_step: int | None = None, file_limit: in
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
-    Loop._train_step, Loop._save_checkpoint = hold, save_once
+    Loop.train_step, Loop._save_checkpoint = hold, save_once
     raise SystemExit(train.main(arguments))
 
 
