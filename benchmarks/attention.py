@@ -30,7 +30,6 @@ from attention.gpt2 import GPT2VariantAttention, GPT2VariantConfig
 from attention.mechanism import LayerShape
 from attention.registry import config_from_dict
 from benchmarks import measure
-from trainer.allocator import keep_freed_memory
 
 HEADS, WIDTH = 12, 64
 SHAPE = LayerShape(num_heads=HEADS, num_kv_heads=HEADS, head_dim=WIDTH, hidden_size=HEADS * WIDTH, max_length=1 << 20)
@@ -208,7 +207,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    keep_freed_memory()
+    measure.keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     names = ["sdpa", *args.methods] + ([PEER_PERFORMER, *LAYERS, PEER_NSA] if args.peers else [])

@@ -27,7 +27,6 @@ import attention
 from attention.mechanism import Mechanism
 from benchmarks import measure
 from benchmarks.attention import MECHANISMS, SHAPE
-from trainer.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for the rounds of a table, after three")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args(argv)
-    keep_freed_memory()
+    measure.keep_freed_memory()
     report = {
         "machine": measure.machine(),
         "generate": generation(args.checkpoints, args.tokens, args.seconds),

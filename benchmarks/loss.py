@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from benchmarks import measure
-from trainer.allocator import keep_freed_memory
 from trainer.losses import vocabulary_loss
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args(argv)
-    keep_freed_memory()
+    measure.keep_freed_memory()
     sizes = (args.batch * args.length, args.vocabulary, args.hidden)
     functions = {name: make(name, *sizes) for name in VARIANTS}
     difference = largest_difference(*(function() for function in functions.values()))

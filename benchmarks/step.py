@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from benchmarks import measure
-from trainer.allocator import keep_freed_memory
 from trainer.config import load_config
 from trainer.loop import Loop
 from trainer.optim import build_optimizers
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args(argv)
-    keep_freed_memory()
+    measure.keep_freed_memory()
     report = {"machine": measure.machine(), "rows": [measure_recipe(name, args.rounds) for name in args.recipes]}
     if args.json:
         print(json.dumps(report, indent=1))

@@ -23,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 
 import attention
 from trainer import setup
-from trainer.allocator import keep_freed_memory
 from trainer.config import RunConfig, load_config
 from trainer.data import DataError
 from trainer.finish import finish
@@ -71,7 +70,6 @@ def run(config: RunConfig) -> int:
 
 def fit(config: RunConfig, folder: Path) -> int:
     """What `run` does in the folder that is its own."""
-    keep_freed_memory()
     try:
         parts = setup.build(config)
         loop = Loop(parts)
