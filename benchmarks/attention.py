@@ -172,15 +172,16 @@ def figure(rows: list[dict[str, Any]], path: str, title: str) -> None:
     """Draws time against length, both logarithmic, into an image file."""
     from matplotlib.figure import Figure
 
-    axes = (drawing := Figure(figsize=(7.5, 4.6), layout="constrained")).subplots()
+    axes = (drawing := Figure(figsize=(9, 4.6), layout="constrained")).subplots()
     for name in dict.fromkeys(row["method"] for row in rows):
-        points = _points(rows, name)
-        style = "--" if name in (PEER_PERFORMER, PEER_NSA) else "-"
-        axes.loglog(*zip(*points, strict=True), style, base=2, marker="o", markersize=3, label=name)
+        style = "--" if name in (PEER_PERFORMER, PEER_NSA) else ":" if name in LAYERS else "-"
+        axes.loglog(*zip(*_points(rows, name), strict=True), style, marker="o", markersize=3, label=name)
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
     axes.set(xlabel="tokens", ylabel="milliseconds", title=title)
-    axes.set_yscale("log", base=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    drawing.legend(loc="outside right upper", fontsize="small", frameon=False)
     drawing.savefig(path, dpi=130)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TERMS = ("kl", "ce", "reverse_kl", "jsd")
-CHUNK_TOKENS = 256  # fewer make narrow products, which are slow; more do not fit caches
+CHUNK_TOKENS = 512  # fewer make narrow products, which are slow; more do not fit caches
 
 
 def vocabulary_loss(
