@@ -26,7 +26,13 @@ def test_checkpoints_come_from_the_command_line_or_the_environment(monkeypatch):
 def test_it_serves_the_bundled_models_and_those_it_is_given(checkpoints):
     port = free_port()
     command = [sys.executable, "app.py", "--port", str(port), "--checkpoints", str(checkpoints / "masks"), "/nowhere"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
+    )
     try:
         url = f"http://127.0.0.1:{port}/"
         wait_for(url, process)
@@ -39,6 +45,11 @@ def test_it_serves_the_bundled_models_and_those_it_is_given(checkpoints):
         assert "Traceback" not in errors
     finally:
         process.kill()
+
+
+def heed_interrupts() -> None:
+    """Undoes what a shell does to its background jobs, of which these tests may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(url: str, process: subprocess.Popen) -> None:
