@@ -120,7 +120,8 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, space, kept = torch.empty_like(q), Workspace(q), []
         for piece in _BlockAttention.pieces(q):
-            keys, values = (space.gathered("kv"[i], t, piece.of(runs), q.shape[-1]) for i, t in enumerate((k, v)))
+            listed, width = piece.of(runs), q.shape[-1]
+            keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
             weights = _BlockAttention.weights(space, piece.of(q), keys, bias, piece)
             if dropout:
                 kept.append(torch.rand_like(weights) >= dropout)
@@ -133,7 +134,8 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, runs, out = ctx.saved_tensors
-        grad, space, scale = grad.contiguous(), Workspace(q), q.shape[-1] ** -0.5
+        grad, space, width = grad.contiguous(), Workspace(q), q.shape[-1]
+        scale = width**-0.5
         precise = torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros_like(t, dtype=precise) for t in (k, v))
@@ -141,7 +143,7 @@ class _BlockAttention(torch.autograd.Function):
         means = (grad * out).sum(-1, keepdim=True, dtype=precise)  # Σ_j weight · its gradient, of every query
         for number, piece in enumerate(_BlockAttention.pieces(q)):
             listed, queries, grads = piece.of(runs), piece.of(q), piece.of(grad)
-            keys, values = (space.gathered("kv"[i], t, listed, q.shape[-1]) for i, t in enumerate((k, v)))
+            keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
             weights = used = _BlockAttention.weights(space, queries, keys, bias, piece)
             grad_scores = space.product("gradients", grads, values.mT).to(precise)
             if ctx.dropout:

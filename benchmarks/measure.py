@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # names of mallopt's parameters, as in malloc.h
@@ -128,8 +129,8 @@ def peak_memory_mb(make: Callable[..., Callable[[], Any]], *args: Any) -> float 
 
 
 def _probe(make: Callable[..., Callable[[], Any]], *args: Any) -> float | None:
-    if (available := _available_bytes()) is not None:  # so that it fails, before the system kills something for it
-        resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+    available = psutil.virtual_memory().available  # so that it fails, before the system kills something for it
+    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
     function = make(*args)
     if torch.cuda.is_available():
         function()
@@ -144,14 +145,6 @@ def _probe(make: Callable[..., Callable[[], Any]], *args: Any) -> float | None:
     held = _status_kb("VmRSS")
     function()
     return (_status_kb("VmHWM") - held) / 2**10
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _status_kb(field: str) -> int:

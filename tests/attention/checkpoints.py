@@ -1,5 +1,6 @@
 """Tiny checkpoints in folders, for the tests of loading, saving and the Hub."""
 
+import random
 from pathlib import Path
 
 import torch
@@ -25,6 +26,19 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float16, **options) -> Pa
     tiny_gpt2(dtype, **options).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def damage(folder: Path, seed: int, spared: str | None = None) -> Path:
+    """Cuts a file of a folder short, or flips one of its bits; returns which. A file called `spared` is left alone."""
+    rng = random.Random(seed)
+    path = rng.choice([path for path in sorted(folder.iterdir()) if path.name != spared])
+    content = bytearray(path.read_bytes())
+    if rng.random() < 0.5:
+        content = content[: rng.randrange(len(content))]
+    else:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    return path
 
 
 def make_variant(base: Path, method: str = "masks", *, train: bool = True) -> attention.GPT2VariantLMHeadModel:

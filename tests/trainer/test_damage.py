@@ -1,6 +1,5 @@
 """Files of a run, cut short or with a bit flipped: none is used without a word, and nothing crashes."""
 
-import random
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import attention
 from demo.models import ModelStore
 from demo.training import facts, read_card, read_history
+from tests.attention.checkpoints import damage
 from tests.trainer.conftest import recipe, write_recipe
 from trainer import checkpointing
 from trainer.train import main
@@ -25,19 +25,6 @@ def finished(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = recipe(workplace, base=str(folder / "base"), output=str(folder / "run"))
     assert main(["--config", str(write_recipe(folder, options))]) == 0
     return folder
-
-
-def damage(folder: Path, seed: int) -> Path:
-    """Cuts a file of a folder short, or flips one of its bits; returns which."""
-    rng = random.Random(seed)
-    path = rng.choice(sorted(folder.iterdir()))
-    content = bytearray(path.read_bytes())
-    if rng.random() < 0.5:
-        content = content[: rng.randrange(len(content))]
-    else:
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-    return path
 
 
 def test_a_variant(seed: int, finished: Path, tmp_path: Path):
