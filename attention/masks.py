@@ -9,6 +9,7 @@ the distance i − j alone or on the key j alone, hence M_ij = f(i − j) + g(j)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from math import inf, isfinite
 from typing import ClassVar, Literal
 
@@ -30,6 +31,7 @@ class MasksConfig(MechanismConfig):
 
     Attributes:
         candidates: the masks that are combined, each written last(i), window(w), first(k), dilated(w, s) or causal.
+        first_layers: the masks of the first layers, where these need others: `first_layers[i]` are those of layer i.
         per_head: one set of weights for each head, else one for the layer.
         init: start of α: zero (every weight σ(α) is ½) or random.
         scale: standard deviation of a random start.
@@ -47,29 +49,47 @@ class MasksConfig(MechanismConfig):
         *("window(8)", "window(16)", "window(32)", "window(64)"),
         *("first(1)", "first(4)", "first(8)"),
     )
+    first_layers: tuple[tuple[str, ...], ...] = ()
     per_head: bool = True
     init: Literal["zero", "random"] = "zero"
     scale: int | float = 1.0
     seed: int = 0
 
     def problems(self) -> list[str]:
-        problems, names = [], []
-        for text in self.candidates:
-            try:
-                names.append(Candidate.parse(text).name)
-            except ValueError as error:
-                problems.append(str(error))
-        if not self.candidates:
-            problems.append(f"candidates is empty; name at least one: {SYNTAX}")
-        problems += [f"candidate {name!r} is listed twice" for name in sorted(set(names)) if names.count(name) > 1]
+        lists = {"candidates": self.candidates}
+        lists |= {f"first_layers[{layer}]": texts for layer, texts in enumerate(self.first_layers)}
+        problems = [problem for where, texts in lists.items() for problem in _list_problems(where, texts)]
         if not (isfinite(self.scale) and self.scale >= 0):
             problems.append(f"scale is {self.scale}; it must be a finite number, 0 or more")
         if self.seed < 0:
             problems.append(f"seed is {self.seed}; it must be 0 or more")
         return problems
 
+    def of_layer(self, layer_idx: int) -> tuple[Candidate, ...]:
+        """The masks that a layer begins with."""
+        own = self.first_layers[layer_idx] if layer_idx < len(self.first_layers) else self.candidates
+        return tuple(map(Candidate.parse, own))
+
+    def of_all_layers(self) -> list[Candidate]:
+        """Every mask that some layer begins with."""
+        return list(dict.fromkeys(Candidate.parse(text) for text in chain(self.candidates, *self.first_layers)))
+
     def build(self, layer: LayerShape) -> MasksAttention:
         return MasksAttention(self, layer)
+
+
+def _list_problems(where: str, texts: tuple[str, ...]) -> list[str]:
+    """What is wrong with the masks of a layer, which the option `where` names."""
+    problems, names = [], []
+    for text in texts:
+        try:
+            names.append(Candidate.parse(text).name)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if not texts:
+        problems.append(f"{where} is empty; name at least one: {SYNTAX}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return problems + [f"{where} lists {name!r} twice" for name in twice]
 
 
 class MasksState(State):
@@ -140,20 +160,23 @@ class MasksAttention(Mechanism):
     alone.
 
     Attributes:
-        alpha: (C,) or (H, C), the logits of the weights.
-        active: like alpha; False for candidates that were pruned. Change it with `prune` or by loading only.
+        alpha: (C,) or (H, C), the logits of the weights, of the masks of all layers.
+        active: like alpha; False for masks that are not this layer's or were pruned. Change it with `prune` or by
+            loading only.
     """
 
     def __init__(self, config: MasksConfig, layer: LayerShape):
         super().__init__(config, layer)
-        self.candidates = [Candidate.parse(text) for text in config.candidates]
+        self.candidates = config.of_all_layers()
         self.branches = tuple(candidate.name for candidate in self.candidates)
         shape = (layer.num_heads, len(self.candidates)) if config.per_head else (len(self.candidates),)
         alpha = torch.zeros(shape)
         if config.init == "random":
             alpha = config.scale * torch.randn(shape, generator=seeded_generator(config.seed, layer.layer_idx))
         self.alpha = nn.Parameter(alpha)
-        self.register_buffer("active", torch.ones(shape, dtype=torch.bool))
+        own = config.of_layer(layer.layer_idx)
+        active = torch.tensor([candidate in own for candidate in self.candidates])
+        self.register_buffer("active", active.expand(shape).clone())
         self.softmax = SoftmaxAttention(SoftmaxConfig(), layer)
         self._planned: tuple[Tensor, frozenset[str], Plan] | None = None
 
@@ -270,7 +293,8 @@ class MasksAttention(Mechanism):
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         index = layout.index(layout.blocks(length), before, k.shape[2])[None]
         bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        return block_attention(q, k, v, bias, index, dropout=self._dropout)
+        mixed = block_attention(layout.by_block(q), k, v, bias, index, dropout=self._dropout)
+        return layout.by_position(mixed, length)
 
     def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:
         """One token in every row: none misses a key, or all miss the same."""

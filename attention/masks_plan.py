@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +10,7 @@ from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 FARTHEST = 65_536  # the largest number in a candidate: bounds what a typo can allocate
 SMALLEST = {"last": (0,), "window": (1,), "first": (1,), "dilated": (1, 1), "causal": ()}
@@ -89,12 +91,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a block of b consecutive queries reads: columns for the sinks first, then for the band of keys near it.
+    """What a block of b queries reads: columns for the sinks first, then for the band of keys near it.
+
+    A block's queries are consecutive, or `stride` apart where all distances are multiples of that: then they share
+    most keys. Blocks go by their first query's position; b·stride consecutive queries make `stride` of them.
 
     Its tensors are made outside of inference mode, whatever the caller's: training may need them later.
 
     Attributes:
         block: queries b in a block.
+        stride: from one query of a block to the next.
         relative: (U,) the band's keys, counted from the block's first query.
         distance: (b, S + U) i − j in the band; j for the sinks. A query at this position or later has that key.
         own: (b, S + U) whether a column of the band is the query's own key.
@@ -104,6 +110,7 @@ class Layout:
     """
 
     block: int
+    stride: int
     relative: Tensor
     distance: Tensor
     own: Tensor
@@ -116,10 +123,11 @@ class Layout:
     def make(cls, plan: Plan, block: int, device: torch.device) -> Layout:
         relative = torch.tensor(plan.band(block), device=device)
         key = torch.arange(plan.sinks, device=device).expand(block, -1)
-        distance = torch.arange(block, device=device)[:, None] - relative
+        distance = plan.stride * torch.arange(block, device=device)[:, None] - relative
         holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in plan.candidates]
         return cls(
             block=block,
+            stride=plan.stride,
             relative=relative,
             distance=torch.cat([key, distance], 1),
             own=torch.cat([torch.zeros_like(key), distance == 0], 1).bool(),
@@ -133,8 +141,27 @@ class Layout:
         return self.distance.shape[1] - len(self.relative)
 
     def blocks(self, length: int) -> int:
-        """How many blocks `length` queries make, the last one perhaps not full."""
-        return -(-length // self.block)
+        """How many blocks `length` queries make, the last ones perhaps not full."""
+        return -(-length // (self.block * self.stride)) * self.stride
+
+    def starts(self, blocks: int) -> Tensor:
+        """(blocks,) the first query of each block."""
+        number = torch.arange(blocks, device=self.relative.device)
+        return number // self.stride * (self.block * self.stride) + number % self.stride
+
+    def by_block(self, x: Tensor) -> Tensor:
+        """(B, H, T, D) in the order of the blocks, (B, H, blocks·b, D); only the last block may be short."""
+        if self.stride == 1:
+            return x
+        length = x.shape[2]
+        x = F.pad(x, (0, 0, 0, self.blocks(length) * self.block - length))
+        return x.unflatten(2, (-1, self.block, self.stride)).transpose(3, 4).flatten(2, 4)
+
+    def by_position(self, x: Tensor, length: int) -> Tensor:
+        """The opposite of `by_block`, for T = `length`."""
+        if self.stride == 1:
+            return x
+        return x.unflatten(2, (-1, self.stride, self.block)).transpose(3, 4).flatten(2, 4)[:, :, :length]
 
     def index(self, blocks: int, before: int, length: int) -> Tensor:
         """(blocks, S + U) where the blocks find their keys in a buffer of `length` keys with the sinks at its start.
@@ -144,7 +171,7 @@ class Layout:
             before: where in the buffer the key of the very first query stands.
             length: keys in the buffer. Columns that lie outside of it are hidden and may point anywhere.
         """
-        start = before + self.block * torch.arange(blocks, device=self.relative.device)
+        start = before + self.starts(blocks)
         sinks = torch.arange(self.sinks, device=start.device).expand(blocks, -1)
         return torch.cat([sinks, start[:, None] + self.relative], 1).clamp(0, length - 1)
 
@@ -174,7 +201,7 @@ class Layout:
             start: (B,) the position of the first query.
             blocks: how many blocks.
         """
-        row = torch.arange(blocks * self.block, device=start.device).view(blocks, self.block)
+        row = self.starts(blocks)[:, None] + self.stride * torch.arange(self.block, device=start.device)
         there = self.distance <= (start[:, None, None] + row)[..., None]
         read = self.read[:, None] & there[:, None]
         read = read | (self.own & ~read.any(-1, keepdim=True))
@@ -244,6 +271,11 @@ class Plan:
         return sorted({0, *self.distances})
 
     @cached_property
+    def stride(self) -> int:
+        """What divides all distances: queries so far apart read the same keys, and come in blocks together."""
+        return max(1, math.gcd(*self.offsets))
+
+    @cached_property
     def sinks(self) -> int:
         return max((c.sinks for c in self.used), default=0)
 
@@ -266,7 +298,7 @@ class Plan:
 
     def band(self, block: int) -> list[int]:
         """The keys near a block that it reads, counted from its first query."""
-        return sorted({row - offset for row in range(block) for offset in self.offsets})
+        return sorted({row * self.stride - offset for row in range(block) for offset in self.offsets})
 
     @cached_property
     def block(self) -> int:
@@ -283,7 +315,8 @@ class Plan:
 
     def block_for(self, length: int) -> int:
         """The block size for `length` new queries: no longer than they need."""
-        return min(self.block, max(8, 1 << (length - 1).bit_length()))
+        rows = -(-length // self.stride)
+        return min(self.block, max(8, 1 << (rows - 1).bit_length()))
 
     def layout(self, block: int, device: torch.device) -> Layout:
         """The layout for blocks of `block` queries."""

@@ -70,8 +70,8 @@ class MechanismConfig(ABC):
         problems = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):  # JSON and YAML have no tuples
-                value = tuple(value)
+            if isinstance(value, list | tuple):
+                value = _as_tuple(value)
                 object.__setattr__(self, field.name, value)
             try:
                 type_validator(field.name, value, hints[field.name])
@@ -174,6 +174,11 @@ class Mechanism(nn.Module, ABC):
     def summary(self) -> dict[str, list[float] | list[list[float]]]:
         """Learned quantities worth recording in a training history, by name, as plain numbers."""
         return {}
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists, and lists in lists, as tuples, which JSON and YAML do not have."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def seeded_generator(seed: int, layer_idx: int) -> torch.Generator:

@@ -17,6 +17,11 @@ masks = st.one_of(
     st.just("causal"),
 )
 
+mask_lists = st.lists(masks, min_size=1, max_size=5, unique=True).map(tuple)
+strided_mask_lists = st.tuples(  # all distances multiples of one number
+    st.sampled_from(["dilated(9, 2)", "dilated(2, 5)", "last(3)"]), st.integers(1, 9).map("first({})".format)
+)
+
 
 @st.composite
 def nsa_configs(draw: st.DrawFn) -> NSAConfig:
@@ -43,7 +48,8 @@ CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
     "softmax": st.builds(SoftmaxConfig),
     "masks": st.builds(
         MasksConfig,
-        candidates=st.lists(masks, min_size=1, max_size=5, unique=True).map(tuple),
+        candidates=mask_lists,
+        first_layers=st.one_of(st.just(()), st.tuples(strided_mask_lists), st.tuples(mask_lists)),
         per_head=st.booleans(),
         init=st.sampled_from(["zero", "random"]),
         scale=st.floats(0, 4),

@@ -1,6 +1,8 @@
 """The masks method: its syntax, its mathematics, pruning, and what its states cost."""
 
 import copy
+import dataclasses
+import re
 from itertools import pairwise
 
 import pytest
@@ -15,6 +17,7 @@ from attention.masks import MasksAttention, MasksConfig
 from attention.masks_plan import Candidate, Plan
 from attention.mechanism import ConfigError, LayerShape, repeat_heads
 from attention.reference import candidate_mask, effective_mask, masked_softmax_weights, softmax_weights
+from attention.registry import config_from_dict
 
 from .configs import CONFIGS
 
@@ -45,7 +48,7 @@ def inputs(length: int, shape: LayerShape | None = None, batch: int = 1, seed: i
 
 def reference(mechanism: MasksAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The definition, with weights computed here: σ(α), 0 where a candidate is pruned or disabled."""
-    candidates = [Candidate.parse(text) for text in mechanism.config.candidates]
+    candidates = mechanism.candidates
     enabled = torch.tensor([c.name not in mechanism.disabled for c in candidates])
     weights = (mechanism.alpha.sigmoid() * mechanism.active * enabled).view(-1, len(candidates))
     mask = effective_mask([(c.kind, c.numbers) for c in candidates], weights, q.shape[2])
@@ -101,6 +104,9 @@ def test_all_problems_are_listed_at_once():
     assert len(caught.value.problems) == 5
     with pytest.raises(ConfigError, match="candidates is empty"):
         MasksConfig(candidates=())
+    with pytest.raises(ConfigError) as caught:
+        MasksConfig(first_layers=(("window(1)",), (), ("last(1)", "last(1)", "last")))
+    assert [re.match(r"first_layers\[\d\]", problem)[0][-2] for problem in caught.value.problems] == ["1", "2", "2"]
 
 
 def test_start_is_zero_or_a_seeded_draw_that_differs_between_layers():
@@ -117,6 +123,17 @@ def test_start_is_zero_or_a_seeded_draw_that_differs_between_layers():
 def test_weights_are_per_head_or_per_layer():
     assert build("window(2)", "first(1)", per_head=True).alpha.shape == (2, 2)
     assert build("window(2)", "first(1)", per_head=False).alpha.shape == (2,)
+
+
+def test_first_layers_have_their_own_masks():
+    config = MasksConfig(candidates=["last(0)", "window(3)"], first_layers=[["dilated(3, 2)", "last(0)"], ["first(1)"]])
+    assert hash(config) == hash(config_from_dict(config.to_dict()))
+    layers = [config.build(dataclasses.replace(layer(), layer_idx=i)) for i in range(3)]
+    expected = [["last(0)", "dilated(3, 2)"], ["first(1)"], ["last(0)", "window(3)"]]
+    for mechanism, names in zip(layers, expected, strict=True):
+        assert mechanism.branches == ("last(0)", "window(3)", "dilated(3, 2)", "first(1)")
+        assert [name for name, weights in mechanism.summary().items() if any(weights)] == names
+    assert [mechanism.keys_read(60) for mechanism in layers] == [3, 1, 3]
 
 
 def test_defaults_read_at_most_72_keys():
@@ -395,8 +412,7 @@ def test_summary_names_the_weights():
 
 @given(config=CONFIGS["masks"], position=st.integers(0, 40))
 def test_keys_read_is_the_size_of_the_support(config, position):
-    candidates = [Candidate.parse(text) for text in config.candidates]
-    masks = [candidate_mask(c.kind, c.numbers, position + 1)[position] for c in candidates]
+    masks = [candidate_mask(c.kind, c.numbers, position + 1)[position] for c in config.of_layer(0)]
     assert config.build(layer()).keys_read(position) == max(1, int(torch.stack(masks).any(0).sum()))
 
 
