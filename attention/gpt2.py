@@ -69,10 +69,8 @@ class GPT2VariantAttention(GPT2Attention):
         `attention_mask` is what GPT-2 builds for softmax; causality is the mechanism's own, so it is not read.
         """
         batch, length, _ = hidden_states.shape
-        q, k, v = (
-            part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-            for part in self.c_attn(hidden_states).split(self.split_size, dim=2)
-        )
+        parts = self.c_attn(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
         dtype = v.dtype
         if self.query_scale != 1.0:
             q = q * self.query_scale

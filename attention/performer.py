@@ -84,6 +84,7 @@ class PerformerState(State):
     Attributes:
         sums: Σ φ(k_j) [v_j, 1]ᵀ (B, H, m, D + 1) over the keys that have left the window; the last column adds up to
             the normaliser.
+        one: (B, H, 1, 1), what a token's value is extended by; kept from the first single token on.
         peaks: largest log-features of those keys (B, H, 1, m); `favor` only, which keeps its sums relative to them.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
         fading: what the learned map keeps for single steps; the same for all rows.
@@ -93,6 +94,7 @@ class PerformerState(State):
         super().__init__()
         self.window = window
         self.sums: Tensor | None = None
+        self.one: Tensor | None = None
         self.peaks: Tensor | None = None
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
@@ -337,7 +339,9 @@ class PerformerAttention(Mechanism):
         if state.sums is None:
             self._start(state, v)
         scaled = self.features.scale_one(q, k, state)
-        sums = torch.addcmul(_rescaled(state.sums, scaled.entry), scaled.k.mT, F.pad(v, (0, 1), value=1.0))
+        if state.one is None:
+            state.one = torch.ones_like(v[..., :1])
+        sums = torch.addcmul(_rescaled(state.sums, scaled.entry), scaled.k.mT, torch.cat([v, state.one], -1))
         out = scaled.q @ sums
         state.sums = _rescaled(sums, None if scaled.factors is None else scaled.factors[:, 0])
         mixed, total = out[..., :-1], out[..., -1:]

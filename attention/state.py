@@ -119,7 +119,7 @@ def store(buffer: Tensor | None, new: Tensor, start: int | Tensor, needed: int) 
             grown[:, :, :capacity] = buffer
         buffer = grown
     if isinstance(start, int):
-        buffer[:, :, start : start + length] = new
+        buffer.narrow(2, start, length).copy_(new)
     else:
         index = (start[:, None] + torch.arange(length, device=new.device))[:, None, :, None]
         buffer.scatter_(2, index.expand_as(new), new)
