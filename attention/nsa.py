@@ -70,9 +70,9 @@ class NSAConfig(MechanismConfig):
     )
 
     compress_block: int = 32
-    compress_stride: int = 16
+    compress_stride: int = 32
     select_block: int = 32
-    num_selected: int = 6
+    num_selected: int = 7
     window: int = 64
     select_every: int = 32
     separate_kv: bool = False
