@@ -256,21 +256,32 @@ def prune_sweep(place: str, config: RunConfig, text: str) -> list[dict[str, floa
     base, tokenizer = attention.load(config.base)
     tokens = read_files([text], tokenizer)[: config.eval.tokens]
     variants = [attention.load(place, base=base)[0] for _ in PRUNE]
+    whole = _masks(variants[0])
     for variant, share in zip(variants, PRUNE, strict=True):
         for mechanism in variant.mechanisms:
             mechanism.prune(share * mechanism.weights().max().item())
     readers = [Reader(variant) for variant in variants]
     found = measure_each(readers, base, tokens, config.eval.context, config.eval.batch_size, description="pruning")
     return [
-        {"threshold": share, **_support(variant, config.eval.context), "kl": one.kl, "perplexity": one.perplexity}
+        {
+            "threshold": share,
+            "dropped": 1 - _masks(variant) / whole,
+            "keys_read": _keys_read(variant, config.eval.context),
+            "kl": one.kl,
+            "perplexity": one.perplexity,
+        }
         for share, variant, one in zip(PRUNE, variants, found, strict=True)
     ]
 
 
-def _support(variant: Any, context: int) -> dict[str, float]:
-    active = [mechanism.active.float().mean().item() for mechanism in variant.mechanisms]
+def _masks(variant: Any) -> int:
+    """How many masks its heads combine, in all layers."""
+    return sum(int(mechanism.active.sum()) for mechanism in variant.mechanisms)
+
+
+def _keys_read(variant: Any, context: int) -> float:
     keys = [mechanism.keys_read(context - 1) for mechanism in variant.mechanisms]
-    return {"dropped": 1 - sum(active) / len(active), "keys_read": sum(keys) / len(keys)}
+    return sum(keys) / len(keys)
 
 
 def collect(options: argparse.Namespace) -> list[Result]:
