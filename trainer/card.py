@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from attention.pushing import ANY_REPOSITORY
 from .config import RunConfig
 from .fidelity import Fidelity
 
+FURTHER, USE = "## Measured further", "## Use"
 TAGS = ["efficient-attention", "distillation", "gpt2"]
 
 
@@ -96,7 +98,7 @@ def _body(making: Making, measured: dict[str, Fidelity]) -> str:
             _what(making),
             f"## What it measures\n\n{_figures(making, measured)}",
             "![curves](curves.png)",
-            f"## Use\n\n{_usage(making)}",
+            f"{USE}\n\n{_usage(making)}",
             f"## How it was made\n\n{_how(making)}",
             f"## Limits\n\n{_limits(making)}",
             "",
@@ -193,3 +195,67 @@ def _limits(making: Making) -> str:
         f"above. It was fitted at contexts of up to {context} tokens; beyond that, expect larger differences. It does "
         "not follow instructions, and what it writes is not fit to be relied on."
     )
+
+
+def with_measurement(card: str, row: dict[str, Any]) -> str:
+    """A card with what `trainer/evaluate.py` measured at a context, in place of what it said of that context before.
+
+    Args:
+        card: the text of a card.
+        row: what was measured.
+
+    Raises:
+        ValueError: if the card has no section on its use, before which the figures go.
+    """
+    before, use, after = card.partition(f"\n{USE}\n")
+    if not use:
+        raise ValueError(f"the card has no section {USE!r}, before which the figures go")
+    before, _, further = before.partition(f"\n{FURTHER}\n")
+    parts = {int(part.split("\n", 1)[0]): part.strip() for part in re.split(r"^### Context ", further, flags=re.M)[1:]}
+    parts[row["context"]] = f"{row['context']}\n\n{_measurement(row)}"
+    sections = "\n\n".join(f"### Context {parts[context]}" for context in sorted(parts))
+    return f"{before}\n{FURTHER}\n\nBy `trainer/evaluate.py`.\n\n{sections}\n{use}{after}"
+
+
+def _measurement(row: dict[str, Any]) -> str:
+    name = ", ".join(Path(text).name for text in row["text"])
+    over = row["perplexity"] / row["base_perplexity"] - 1
+    paragraphs = [
+        f"{row['tokens']:,} predicted tokens of {name}: KL {row['kl']:.4f} nats/token, perplexity "
+        f"{row['perplexity']:.2f} (base {row['base_perplexity']:.2f}, {over:+.1%}), same top token "
+        f"{row['top1_agreement']:.1%}. The last query of a block reads at most {row['keys_read']} keys, or what takes "
+        "as long."
+    ]
+    if written := row.get("samples"):
+        paragraphs += [
+            f"{written['samples']} texts of {written['length']} tokens at temperature 1, each after "
+            f"{written['prompt_length']} tokens of that text, beside the base's own:",
+            _table(["", "variant", "base", "difference"], _writing_cells(written)),
+        ]
+    if parts := row.get("ablations"):
+        cells = [
+            [name, f"{one['kl']:.4f}", f"{one['kl_change']:+.4f}", "does nothing" if one["does_nothing"] else ""]
+            for name, one in parts.items()
+        ]
+        paragraphs += [
+            "With a part switched off in every layer:",
+            _table(["without", "KL, nats/token", "change", ""], cells),
+        ]
+    return "\n\n".join(paragraphs)
+
+
+def _writing_cells(written: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            name.replace("_", " "),
+            f"{figures['variant']:.4g}",
+            f"{figures['base']:.4g}",
+            "" if figures["difference"] is None else f"{figures['difference']:+.1%}",
+        ]
+        for name, figures in written.items()
+        if isinstance(figures, dict)
+    ]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])

@@ -8,7 +8,7 @@ these predictions. Variants of one base are measured together, so that the base 
 With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
 temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). With `--ablate`,
 each part of the mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
-`--tolerance` does nothing.
+`--tolerance` does nothing. With `--card`, the figures go into the cards of the variants, one section a context.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
+from trainer.card import with_measurement
 from trainer.data import DataError, read_files
 from trainer.fidelity import Fidelity, Reader, measure_each
 from trainer.samples import draw_prompts, measure_writing
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompt_length", type=int, default=16, help="tokens of a passage (default: %(default)s)")
     add("--length", type=int, default=200, help="tokens to write after it (default: %(default)s)")
     add("--seed", type=int, default=0, help="of passages and samples (default: %(default)s)")
+    add("--card", action="store_true", help="also write the figures into README.md of each variant, a folder")
     add("--json", action="store_true", help="print one JSON object a variant instead of tables")
     return parser.parse_args(arguments)
 
@@ -140,6 +142,7 @@ def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -
             **figures.to_dict(),
             "context": options.context,
             "keys_read": subject.keys_read(options.context),
+            "text": options.text,
             "variant": subject.spec,
         }
         if options.ablate:
@@ -183,17 +186,32 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     transformers_logging.disable_progress_bar()
     try:
+        cards = find_cards(options.variant) if options.card else []
         rows = evaluate(options)
+        sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows) if options.json else tables(rows))
+        for card, row in zip(cards, rows, strict=False):
+            card.write_text(with_measurement(card.read_text(encoding="utf-8"), row), encoding="utf-8")
     except (DataError, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows) if options.json else tables(rows))
     return 0
+
+
+def find_cards(specs: list[str]) -> list[Path]:
+    """The cards of variants.
+
+    Raises:
+        ValueError: naming those that have none in a folder here.
+    """
+    cards = [Path(spec) / "README.md" for spec in specs]
+    if missing := [str(card) for card in cards if not card.is_file()]:
+        raise ValueError(f"--card writes into cards of folders here, but there is no {', '.join(missing)}")
+    return cards
 
 
 def tables(rows: list[Row]) -> str:
     """Rows as aligned tables: fidelity, then what was written, then ablations, as far as they were measured."""
-    aside = ("samples", "ablations", "tolerance")
+    aside = ("samples", "ablations", "tolerance", "text")
     parts = [
         [{name: value for name, value in row.items() if name not in aside} for row in rows],
         [_writing_line(row) for row in rows if "samples" in row],

@@ -1,6 +1,8 @@
 """The command that measures variants."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +117,28 @@ def test_tables_have_a_line_for_everything(variants, valid, capsys):
     assert set(FIGURES) <= set(writing.splitlines()[0].split())
     assert len(ablations.splitlines()) == 1 + 3 + 2
     assert ablations.count("does nothing (changes KL by less than 100)") == 5
+
+
+def test_cards_take_up_the_figures_of_each_context(variants, valid):
+    folder = Path(variants["masks"])
+    (folder / "README.md").write_text("# masks\n\n## Use\n\nLike this.\n")
+    command = ["--variant", str(folder), "--text", valid, "--card", "--json"]
+    for options in (["--context", "32", "--ablate"], ["--context", "16"], ["--context", "32", "--samples", "2"]):
+        assert main([*command, *options, "--length", "8"]) == 0
+    card = (folder / "README.md").read_text()
+    assert re.findall(r"^##+ .*$", card, re.M) == ["## Measured further", "### Context 16", "### Context 32", "## Use"]
+    assert card.startswith("# masks\n\n## Measured")
+    assert card.endswith("\n\n## Use\n\nLike this.\n")
+    assert "| distinct 2 |" in card
+    assert "without" not in card  # the first figures at 32 had ablations
+    (folder / "README.md").write_text("# masks\n")
+    assert main([*command, "--context", "32"]) == 2
+
+
+def test_a_card_needs_a_folder(variants, valid, capsys):
+    (Path(variants["performer"]) / "README.md").unlink(missing_ok=True)
+    assert main(["--variant", variants["performer"], "--text", valid, "--card"]) == 2
+    assert str(Path(variants["performer"]) / "README.md") in capsys.readouterr().err
 
 
 def test_what_the_command_cannot_use_is_named(variants, workplace, valid, capsys):
