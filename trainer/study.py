@@ -24,7 +24,7 @@ import attention
 from attention.files import write_json
 
 from . import evaluate
-from .config import RunConfig, load_config
+from .config import RunConfig, load_config, share_steps
 from .data import DataError, read_files
 from .fidelity import Reader, measure_each
 from .study_report import write_report
@@ -34,6 +34,8 @@ RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("masks", "performer", "performer-window", "nsa")
 OBJECTIVES = ("kl", "kl+ce", "kl+l1")
 TEXTS = ("corpus", "sampled")
+STAGES = ("transfer", "distil")
+TRANSFER = 0.2  # share of a cell's steps; in long recipes it is less, too little for a short run
 PRUNE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)  # shares of a layer's largest weight; lighter masks are dropped
 MEASURED = "measured.json"
 
@@ -155,9 +157,9 @@ def cell_config(cell: Cell, options: argparse.Namespace) -> RunConfig:
         ConfigError: listing everything that is wrong.
     """
     recipe = RECIPES / f"{cell.method}.yaml"
-    own = [f"--{name}={json.dumps(value)}" for name, value in _own_options(cell, options).items()]
-    whole = load_config(recipe, [*options.overrides, *own])
+    whole = load_config(recipe, [*options.overrides, *_flags(_own_options(cell, options))])
     steps = max(len(whole.stages), options.tokens // max(_tokens_per_step(whole)))
+    own = _flags(_own_options(cell, options) | _stage_options(cell, whole, steps, options.l1))
     schedule = {
         "eval.every": max(1, steps // 8),
         "eval.tokens": 16_384,
@@ -165,20 +167,34 @@ def cell_config(cell: Cell, options: argparse.Namespace) -> RunConfig:
         "log_every": max(1, steps // 40),
         "samples.length": 80,
     }
-    defaults = [f"--{name}={value}" for name, value in schedule.items()]
-    return load_config(recipe, [*defaults, *options.overrides, *own, f"--max_steps={steps}"])
+    return load_config(recipe, [*_flags(schedule), *options.overrides, *own])
+
+
+def _flags(values: dict[str, Any]) -> list[str]:
+    return [f"--{name}={json.dumps(value)}" for name, value in values.items()]
 
 
 def _own_options(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """What makes the cell, by name of an option."""
-    weights = {"kl": 1.0, "ce": float("ce" in cell.objective), "l1": options.l1 if "l1" in cell.objective else 0.0}
     return {
-        "stages.distil.objective": weights,
         "data.train": options.train if cell.text == "corpus" else None,
         "data.valid": options.valid,
         "data.sampled_tokens": max(1024, options.tokens),
         "output": str(options.runs / cell.name),
         "resume": True,
+    }
+
+
+def _stage_options(cell: Cell, whole: RunConfig, steps: int, l1: float) -> dict[str, Any]:
+    """What the stages of a cell have of its own, by name of an option: their lengths, and the objective."""
+    weights = {"kl": 1.0, "ce": float("ce" in cell.objective), "l1": l1 if "l1" in cell.objective else 0.0}
+    transfer, distil = ([i for i, stage in enumerate(whole.stages) if stage.stage == kind] for kind in STAGES)
+    first = max(len(transfer), round(TRANSFER * steps)) if transfer else 0
+    lengths = {}
+    for places, share in ((transfer, first), (distil, steps - first)):
+        lengths |= zip(places, share_steps([whole.stages[i].steps for i in places], share), strict=True)
+    return {f"stages.{i}.steps": length for i, length in lengths.items()} | {
+        f"stages.{i}.objective": weights for i in distil
     }
 
 

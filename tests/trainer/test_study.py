@@ -47,6 +47,8 @@ def test_cells_have_equal_budgets_and_differ_in_what_they_should(workplace: Path
         512
     }
     for cell, config in configs.items():
+        first, *rest = (stage.steps for stage in config.stages)
+        assert first == round(study.TRANSFER * (first + sum(rest)))
         objective = config.stages[-1].objective
         assert (objective.kl, objective.ce > 0, objective.l1) == (
             *(1.0, cell.objective == "kl+ce"),
