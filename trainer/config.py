@@ -429,7 +429,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def share_steps(steps: Sequence[int], total: int) -> list[int]:
+def share_steps(steps: Sequence[float], total: int) -> list[int]:
     """Shares `total` ≥ len(steps) steps in the proportions of `steps`, at least 1 each."""
     shares = [max(1, round(total * part / sum(steps))) for part in steps]
     while (excess := sum(shares) - total) != 0:

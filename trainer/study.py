@@ -34,7 +34,6 @@ RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("masks", "performer", "performer-window", "nsa")
 OBJECTIVES = ("kl", "kl+ce", "kl+l1")
 TEXTS = ("corpus", "sampled")
-STAGES = ("transfer", "distil")
 TRANSFER = 0.2  # share of a cell's steps; in long recipes it is less, too little for a short run
 PRUNE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)  # shares of a layer's largest weight; lighter masks are dropped
 MEASURED = "measured.json"
@@ -158,8 +157,8 @@ def cell_config(cell: Cell, options: argparse.Namespace) -> RunConfig:
     """
     recipe = RECIPES / f"{cell.method}.yaml"
     whole = load_config(recipe, [*options.overrides, *_flags(_own_options(cell, options))])
-    steps = max(len(whole.stages), options.tokens // max(_tokens_per_step(whole)))
-    own = _flags(_own_options(cell, options) | _stage_options(cell, whole, steps, options.l1))
+    stages = _stages(cell, whole, options)
+    steps = sum(stage["steps"] for stage in stages)
     schedule = {
         "eval.every": max(1, steps // 8),
         "eval.tokens": 16_384,
@@ -167,7 +166,8 @@ def cell_config(cell: Cell, options: argparse.Namespace) -> RunConfig:
         "log_every": max(1, steps // 40),
         "samples.length": 80,
     }
-    return load_config(recipe, [*_flags(schedule), *options.overrides, *own])
+    own = _own_options(cell, options) | {"stages": stages}
+    return load_config(recipe, [*_flags(schedule), *options.overrides, *_flags(own)])
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -185,17 +185,18 @@ def _own_options(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _stage_options(cell: Cell, whole: RunConfig, steps: int, l1: float) -> dict[str, Any]:
-    """What the stages of a cell have of its own, by name of an option: their lengths, and the objective."""
-    weights = {"kl": 1.0, "ce": float("ce" in cell.objective), "l1": l1 if "l1" in cell.objective else 0.0}
-    transfer, distil = ([i for i, stage in enumerate(whole.stages) if stage.stage == kind] for kind in STAGES)
-    first = max(len(transfer), round(TRANSFER * steps)) if transfer else 0
-    lengths = {}
-    for places, share in ((transfer, first), (distil, steps - first)):
-        lengths |= zip(places, share_steps([whole.stages[i].steps for i in places], share), strict=True)
-    return {f"stages.{i}.steps": length for i, length in lengths.items()} | {
-        f"stages.{i}.objective": weights for i in distil
-    }
+def _stages(cell: Cell, whole: RunConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A cell's stages: the recipe's first of each kind, at the context that is measured, with the cell's objective."""
+    l1 = options.l1 if "l1" in cell.objective else 0.0
+    firsts = {stage.stage: stage for stage in reversed(whole.stages)}
+    transfer, distil = (firsts[kind].model_dump(mode="json") for kind in ("transfer", "distil"))
+    distil["objective"] = {"kl": 1.0, "ce": float("ce" in cell.objective), "l1": l1}
+    context = whole.eval.context
+    for stage in (transfer, distil):
+        stage |= {"context": context, "batch_size": max(1, stage["batch_size"] * stage["context"] // context)}
+    steps = max(2, options.tokens // (distil["batch_size"] * context))
+    transfer["steps"], distil["steps"] = share_steps([TRANSFER, 1 - TRANSFER], steps)
+    return [transfer, distil]
 
 
 def _tokens_per_step(config: RunConfig) -> set[int]:

@@ -33,10 +33,11 @@ grid have the same budget. One command does all of it, from the runs to this pag
 ```
 
 **Setting.** Base: `{base}`. Each cell: {tokens:,} tokens, a fifth of them in a transfer stage (each layer imitates \
-the base's attention) and the rest in distillation, with the recipe of its method shortened to the budget; seed \
-{seed}. *kl* is KL(base ‖ variant) of the next-token distributions, *ce* the cross-entropy of the text, *l1* the sum \
-of the masks' weights (times {l1:g}). *corpus* is the training text given; *sampled* is text that the base itself wrote at \
-temperature 1, which by its making cannot mismatch the base. {cells} runs, {hours:.1f} h in all on {device}.
+the base's attention) and the rest in distillation, at context {context}, with the recipe of its method shortened to \
+the budget; seed {seed}. *kl* is KL(base ‖ variant) of the next-token distributions, *ce* the cross-entropy of the \
+text, *l1* the sum of the masks' weights (times {l1:g}). *corpus* is the training text given; *sampled* is text that \
+the base itself wrote at temperature 1, which by its making cannot mismatch the base. {cells} runs, {hours:.1f} h in \
+all on {device}.
 
 ## Results
 

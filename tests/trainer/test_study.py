@@ -19,6 +19,7 @@ PLACES = {
 TINY = {
     **{"tokens": 512, "samples": 4, "length": 8, "samples.length": 8, "data.sample_batch": 8, "cpu": "true"},
     **{"eval.context": 16, "eval.every": 100, "stages.transfer.context": 32, "stages.distil.context": 32},
+    **{"stages.transfer.batch_size": 4, "stages.distil.batch_size": 4},
 }
 
 
@@ -49,6 +50,7 @@ def test_cells_have_equal_budgets_and_differ_in_what_they_should(workplace: Path
     for cell, config in configs.items():
         first, *rest = (stage.steps for stage in config.stages)
         assert first == round(study.TRANSFER * (first + sum(rest)))
+        assert {stage.context for stage in config.stages} == {config.eval.context}
         objective = config.stages[-1].objective
         assert (objective.kl, objective.ce > 0, objective.l1) == (
             *(1.0, cell.objective == "kl+ce"),
