@@ -74,7 +74,7 @@ class NSAConfig(MechanismConfig):
     select_block: int = 32
     num_selected: int = 7
     window: int = 64
-    select_every: int = 32
+    select_every: int = 16
     separate_kv: bool = False
     mlp_width: int = 32
     compressed_gate: int | float = 0.05
