@@ -47,7 +47,7 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
                     _draw_curve(panel, result)
             panel.set(title=method, xlabel="tokens", yscale="log")
             panel.grid(alpha=0.3, which="both")
-            panel.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+            _label_thousands(panel)
         axes[0, 0].set_ylabel("KL, nats per token")
         axes[0, 0].legend(frameon=False, fontsize=7)
 
@@ -86,9 +86,18 @@ def _draw_layer(panel: Any, rows: list[dict[str, Any]], layer: int) -> None:
     tokens = [row["tokens"] for row in rows]
     for place, name in enumerate(rows[0]["mechanisms"][layer]):
         means = [float(np.mean(row["mechanisms"][layer][name])) for row in rows]
+        if not means[0]:  # a mask that this layer does not have: a line in the legend alone
+            means = [np.nan] * len(rows)
         panel.plot(tokens, means, color=colours[place % len(colours)], linewidth=1.2, label=name)
-    panel.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+    _label_thousands(panel)
     panel.grid(alpha=0.3)
+
+
+def _label_thousands(panel: Any) -> None:
+    """Labels an axis of tokens as 0, 50k, 100k."""
+    from matplotlib.ticker import EngFormatter
+
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw_masks(results: Sequence[Result], path: Path) -> int:
