@@ -85,7 +85,7 @@ def _by_block(
         bias = bias.repeat_interleave(heads, 0)
     if 1 < len(runs) < batch * heads:
         runs = runs.repeat_interleave(heads, 0)
-    return block_attention(q, repeat_heads(keys, heads), repeat_heads(values, heads), bias, runs, run, dropout)
+    return block_attention(q, repeat_heads(keys, heads), repeat_heads(values, heads), bias, runs, run, dropout)[0]
 
 
 def compressed_branch(
@@ -105,6 +105,14 @@ def compressed_branch(
         mask = torch.arange(most, device=q.device) < visible.clamp(min=1)
     out = attend(q, keys[:, :, :most], values[:, :, :most], mask)
     return out if least > 0 else out.masked_fill(visible == 0, 0)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """Softmax attention (B, H, T, D) over the few keys (B, H_kv, N, D) that `mask`, (B, H, T, N) or fewer, shows."""
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
 def gather_blocks(x: Tensor, blocks: Tensor, size: int) -> Tensor:
