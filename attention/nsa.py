@@ -19,6 +19,7 @@ from .nsa_kernel import (
     choose_blocks,
     compressed_branch,
     gather_blocks,
+    masked_attention,
     selected_branch,
     selected_mask,
     selection_scores,
@@ -291,6 +292,8 @@ class NativeSparseAttention(Mechanism):
         return (to_compressed * compressed).addcmul_(to_selected, selected).addcmul_(to_window, window)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None and q.is_cuda and torch.is_grad_enabled():
+            return masked_attention(q, k, v, mask, self._dropout)  # the fused kernels' gradients are wrong
         return scaled_dot_product_attention(q, k, v, mask, self._dropout, enable_gqa=q.shape[1] != k.shape[1])
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .losses import CHUNK_TOKENS
+from .losses import chunk_size
 from .stages import last_hidden, output_matrix
 
 
@@ -156,8 +156,9 @@ def _batch_sums(readers: Sequence[Reader], base: PreTrainedModel, input_ids: Ten
         for reader, is_base in zip(readers, same, strict=True)
     ]
     sums = torch.zeros(len(readers), 4, dtype=torch.float64, device=labels.device)
-    for start in range(0, len(labels), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    chunk = chunk_size(output_matrix(base))
+    for start in range(0, len(labels), chunk):
+        part = slice(start, start + chunk)
         log_p = _log_probabilities(base_hidden[part], base)
         for place, reader in enumerate(readers):
             log_q = log_p if same[place] else _log_probabilities(hidden[place][part], reader.model)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TERMS = ("kl", "ce", "reverse_kl", "jsd")
-CHUNK_TOKENS = 512  # fewer make narrow products, which are slow; more do not fit caches
+CHUNK_TOKENS = 512  # fewer make narrow products, which are slow; more do not fit a CPU's caches
+CHUNK_LOGITS = 1 << 25  # of a chunk on an accelerator, where small kernels cost more than memory
 
 
 def vocabulary_loss(
@@ -21,7 +22,7 @@ def vocabulary_loss(
     labels: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sums, over tokens, a weighted sum of losses between the student's distribution q and the teacher's p.
 
@@ -42,7 +43,7 @@ def vocabulary_loss(
         labels: (N,) next tokens, for ce.
         teacher_hidden: (N, E'), for all other terms; no gradient flows to the teacher.
         teacher_weight: (V, E').
-        chunk_tokens: tokens whose logits exist at a time.
+        chunk_tokens: tokens whose logits exist at a time; None: `chunk_size`.
 
     Returns:
         The loss (a scalar), and each term without its weight, summed over tokens, without gradient.
@@ -58,10 +59,16 @@ def vocabulary_loss(
         raise ValueError("ce needs labels")
     if needs_teacher and (teacher_hidden is None or teacher_weight is None):
         raise ValueError(f"{sorted(set(active) - {'ce'})} need teacher_hidden and teacher_weight")
+    chunk = chunk_tokens or chunk_size(weight)
     loss, sums = _VocabularyLoss.apply(
-        hidden, weight, labels, teacher_hidden if needs_teacher else None, teacher_weight, active, chunk_tokens
+        hidden, weight, labels, teacher_hidden if needs_teacher else None, teacher_weight, active, chunk
     )
     return loss, dict(zip(active, sums, strict=True))
+
+
+def chunk_size(weight: Tensor) -> int:
+    """How many tokens' logits, with an output matrix (V, E), suit its device at a time."""
+    return CHUNK_TOKENS if weight.device.type == "cpu" else max(CHUNK_TOKENS, CHUNK_LOGITS // weight.shape[0])
 
 
 class _VocabularyLoss(torch.autograd.Function):

@@ -96,6 +96,7 @@ def build(config: RunConfig) -> Setup:
         DataError, attention.CheckpointError, OSError, ValueError: saying what cannot be used and what to do.
     """
     check_trackers(config.trackers)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, its gradients are wrong on Hopper (pytorch #196678)
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),  # must be said, or ranks do not find each other
         mixed_precision=_precision(config),
