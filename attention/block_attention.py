@@ -14,15 +14,8 @@ CPU_ROWS, ROWS = 3072, 1 << 17  # queries of all heads worked on at a time: on a
 
 
 def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    index: Tensor,
-    run: int = 1,
-    dropout: float = 0.0,
-    logs: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, run: int = 1, dropout: float = 0.0
+) -> Tensor:
     """softmax(q kᵀ / √D + bias) v over the keys that `index` lists for each block of queries.
 
     It goes a few thousand rows at a time, so that what is temporary stays in the CPU's cache, and computes the
@@ -37,21 +30,17 @@ def block_attention(
         index: (1 or B·H, ⌈T/b⌉, K / run), which runs of keys each block reads; one that is listed twice counts twice.
         run: consecutive keys that are listed together, a divisor of S: run r is the keys from r·run on.
         dropout: probability of dropping a weight.
-        logs: whether to return the logs of the normalisers.
 
     Returns:
-        (B, H, T, D), and log Σ_j exp(score_j + bias_j) (B, H, T, 1) or None.
+        (B, H, T, D).
     """
     batch, heads, length, _ = q.shape
     rows = torch.arange(batch * heads, device=q.device)[:, None, None] * (k.shape[2] // run)
     missing = -length % bias.shape[2]
     blocks = (F.pad(q, (0, 0, 0, missing)) if missing else q).flatten(0, 1).unflatten(1, (-1, bias.shape[2]))
     tables = (t.flatten(0, 1).unflatten(1, (-1, run)).flatten(2).flatten(0, 1) for t in (k, v))
-    out, normalisers = _BlockAttention.apply(blocks, *tables, bias, index + rows, dropout, logs)
-    joined = (
-        None if x is None else x.flatten(1, 2)[:, :length].unflatten(0, (batch, heads)) for x in (out, normalisers)
-    )
-    return tuple(joined)
+    out = _BlockAttention.apply(blocks, *tables, bias, index + rows, dropout)
+    return out.flatten(1, 2)[:, :length].unflatten(0, (batch, heads))
 
 
 class Piece(NamedTuple):
@@ -117,40 +106,33 @@ class _BlockAttention(torch.autograd.Function):
         return Piece.cut(q.shape[0], q.shape[1], rows // q.shape[2])
 
     @staticmethod
-    def scores(space: Workspace, queries: Tensor, keys: Tensor, bias: Tensor, piece: Piece) -> Tensor:
-        """(n, b, K) scores with the bias, at least in float32."""
+    def weights(space: Workspace, queries: Tensor, keys: Tensor, bias: Tensor, piece: Piece) -> Tensor:
+        """(n, b, K) attention weights, at least in float32."""
         scores = space.product("scores", queries, keys.mT)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         by_block = scores.unflatten(0, (-1, piece.blocks.stop - piece.blocks.start))
         for blocks, part in piece.each_bias(bias):
             torch.add(part, by_block[:, blocks], alpha=queries.shape[-1] ** -0.5, out=by_block[:, blocks])
-        return scores
+        return torch.softmax(scores, -1, out=scores)
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, runs: Tensor, dropout: float, logs: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, runs: Tensor, dropout: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, space, kept = torch.empty_like(q), Workspace(q), []
-        precise = torch.promote_types(q.dtype, torch.float32)
-        normalisers = q.new_empty(*q.shape[:3], 1, dtype=precise) if logs else None
         for piece in _BlockAttention.pieces(q):
             listed, width = piece.of(runs), q.shape[-1]
             keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
-            weights = _BlockAttention.scores(space, piece.of(q), keys, bias, piece)
-            if normalisers is not None:
-                piece.of(normalisers).copy_(weights.logsumexp(-1, keepdim=True))
-            weights = torch.softmax(weights, -1, out=weights)
+            weights = _BlockAttention.weights(space, piece.of(q), keys, bias, piece)
             if dropout:
                 kept.append(torch.rand_like(weights) >= dropout)
                 weights = _drop(weights, kept[-1], dropout)
             torch.bmm(weights.to(v.dtype), values, out=piece.of(out))
         ctx.save_for_backward(q, k, v, bias, runs, out)
         ctx.dropout, ctx.kept = dropout, kept
-        return out, normalisers
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_logs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, runs, out = ctx.saved_tensors
         grad, space, width = grad.contiguous(), Workspace(q), q.shape[-1]
         scale = width**-0.5
@@ -159,13 +141,10 @@ class _BlockAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.zeros_like(t, dtype=precise) for t in (k, v))
         grad_bias = torch.zeros_like(bias, dtype=precise) if ctx.needs_input_grad[3] else None
         means = (grad * out).sum(-1, keepdim=True, dtype=precise)  # Σ_j weight · its gradient, of every query
-        if grad_logs is not None:
-            means -= grad_logs
         for number, piece in enumerate(_BlockAttention.pieces(q)):
             listed, queries, grads = piece.of(runs), piece.of(q), piece.of(grad)
             keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
-            scores = _BlockAttention.scores(space, queries, keys, bias, piece)
-            weights = used = torch.softmax(scores, -1, out=scores)
+            weights = used = _BlockAttention.weights(space, queries, keys, bias, piece)
             grad_scores = space.product("gradients", grads, values.mT).to(precise)
             if ctx.dropout:
                 used, grad_scores = (_drop(t, ctx.kept[number], ctx.dropout) for t in (weights, grad_scores))
@@ -178,7 +157,7 @@ class _BlockAttention(torch.autograd.Function):
             torch.bmm(grad_scores, keys, out=piece.of(grad_q))
         grad_k = grad_k.mul_(scale).to(k.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_q.mul_(scale), grad_k, grad_v.to(v.dtype), grad_bias, None, None, None
+        return grad_q.mul_(scale), grad_k, grad_v.to(v.dtype), grad_bias, None, None
 
 
 def _add(table: Tensor, parts: Tensor, runs: Tensor) -> None:

@@ -4,9 +4,6 @@ With scores s and candidate masks C_c ∈ {0, 1}, a layer computes p ∝ exp(s) 
 softmax(s + log M): the denominators cancel, so only the support of M is ever computed. Every candidate depends on
 the distance i − j alone or on the key j alone, hence M_ij = f(i − j) + g(j): a few distances and a few first keys
 ("sinks"). A key that is both is listed twice, once with weight f and once with weight g, which adds the two.
-
-Masks that are spread over the heads have distances that differ from head to head by a shift. They are computed apart,
-Σ_j exp(s_ij) f'(i − j) v_j and its normaliser, and added in the same way: by the logs of the normalisers.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .block_attention import block_attention
-from .masks_plan import SYNTAX, Candidate, Layout, Plan, unread
+from .masks_plan import SYNTAX, Candidate, Layout, Plan
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
 from .reference import effective_mask, masked_softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
@@ -33,8 +30,7 @@ class MasksConfig(MechanismConfig):
     """Options of the masks method.
 
     Attributes:
-        candidates: the masks that are combined, each written last(i), window(w), first(k), dilated(w, s),
-            spread(w, s) or causal; see `Candidate`.
+        candidates: the masks that are combined, each written last(i), window(w), first(k), dilated(w, s) or causal.
         first_layers: the masks of the first layers, where these need others: `first_layers[i]` are those of layer i.
         per_head: one set of weights for each head, else one for the layer.
         init: start of α: zero (every weight σ(α) is ½) or random.
@@ -190,7 +186,7 @@ class MasksAttention(Mechanism):
             return self._planned[2]
         enabled = [name not in self.disabled for name in self.branches]
         active = [[a and b for a, b in zip(on, enabled, strict=True)] for on in self._rows(self.active).tolist()]
-        plan = Plan(self.candidates, active, self.layer.num_heads)
+        plan = Plan(self.candidates, active)
         self._planned = (self.active, self.disabled, plan)
         return plan
 
@@ -270,83 +266,49 @@ class MasksAttention(Mechanism):
 
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows that start here: only the first blocks can miss keys."""
-        length, layouts = q.shape[2], self._layouts(plan, q)
-        hidden = [layout.hidden_at_start[:, :, : layout.blocks(length)] for layout in layouts]
-        return self._mix(layouts, hidden, q, k, v, 0, torch.zeros(1, dtype=torch.long, device=q.device))
+        layout = plan.layout(plan.block_for(q.shape[2]), q.device)
+        bias = layout.log_mask(self._weights()) + layout.hidden_at_start[:, :, : layout.blocks(q.shape[2])]
+        return self._blocks(layout, q, k, v, bias, 0)
 
     def _continue(
         self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState, lengths: Tensor | None
     ) -> Tensor:
         """Tokens after what the state has seen."""
-        layouts, start = self._layouts(plan, q), state.positions(len(q), q.device)
+        layout = plan.layout(plan.block_for(q.shape[2]), q.device)
+        hidden = layout.hidden_later
         if state.least < plan.depth:
-            hidden = [layout.hidden(start, layout.blocks(q.shape[2])) for layout in layouts]
-        else:
-            hidden = [layout.hidden_later for layout in layouts]
+            hidden = layout.hidden(state.positions(len(q), q.device), layout.blocks(q.shape[2]))
         tails = state.keys[:, :, plan.sinks :], state.values[:, :, plan.sinks :]
         state.absorb(k, v, lengths)
         k = torch.cat([state.keys[:, :, : plan.sinks], tails[0], k], 2)
         v = torch.cat([state.values[:, :, : plan.sinks], tails[1], v], 2)
-        return self._mix(layouts, hidden, q, k, v, plan.sinks + plan.reach, start)
+        return self._blocks(layout, q, k, v, layout.log_mask(self._weights()) + hidden, plan.sinks + plan.reach)
 
-    @staticmethod
-    def _layouts(plan: Plan, q: Tensor) -> list[Layout]:
-        """For each part, the layout for queries (B, H, T, D)."""
-        return [part.layout(part.block_for(q.shape[2]), q.device) for part in plan.parts]
+    def _blocks(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: int) -> Tensor:
+        """Queries (B, H, T, D) whose first has its own key at place `before` of k and v.
 
-    def _mix(
-        self,
-        layouts: list[Layout],
-        hidden: list[Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        before: int,
-        start: Tensor,
-    ) -> Tensor:
-        """Queries (B, H, T, D) from the positions `start` (B or 1,) on.
-
-        Args:
-            layouts: of each part.
-            hidden: what each part's layout hides; see `Layout.hidden`.
-            before: where in k and v the first query's own key stands.
+        `bias` (1 or B, 1 or H, N, b, S + U) is added to the scores; N as in `block_attention`.
         """
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-        if len(layouts) == 1:
-            return self._blocks(layouts[0], q, k, v, hidden[0], before)[0]
-        pairs = zip(layouts, hidden, strict=True)
-        outs, logs = zip(*(self._blocks(one, q, k, v, h, before, logs=True) for one, h in pairs), strict=True)
-        positions = (start[:, None] + torch.arange(q.shape[2], device=q.device))[:, None]
-        empty = unread([layout.least for layout in layouts], positions)
-        logs = [log.masked_fill(without[..., None], -inf) for log, without in zip(logs, empty, strict=True)]
-        shares = torch.stack(logs).softmax(0)
-        return sum(share * out for share, out in zip(shares.to(v.dtype), outs, strict=True))
-
-    def _blocks(
-        self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, before: int, logs: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """A part's output (B, H, T, D) and, if they are asked for, the logs of its normalisers (B, H, T, 1)."""
         batch, heads, length, _ = q.shape
-        index = layout.index(layout.blocks(length), before, k.shape[2])
-        if len(index) > 1:
-            index = index.repeat(batch, 1, 1)
-        bias = layout.log_mask(self._weights()) + hidden
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+        index = layout.index(layout.blocks(length), before, k.shape[2])[None]
         bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        mixed, normalisers = block_attention(layout.by_block(q), k, v, bias, index, dropout=self._dropout, logs=logs)
-        mixed = layout.by_position(mixed, length)
-        return mixed, layout.by_position(normalisers, length) if logs else None
+        mixed = block_attention(layout.by_block(q), k, v, bias, index, dropout=self._dropout)
+        return layout.by_position(mixed, length)
 
     def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:
         """One token in every row: none misses a key, or all miss the same."""
-        decoding = plan.decoding(q.device)
+        layout = plan.layout(1, q.device)
         if state.bias is None:
-            bias = decoding.bias(self._weights().detach())
-            state.bias = bias.to(q.dtype).expand(len(q), -1, -1, -1)
+            bias = layout.log_mask(self._weights().detach()) + layout.hidden_later
+            state.bias = bias[:, :, 0].to(q.dtype).expand(len(q), -1, -1, -1)
         bias = state.bias
         if state.least < plan.depth:
-            bias = bias.masked_fill(decoding.distance > state.seen, -inf)
+            bias = bias.masked_fill(layout.distance > state.seen, -inf)
         state.push(k, v)
-        k, v = decoding.read(state.keys), decoding.read(state.values)
+        k, v = state.keys, state.values
+        if layout.decode_index is not None:
+            k, v = k.index_select(2, layout.decode_index), v.index_select(2, layout.decode_index)
         grouped = k.shape[1] != q.shape[1]
         return scaled_dot_product_attention(q, k, v, bias, dropout_p=self._dropout, enable_gqa=grouped)
 
@@ -368,13 +330,11 @@ class MasksAttention(Mechanism):
     def _dense_bias(self, positions: Tensor, length: int) -> Tensor:
         """(B, 1 or H, T, S) log M for queries at `positions` (B, T) and keys 0 to S − 1."""
         weights, key = self.weights(), torch.arange(length, device=positions.device)
-        heads = range(self.layer.num_heads if any(c.kind == "spread" for c in self.candidates) else 1)
-        near = torch.stack([torch.stack([c.at_distance(key - c.shift(h)) for c in self.candidates]) for h in heads])
+        near = torch.stack([c.at_distance(key) for c in self.candidates]).float()
         first = torch.stack([c.at_key(key) for c in self.candidates]).float()
         distance = positions[..., None] - key
         with torch.autocast(weights.device.type, enabled=False):
-            by_distance = (weights[:, None] @ near.float())[:, 0]
-            mask = by_distance[:, distance.clamp(0, length - 1)] + (weights @ first)[:, None, None]
+            mask = (weights @ near)[:, distance.clamp(0, length - 1)] + (weights @ first)[:, None, None]
         read = (mask > 0) & (distance >= 0)
         bias = torch.where(read, mask, 1).log().masked_fill(~read, -inf)
         own = (distance == 0) & ~read.any(-1, keepdim=True)
@@ -387,27 +347,26 @@ class MasksAttention(Mechanism):
     def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
         """`mask`: M (1, 1 or H, T, T), 1 on the diagonal of rows whose support is empty."""
         candidates = [(candidate.kind, candidate.numbers) for candidate in self.candidates]
-        weights = self.weights()
-        if any(candidate.kind == "spread" for candidate in self.candidates):
-            weights = weights.expand(q.shape[1], -1)
-        return {"mask": effective_mask(candidates, weights, q.shape[2])[None]}
+        return {"mask": effective_mask(candidates, self.weights(), q.shape[2])[None]}
 
     def new_state(self) -> KeyValueState | MasksState:
         plan = self.plan()
         return KeyValueState() if plan.dense else MasksState(plan)
 
     def keys_read(self, position: int) -> int:
-        """The size of the support at `position` in the head that reads most; see `Plan.support`."""
+        """The size of the support at `position`, that of all heads together."""
         plan = self.plan()
-        return position + 1 if plan.dense else plan.support(position)
+        if plan.dense:
+            return position + 1
+        keys = {position - distance for distance in plan.distances if distance <= position}
+        return max(1, len(keys.union(range(min(plan.sinks, position + 1)))))
 
     def operations(self, length: int) -> int:
         """Counts the whole products of a block's queries and keys, with what the masks then hide."""
         plan = self.plan()
         if plan.softmax:
             return self.softmax.operations(length)
-        width = sum(part.sinks + len(part.band(part.block_for(length))) for part in plan.parts)
-        width = length if plan.dense else width
+        width = length if plan.dense else plan.sinks + len(plan.band(plan.block_for(length)))
         return 2 * 2 * self.layer.num_heads * self.layer.head_dim * length * width
 
     def penalty(self) -> Tensor:

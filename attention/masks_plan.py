@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FARTHEST = 65_536  # the largest number in a candidate: bounds what a typo can allocate
-NEVER = 1 << 40  # a position that no text reaches
-SMALLEST = {"last": (0,), "window": (1,), "first": (1,), "dilated": (1, 1), "spread": (1, 1), "causal": ()}
-SYNTAX = "last(i), window(w), first(k), dilated(w, s), spread(w, s) or causal"
+SMALLEST = {"last": (0,), "window": (1,), "first": (1,), "dilated": (1, 1), "causal": ()}
+SYNTAX = "last(i), window(w), first(k), dilated(w, s) or causal"
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,7 @@ class Candidate:
 
     Attributes:
         kind: `last(i)`: the key exactly i back; `window(w)`: the last w keys, the query's own among them;
-            `first(k)`: the first k keys; `dilated(w, s)`: w keys, every s-th back from the query's own;
-            `spread(w, s)`: the same from h mod s back on in head h, so that the heads read different keys; `causal`:
-            all.
+            `first(k)`: the first k keys; `dilated(w, s)`: w keys, every s-th back from the query's own; `causal`: all.
         numbers: what stands between the parentheses.
     """
 
@@ -63,7 +60,7 @@ class Candidate:
 
     @property
     def reach(self) -> int:
-        """One more than the largest distance at which this mask holds in any head; 0 where distance does not matter."""
+        """One more than the largest distance at which this mask holds; 0 where distance does not matter."""
         match self.kind, self.numbers:
             case "last", (back,):
                 return back + 1
@@ -71,13 +68,7 @@ class Candidate:
                 return width
             case "dilated", (width, step):
                 return (width - 1) * step + 1
-            case "spread", (width, step):
-                return width * step
         return 0
-
-    def shift(self, head: int) -> int:
-        """What must be added to all distances in that head."""
-        return head % self.numbers[1] if self.kind == "spread" else 0
 
     @property
     def sinks(self) -> int:
@@ -85,13 +76,13 @@ class Candidate:
         return self.numbers[0] if self.kind == "first" else 0
 
     def at_distance(self, distance: Tensor) -> Tensor:
-        """Whether the mask holds at a distance i − j, less the head's shift (integers of any shape)."""
+        """Whether the mask holds at a distance i − j (integers of any shape), by distance alone."""
         if self.kind == "causal":
             return distance >= 0
         near = (distance >= 0) & (distance < self.reach)
         if self.kind == "last":
             return near & (distance == self.reach - 1)
-        return near & (distance % self.numbers[1] == 0) if self.kind in ("dilated", "spread") else near
+        return near & (distance % self.numbers[1] == 0) if self.kind == "dilated" else near
 
     def at_key(self, key: Tensor) -> Tensor:
         """Whether the mask holds at a key's position j (integers of any shape), by position alone."""
@@ -100,7 +91,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a block of b queries reads of a part: columns for the sinks first, then for the band of keys near it.
+    """What a block of b queries reads: columns for the sinks first, then for the band of keys near it.
 
     A block's queries are consecutive, or `stride` apart where all distances are multiples of that: then they share
     most keys. Blocks go by their first query's position; b·stride consecutive queries make `stride` of them.
@@ -110,46 +101,39 @@ class Layout:
     Attributes:
         block: queries b in a block.
         stride: from one query of a block to the next.
-        relative: (U,) the band's keys, counted from the block's first query and without the head's shift.
-        shift: (1 or H, 1, 1) by how much further back each head's band is.
-        distance: (b, S + U) i − j in the band, without the shift; j for the sinks. A query at this position, after
-            the shift, or later has that key.
-        own: (b, S + U) whether a column of the band is the query's own key, where there is no shift.
+        relative: (U,) the band's keys, counted from the block's first query.
+        distance: (b, S + U) i − j in the band; j for the sinks. A query at this position or later has that key.
+        own: (b, S + U) whether a column of the band is the query's own key.
         candidates: (C, b·(S + U)) float: 1 where a candidate holds.
         active: (1 or H, C) float: 1 where a candidate counts.
         depth: the position from which on no query misses a key.
-        least: (1 or H, 1) the position from which on a query has a key to read.
     """
 
     block: int
     stride: int
     relative: Tensor
-    shift: Tensor
     distance: Tensor
     own: Tensor
     candidates: Tensor
     active: Tensor
     depth: int
-    least: Tensor
 
     @classmethod
     @torch.inference_mode(False)
-    def make(cls, part: Part, block: int, device: torch.device) -> Layout:
-        relative = torch.tensor(part.band(block), device=device)
-        key = torch.arange(part.sinks, device=device).expand(block, -1)
-        distance = part.stride * torch.arange(block, device=device)[:, None] - relative
-        holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in part.candidates]
+    def make(cls, plan: Plan, block: int, device: torch.device) -> Layout:
+        relative = torch.tensor(plan.band(block), device=device)
+        key = torch.arange(plan.sinks, device=device).expand(block, -1)
+        distance = plan.stride * torch.arange(block, device=device)[:, None] - relative
+        holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in plan.candidates]
         return cls(
             block=block,
-            stride=part.stride,
+            stride=plan.stride,
             relative=relative,
-            shift=torch.tensor(part.shifts, device=device)[:, None, None],
             distance=torch.cat([key, distance], 1),
             own=torch.cat([torch.zeros_like(key), distance == 0], 1).bool(),
             candidates=torch.stack(holds).flatten(1).float(),
-            active=torch.tensor(part.active, device=device).float(),
-            depth=part.depth,
-            least=torch.tensor(part.least, device=device)[:, None],
+            active=torch.tensor(plan.active, device=device).float(),
+            depth=plan.depth,
         )
 
     @property
@@ -180,16 +164,23 @@ class Layout:
         return x.unflatten(2, (-1, self.stride, self.block)).transpose(3, 4).flatten(2, 4)[:, :, :length]
 
     def index(self, blocks: int, before: int, length: int) -> Tensor:
-        """(1 or H, blocks, S + U) where the blocks find their keys in a buffer of `length` keys, sinks at its start.
+        """(blocks, S + U) where the blocks find their keys in a buffer of `length` keys with the sinks at its start.
 
         Args:
             blocks: how many blocks.
             before: where in the buffer the key of the very first query stands.
             length: keys in the buffer. Columns that lie outside of it are hidden and may point anywhere.
         """
-        near = before + self.starts(blocks)[:, None] + self.relative - self.shift
-        sinks = torch.arange(self.sinks, device=near.device).expand(*near.shape[:2], -1)
-        return torch.cat([sinks, near], 2).clamp(0, length - 1)
+        start = before + self.starts(blocks)
+        sinks = torch.arange(self.sinks, device=start.device).expand(blocks, -1)
+        return torch.cat([sinks, start[:, None] + self.relative], 1).clamp(0, length - 1)
+
+    @cached_property
+    def decode_index(self) -> Tensor | None:
+        """For b = 1: the columns' places in a decode state; None if the columns are the whole state."""
+        reach = 1 - int(self.relative[0])
+        size = self.sinks + reach
+        return None if self.distance.shape[1] == size else self.index(1, size - 1, size)[0]
 
     @cached_property
     @torch.inference_mode(False)
@@ -206,16 +197,13 @@ class Layout:
     def hidden(self, start: Tensor, blocks: int) -> Tensor:
         """(B, 1 or H, blocks, b, S + U): −∞ for keys that are not read or not there, else 0.
 
-        A query that has nothing to read finds one column open, that of its own key where there is no shift.
-
         Args:
             start: (B,) the position of the first query.
             blocks: how many blocks.
         """
         row = self.starts(blocks)[:, None] + self.stride * torch.arange(self.block, device=start.device)
-        position = (start[:, None, None] + row)[:, None, :, :, None]
-        there = (self.distance + self.shift)[:, None] <= position
-        read = self.read[:, None] & there
+        there = self.distance <= (start[:, None, None] + row)[..., None]
+        read = self.read[:, None] & there[:, None]
         read = read | (self.own & ~read.any(-1, keepdim=True))
         return torch.zeros(read.shape, device=read.device).masked_fill(~read, -inf)
 
@@ -238,91 +226,23 @@ class Layout:
         return mask.log().view(-1, 1, *self.distance.shape)
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What a single token reads of a decode state: for each head, the columns of all parts side by side.
-
-    Attributes:
-        layouts: of the parts, for blocks of one query.
-        index: (K,) or, where heads differ, (H, K) the columns' places in the state; None if they are the whole state.
-        distance: (1 or H, 1, K) a query at this position or later has that key.
-    """
-
-    layouts: list[Layout]
-    index: Tensor | None
-    distance: Tensor
-
-    @classmethod
-    @torch.inference_mode(False)
-    def make(cls, plan: Plan, device: torch.device) -> Decoding:
-        layouts = [part.layout(1, device) for part in plan.parts]
-        size = plan.sinks + plan.reach
-        index = join([layout.index(1, size - 1, size) for layout in layouts])[:, 0]
-        distance = join([layout.distance + layout.shift for layout in layouts])
-        if len(index) == 1:
-            index = None if index.shape[1] == size else index[0]
-        return cls(layouts, index, distance)
-
-    def bias(self, weights: Tensor) -> Tensor:
-        """(1 or H, 1, K) log M for weights (1 or H, C), −∞ where a query that misses no key does not read."""
-        least = [layout.least for layout in self.layouts]
-        depth = max(layout.depth for layout in self.layouts)
-        hidden = [layout.hidden_later[0] for layout in self.layouts]
-        for place, without in enumerate(unread(least, torch.full_like(least[0], depth))):
-            hidden[place] = hidden[place].masked_fill(without[..., None, None], -inf)
-        return join([layout.log_mask(weights) + h for layout, h in zip(self.layouts, hidden, strict=True)])[:, 0]
-
-    def read(self, x: Tensor) -> Tensor:
-        """(B, H or H_kv, K, D): the columns, out of a state's keys or values (B, H_kv, S, D)."""
-        if self.index is None:
-            return x
-        if self.index.ndim == 1:
-            return x.index_select(2, self.index)
-        group = len(self.index) // x.shape[1]
-        rows = self.index + x.shape[2] * (torch.arange(len(self.index), device=x.device) // group)[:, None]
-        return x.flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, rows.shape)
-
-
-def join(parts: list[Tensor]) -> Tensor:
-    """Tensors (1 or H, ...) side by side along their last dimension."""
-    if len(parts) == 1:
-        return parts[0]
-    heads = max(map(len, parts))
-    return torch.cat([part.expand(heads, *part.shape[1:]) for part in parts], -1)
-
-
-def unread(least: list[Tensor], position: Tensor) -> list[Tensor]:
-    """For each part, where it is to be left out, for it has nothing to read at a `position`.
-
-    Where no part has, a query reads its own key, which the first part holds open.
-
-    Args:
-        least: for each part, (1 or H, 1) as in `Layout`.
-        position: (..., 1 or H, T).
-    """
-    empty = [position < own for own in least]
-    if len(empty) > 1:
-        empty[0] = empty[0] & ~torch.stack(torch.broadcast_tensors(*empty[1:])).all(0)
-    else:
-        empty[0] = torch.zeros_like(empty[0])
-    return empty
-
-
 @dataclass
-class Part:
-    """Candidates that the kernel computes together: their distances are the same in every head, but for a shift.
+class Plan:
+    """What the kernel computes for a set of active candidates; made on the host, once for each set.
 
     Attributes:
         candidates: all candidates of the config, in its order.
-        active: for each head, or once for all that agree, whether each candidate counts in this part.
-        shifts: for each head, or once for all, what is to be added to the distances.
+        active: for each head, or once for all that agree, whether each candidate counts.
         layouts: those made so far, by block size and device.
     """
 
     candidates: list[Candidate]
     active: list[list[bool]]
-    shifts: list[int]
-    layouts: dict[tuple[int, torch.device], Layout] = field(default_factory=dict, repr=False)
+    layouts: dict[tuple[int, torch.device], Layout] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if all(row == self.active[0] for row in self.active):
+            self.active = self.active[:1]
 
     @cached_property
     def used(self) -> list[Candidate]:
@@ -330,8 +250,18 @@ class Part:
         return [c for c, *on in zip(self.candidates, *self.active, strict=True) if any(on)]
 
     @cached_property
+    def dense(self) -> bool:
+        """Whether some head reads every key."""
+        return any(c.kind == "causal" for c in self.used)
+
+    @cached_property
+    def softmax(self) -> bool:
+        """Whether every head's only candidate is `causal`: its weight cancels."""
+        return self.dense and len(self.used) == 1 and len(self.active) == 1
+
+    @cached_property
     def distances(self) -> list[int]:
-        """The distances i − j, less the shift, at which some head reads, unless it reads all."""
+        """The distances i − j at which some head reads, unless `dense`."""
         distance = torch.arange(max((c.reach for c in self.used), default=0))
         return sorted({d for c in self.used for d in distance[c.at_distance(distance)].tolist()})
 
@@ -352,7 +282,7 @@ class Part:
     @cached_property
     def reach(self) -> int:
         """How many of the latest keys a decode state holds."""
-        return self.offsets[-1] + max(self.shifts) + 1
+        return self.offsets[-1] + 1
 
     @cached_property
     def depth(self) -> int:
@@ -360,14 +290,11 @@ class Part:
         return max(self.reach - 1, self.sinks)
 
     @cached_property
-    def least(self) -> list[int]:
-        """From which position on a query has something to read, for each head or once for all."""
-        nearest = [c.reach - 1 if c.kind == "last" else 0 for c in self.candidates]
-        firsts = []
-        for head in range(max(len(self.active), len(self.shifts))):
-            row, shift = (values[head % len(values)] for values in (self.active, self.shifts))
-            firsts.append(min((near + shift for near, on in zip(nearest, row, strict=True) if on), default=NEVER))
-        return firsts
+    def reads_at_once(self) -> bool:
+        """Whether no query of any head has an empty support: each reads its own key or the first."""
+        zero = torch.zeros((), dtype=torch.long)
+        at_once = [bool(c.at_distance(zero) | c.at_key(zero)) for c in self.candidates]
+        return all(any(a and b for a, b in zip(on, at_once, strict=True)) for on in self.active)
 
     def band(self, block: int) -> list[int]:
         """The keys near a block that it reads, counted from its first query."""
@@ -397,90 +324,3 @@ class Part:
         if key not in self.layouts:
             self.layouts[key] = Layout.make(self, *key)
         return self.layouts[key]
-
-
-@dataclass
-class Plan:
-    """What the kernel computes for a set of active candidates; made on the host, once for each set.
-
-    Attributes:
-        candidates: all candidates of the config, in its order.
-        active: for each head, or once for all that agree, whether each candidate counts.
-        heads: H.
-        decodings: those made so far, by device.
-    """
-
-    candidates: list[Candidate]
-    active: list[list[bool]]
-    heads: int
-    decodings: dict[torch.device, Decoding] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if all(row == self.active[0] for row in self.active):
-            self.active = self.active[:1]
-
-    @cached_property
-    def parts(self) -> list[Part]:
-        """First the candidates that are the same in every head, then those that are spread with the same step."""
-        return [self._part(step) for step in sorted({0, *(c.numbers[1] for c in self.used if c.kind == "spread")})]
-
-    def _part(self, step: int) -> Part:
-        """The candidates that are spread with this step; with step 0, all others."""
-        inside = [(c.numbers[1] if c.kind == "spread" else 0) == step for c in self.candidates]
-        active = [[a and b for a, b in zip(row, inside, strict=True)] for row in self.active]
-        return Part(self.candidates, active, [head % step for head in range(self.heads)] if step else [0])
-
-    @cached_property
-    def used(self) -> list[Candidate]:
-        """The candidates that count for some head."""
-        return [c for c, *on in zip(self.candidates, *self.active, strict=True) if any(on)]
-
-    @cached_property
-    def dense(self) -> bool:
-        """Whether some head reads every key."""
-        return any(c.kind == "causal" for c in self.used)
-
-    @cached_property
-    def softmax(self) -> bool:
-        """Whether every head's only candidate is `causal`: its weight cancels."""
-        return self.dense and len(self.used) == 1 and len(self.active) == 1
-
-    @cached_property
-    def sinks(self) -> int:
-        return self.parts[0].sinks
-
-    @cached_property
-    def reach(self) -> int:
-        """How many of the latest keys a decode state holds."""
-        return max(part.reach for part in self.parts)
-
-    @cached_property
-    def depth(self) -> int:
-        """The position from which on no query misses a key and all sinks are in the past."""
-        return max(part.depth for part in self.parts)
-
-    @cached_property
-    def reads_at_once(self) -> bool:
-        """Whether no query of any head has an empty support: each reads its own key or the first."""
-        return all(min(part.least[head % len(part.least)] for part in self.parts) == 0 for head in range(self.heads))
-
-    def support(self, position: int) -> int:
-        """How many keys a query at `position` reads, in the head that reads most.
-
-        What the heads have in common is read for all of them, also where some have dropped it.
-        """
-        shared, *spread = self.parts
-        sizes = []
-        for head in range(self.heads):
-            keys = set(range(min(shared.sinks, position + 1)))
-            for part in (shared, *spread):
-                shift = part.shifts[head % len(part.shifts)]
-                keys.update(position - d - shift for d in part.distances if d + shift <= position)
-            sizes.append(len(keys))
-        return max(1, *sizes)
-
-    def decoding(self, device: torch.device) -> Decoding:
-        """What single tokens need."""
-        if device not in self.decodings:
-            self.decodings[device] = Decoding.make(self, device)
-        return self.decodings[device]

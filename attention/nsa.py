@@ -293,7 +293,8 @@ class NativeSparseAttention(Mechanism):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None and q.is_cuda and torch.is_grad_enabled():
-            return masked_attention(q, k, v, mask, self._dropout)  # the fused kernels' gradients are wrong
+            # With fused kernels, training in bfloat16 diverged on an H200 (PyTorch 2.11).
+            return masked_attention(q, k, v, mask, self._dropout)
         return scaled_dot_product_attention(q, k, v, mask, self._dropout, enable_gqa=q.shape[1] != k.shape[1])
 
     @property

@@ -85,7 +85,7 @@ def _by_block(
         bias = bias.repeat_interleave(heads, 0)
     if 1 < len(runs) < batch * heads:
         runs = runs.repeat_interleave(heads, 0)
-    return block_attention(q, repeat_heads(keys, heads), repeat_heads(values, heads), bias, runs, run, dropout)[0]
+    return block_attention(q, repeat_heads(keys, heads), repeat_heads(values, heads), bias, runs, run, dropout)
 
 
 def compressed_branch(

@@ -28,14 +28,11 @@ def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
     return scores(q, k).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-def candidate_mask(
-    kind: str, numbers: tuple[int, ...], length: int, device: torch.device | None = None, head: int = 0
-) -> Tensor:
+def candidate_mask(kind: str, numbers: tuple[int, ...], length: int, device: torch.device | None = None) -> Tensor:
     """(T, T) booleans: which keys (columns) a query (row) may read under one candidate of the masks method.
 
     `last(i)`: the key i back; `window(w)`: the last w, the query's own included; `first(k)`: the first k;
-    `dilated(w, s)`: w keys at distances 0, s, 2s, ...; `spread(w, s)`: w keys at distances o, o + s, o + 2s, ... with
-    o = h mod s in head h; `causal`: all of the past.
+    `dilated(w, s)`: w keys at distances 0, s, 2s, ...; `causal`: all of the past.
     """
     key = torch.arange(length, device=device)
     distance = key[:, None] - key
@@ -44,19 +41,16 @@ def candidate_mask(
         "window": lambda w: distance < w,
         "first": lambda k: (key < k).expand(length, length),
         "dilated": lambda w, s: (distance % s == 0) & (distance < w * s),
-        "spread": lambda w, s: (distance % s == head % s) & (distance < w * s),
         "causal": lambda: torch.ones_like(distance, dtype=torch.bool),
     }
     return rules[kind](*numbers) & (distance >= 0)
 
 
 def effective_mask(candidates: list[tuple[str, tuple[int, ...]]], weights: Tensor, length: int) -> Tensor:
-    """M = Σ_c w_c C_c (G, T, T) for weights (G, C) of G heads, or one for all; a row without support reads itself."""
-    mask = torch.stack(
-        [
-            sum(w * candidate_mask(*one, length, weights.device, head) for one, w in zip(candidates, row, strict=True))
-            for head, row in enumerate(weights)
-        ]
+    """M = Σ_c w_c C_c (G, T, T) for weights (G, C); a row without support reads itself, with weight 1."""
+    mask = sum(
+        weight[:, None, None] * candidate_mask(*candidate, length, weights.device)
+        for candidate, weight in zip(candidates, weights.unbind(1), strict=True)
     )
     empty = (mask == 0).all(-1, keepdim=True)
     return torch.where(empty, torch.eye(length, dtype=mask.dtype, device=mask.device), mask)

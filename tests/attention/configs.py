@@ -14,7 +14,6 @@ masks = st.one_of(
     st.integers(1, 20).map("window({})".format),
     st.integers(1, 9).map("first({})".format),
     st.tuples(st.integers(1, 4), st.integers(1, 5)).map(lambda numbers: "dilated({}, {})".format(*numbers)),
-    st.tuples(st.integers(1, 4), st.integers(1, 5)).map(lambda numbers: "spread({}, {})".format(*numbers)),
     st.just("causal"),
 )
 
