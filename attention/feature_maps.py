@@ -117,8 +117,11 @@ class FeatureMap(nn.Module, ABC):
     config: PerformerConfig
 
     def _shares(self, logs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """exp of (…, m) over their sum, in which a query's factor cancels, and the logs (…, 1) of the sums."""
-        return logs.softmax(-1), logs.logsumexp(-1, keepdim=True) if self.config.window else None
+        """exp of (…, m) over a number for each query, which cancels, and the logs (…, 1) of these numbers."""
+        if not self.config.window:
+            return logs.softmax(-1), None
+        top = logs.detach().amax(-1, keepdim=True)
+        return (logs - top).exp_(), top
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +232,7 @@ class FavorMap(RandomMap):
             before = self._reference(state.peaks)
             state.peaks = torch.maximum(state.peaks, k_log)
             reference = self._reference(state.peaks)
-        return Scaled(*self._shares(q_log + reference), (k_log - reference).exp_(), (before - reference).exp_())
+        return Scaled(*self._shares(q_log + reference), (k_log - reference).exp_(), entry=(before - reference).exp_())
 
     @staticmethod
     def _first_keys(k_log: Tensor, missing: int | Tensor) -> Tensor:
@@ -276,16 +279,21 @@ class LearnedMap(FeatureMap):
             self.rate = nn.Parameter((rates[order][:, None] / MAX_RATE).logit())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        heads = q.shape[1]
-        u = self._linear(torch.cat([q, k], 1), slice(None)).add_(self.bias.float())
+        heads, x = q.shape[1], torch.cat([q, k], 1).transpose(0, 1)
+        u = torch.baddbmm(self.bias.float(), x.flatten(1, 2), self.weight.float()).view(*x.shape[:3], -1)
+        u = u.transpose(0, 1)
+        if self.config.hidden:
+            u = u + self._correction(x.transpose(0, 1), slice(None))
         return u[:, :heads], u[:, heads:].clamp(-KEY_CAP, KEY_CAP)
 
     def _linear(self, x: Tensor, heads: slice) -> Tensor:
         """W x + V gelu(U x) (B, H, T, m), for the heads of queries, of keys, or of both."""
         u = x @ self.weight[heads].float()
-        if self.config.hidden:
-            u += F.gelu(x @ self.inner[heads].float()) @ self.outer[heads].float()
-        return u
+        return u + self._correction(x, heads) if self.config.hidden else u
+
+    def _correction(self, x: Tensor, heads: slice) -> Tensor:
+        """V gelu(U x) (B, H, T, m)."""
+        return F.gelu(x @ self.inner[heads].float()) @ self.outer[heads].float()
 
     def rates(self) -> Tensor:
         """r (H, 1, m), what the logarithm of each feature loses a token."""
@@ -315,8 +323,8 @@ class LearnedMap(FeatureMap):
         if not self.config.fade:
             return scaled
         if state.fading is None:
-            state.fading = [(-self.rates()).exp()[:, None]]
-        return scaled._replace(factors=state.fading[0])
+            state.fading = [(-self.rates()).exp()]
+        return scaled._replace(exit=state.fading[0])
 
     def operations(self) -> int:
         width, num, hidden = self.weight.shape[1], self.config.num_features, self.config.hidden

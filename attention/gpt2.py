@@ -66,7 +66,7 @@ class GPT2VariantAttention(GPT2Attention):
     ) -> tuple[Tensor, None]:
         """Mixes (B, T, E); `lengths` (B,) are the real tokens of each row, padding comes after them.
 
-        `attention_mask` is what GPT-2 builds for softmax; causality is the mechanism's own, so it is not read.
+        `attention_mask` is GPT-2's, for softmax; causality is the mechanism's own, so it is not read.
         """
         batch, length, _ = hidden_states.shape
         parts = self.c_attn(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
@@ -137,6 +137,7 @@ class GPT2VariantModel(GPT2Model):
         output = super().forward(
             input_ids=input_ids,
             past_key_values=past_key_values,
+            attention_mask=position_ids.new_empty(0, 0, 0, 0),  # of four dimensions, so that GPT-2 builds none
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,

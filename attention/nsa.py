@@ -409,9 +409,7 @@ class NativeSparseAttention(Mechanism):
         config = self.config
         before, own = (config.num_selected - 1) * config.select_block, position % config.select_block
         if position % config.select_every == 0 or state.selected_keys is None:
-            state.selected_keys, state.selected_values = (
-                self._read(t, state.selected) for t in (state.keys, state.values)
-            )
+            state.selected_keys, state.selected_values = self._read((state.keys, state.values), state.selected)
         else:
             state.selected_keys[:, :, before + own] = k[:, :, 0]
             state.selected_values[:, :, before + own] = v[:, :, 0]
@@ -439,13 +437,13 @@ class NativeSparseAttention(Mechanism):
         bounds = 0, compressed[0].shape[2]
         return (
             compressed_branch(queries[0], *compressed, config.visible(here), bounds, self._attend),
-            self._attend(queries[1], *(self._read(t, blocks) for t in (keys, values)), chosen),
+            self._attend(queries[1], *self._read((keys, values), blocks), chosen),
             self._attend(queries[2], *(take(t, position - before, config.window) for t in (keys, values)), near),
         )
 
-    def _read(self, x: Tensor, blocks: Tensor) -> Tensor:
-        """(B, H_kv, n·l', D): blocks (B, H_kv, n) of x (B, H_kv, S, D)."""
-        return gather_blocks(x, blocks.flatten(0, 1)[None], self.config.select_block)[0].unflatten(0, x.shape[:2])
+    def _read(self, tensors: tuple[Tensor, Tensor], blocks: Tensor) -> list[Tensor]:
+        """(B, H_kv, n·l', D) each: blocks (B, H_kv, n) of two tensors (B, H_kv, S, D)."""
+        return gather_blocks(tensors, blocks, self.config.select_block)
 
     def _compress(
         self, keys: Tensor, values: Tensor, state: NSAState | None, start: int | Tensor, length: int
@@ -488,11 +486,31 @@ class NativeSparseAttention(Mechanism):
 
     def _choose_for_token(self, q: Tensor, compressed_keys: Tensor, state: NSAState, position: int | Tensor) -> None:
         """Renews `state.selected` in the rows where the token at `position` begins a group."""
-        begins = position % self.config.select_every == 0
+        config = self.config
+        begins = position % config.select_every == 0
         if begins is False:
+            return
+        if begins is True and position // config.select_block >= config.num_selected - 1:
+            state.selected = self._choose_of_many(q, compressed_keys, position)
             return
         chosen = self._choose(q, compressed_keys, position, state.keys.shape[2])[:, :, 0]
         state.selected = chosen if begins is True else torch.where(begins[:, None, None], chosen, state.selected)
+
+    def _choose_of_many(self, q: Tensor, compressed_keys: Tensor, position: int) -> Tensor:
+        """What `_choose` gives (B, H_kv, n) for one query that has at least n blocks to choose from."""
+        config, current = self.config, position // self.config.select_block
+        scores = selection_scores(
+            q,
+            compressed_keys,
+            None,
+            config.compress_block // config.compress_stride,
+            config.select_block // config.compress_stride,
+            current + 1,
+        )[:, :, 0, 1 : current - 1]
+        order = scores.sort(dim=-1, descending=True, stable=True).indices  # the first of equal ones comes first
+        best = order[..., : config.num_selected - FORCED].flip(-1).add_(1)
+        forced = torch.tensor([0, current - 1, current], device=q.device)
+        return torch.cat([best, forced.expand(*best.shape[:2], -1)], -1)
 
     def _resume(self, blocks: Tensor, state: NSAState, start: Tensor) -> Tensor:
         """Puts the choice in force into the group that a row's new tokens, from `start` (P, 1) on, do not begin."""

@@ -115,11 +115,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: flo
     return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
-def gather_blocks(x: Tensor, blocks: Tensor, size: int) -> Tensor:
-    """(G, B·H_kv, n·size, D): blocks (G, B·H_kv, n) of `size` tokens, out of x (B, H_kv, S, D)."""
-    heads = torch.arange(blocks.shape[1], device=x.device)[:, None] * (x.shape[2] // size)
-    table = x.reshape(-1, size * x.shape[3])
-    return table.index_select(0, (blocks + heads).flatten()).view(*blocks.shape[:2], -1, x.shape[3])
+def gather_blocks(tensors: tuple[Tensor, Tensor], blocks: Tensor, size: int) -> list[Tensor]:
+    """(B, H_kv, n·size, D) each: blocks (B, H_kv, n) of `size` tokens, out of two tensors (B, H_kv, S, D)."""
+    batch, heads, length, width = tensors[0].shape
+    first = torch.arange(0, batch * heads * (length // size), length // size, device=blocks.device)
+    rows = (blocks + first.view(batch, heads, 1)).flatten()
+    tables = (t.reshape(-1, size * width) for t in tensors)
+    return [table.index_select(0, rows).view(batch, heads, -1, width) for table in tables]
 
 
 def selected_mask(positions: Tensor, number: int, size: int) -> Tensor:
@@ -134,7 +136,9 @@ def selected_mask(positions: Tensor, number: int, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def selection_scores(q: Tensor, keys: Tensor, visible: Tensor, overlap: int, per_block: int, number: int) -> Tensor:
+def selection_scores(
+    q: Tensor, keys: Tensor, visible: Tensor | None, overlap: int, per_block: int, number: int
+) -> Tensor:
     """(B, H_kv, L, number): importance of each selection block to each query (arXiv 2502.11089, Eq. 9 and 10).
 
     p_slc[j] = Σ_{m < l'/d} Σ_{n < l/d} p_cmp[(l'/d)·j + m − n], summed over the query heads of a key head; terms out
@@ -143,15 +147,20 @@ def selection_scores(q: Tensor, keys: Tensor, visible: Tensor, overlap: int, per
     Args:
         q: queries (B, H, L, D).
         keys: compressed keys (B, H_kv, N, D).
-        visible: (P, L) how many of them each query sees.
+        visible: (P, L) how many of them each query sees; None: all.
         overlap: l/d.
         per_block: l'/d.
     """
     grouped = q.unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
-    hidden = torch.arange(keys.shape[2], device=q.device) >= visible[:, None, None, :, None]
-    scores = (grouped @ keys[:, :, None].transpose(-1, -2)).float().masked_fill_(hidden, -torch.inf)
-    weights = scores.softmax(-1).masked_fill_(hidden, 0).sum(2)
+    scores = (grouped @ keys[:, :, None].transpose(-1, -2)).float()
+    if visible is None:
+        weights = scores.softmax(-1).sum(2)
+    else:
+        hidden = torch.arange(keys.shape[2], device=q.device) >= visible[:, None, None, :, None]
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0).sum(2)
     padded, spans = F.pad(weights, (overlap - 1, number * per_block - keys.shape[2])), number * per_block
+    if overlap == per_block == 1:
+        return padded
     covering = sum(padded[..., n : n + spans] for n in range(overlap))
     return sum(covering[..., m::per_block] for m in range(per_block))
 

@@ -82,11 +82,14 @@ class PerformerState(State):
     """The past as sums over its keys, and the last w keys and values where there is a window; all float32.
 
     Attributes:
-        sums: Σ φ(k_j) [v_j, 1]ᵀ (B, H, m, D + 1) over the keys that have left the window; the last column adds up to
-            the normaliser.
+        sums: Σ [v_j, 1] φ(k_j)ᵀ (B, H, D + 1, m) over the keys that have left the window; the last row adds up to the
+            normaliser.
         one: (B, H, 1, 1), what a token's value is extended by; kept from the first single token on.
         peaks: largest log-features of those keys (B, H, 1, m); `favor` only, which keeps its sums relative to them.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
+        ring_keys, ring_values: (B, H, 1 + w, D), the same for single tokens of rows of one length: position p in
+            place 1 + p mod w, and in place 0 one key that stands for the linear part. Either these or the former.
+        ring_scores: (B, H, 1, 1 + w), what is added to the scores of the ring's keys.
         fading: what the learned map keeps for single steps; the same for all rows.
     """
 
@@ -98,6 +101,9 @@ class PerformerState(State):
         self.peaks: Tensor | None = None
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
+        self.ring_keys: Tensor | None = None
+        self.ring_values: Tensor | None = None
+        self.ring_scores: Tensor | None = None
         self.fading: list[Tensor] | None = None
 
     def missing(self) -> int | Tensor:
@@ -108,9 +114,27 @@ class PerformerState(State):
 
     def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The window's keys and values followed by the new ones, (B, H_kv, w + T, D)."""
+        self.close_ring(k.shape[1])
         if self.recent_keys is None:
             return F.pad(k, (0, 0, self.window, 0)), F.pad(v, (0, 0, self.window, 0))
         return torch.cat([self.recent_keys, k], 2), torch.cat([self.recent_values, v], 2)
+
+    def open_ring(self, heads: int) -> None:
+        """Lays the window out as a ring, in which a new token overwrites the oldest and nothing moves."""
+        if self.ring_keys is not None:
+            return
+        recent = (t.roll(self.seen % self.window, 2) for t in (self.recent_keys, self.recent_values))
+        self.ring_keys, self.ring_values = (F.pad(repeat_heads(t, heads), (0, 0, 1, 0)) for t in recent)
+        self.ring_scores = self.ring_keys.new_zeros(*self.ring_keys.shape[:2], 1, 1 + self.window)
+        self.recent_keys = self.recent_values = None
+
+    def close_ring(self, kv_heads: int) -> None:
+        """Undoes `open_ring`."""
+        if self.ring_keys is None:
+            return
+        ring = (t[:, :: t.shape[1] // kv_heads, 1:] for t in (self.ring_keys, self.ring_values))
+        self.recent_keys, self.recent_values = (t.roll(-(self.seen % self.window), 2) for t in ring)
+        self.ring_keys = self.ring_values = self.ring_scores = None
 
     def keep_recent(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> None:
         """Keeps the last w real tokens of each row of what `join` returned, of whose new tokens `lengths` are real."""
@@ -124,30 +148,30 @@ class PerformerState(State):
 
 
 def _rescaled(sums: Tensor, factor: Tensor | None) -> Tensor:
-    """Sums (..., m, D), feature by feature times a factor (..., 1, m), None for 1."""
-    return sums if factor is None else sums * factor.mT
+    """Sums (..., D, m), feature by feature times a factor (..., 1, m), None for 1."""
+    return sums if factor is None else sums * factor
 
 
 def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal sums in chunks: O_c = tril(Q_c K_cᵀ) V_c + Q_c S, then S ← (S + K_cᵀ V_c) · factor_c.
+    """Causal sums in chunks: O_c = tril(Q_c K_cᵀ) V_c + Q_c Sᵀ, then S ← (S + V_cᵀ K_c) · factor_c.
 
     Args:
         scaled: features.
         v: (B, H, N, C, D).
-        sums: S (B, H, m, D) before the first chunk.
+        sums: S (B, H, D, m) before the first chunk.
 
     Returns:
         (B, H, N, C, D), and `sums` after the last chunk.
     """
     shape, factors = v.shape[:3], scaled.factors
     q, k, v = (t.flatten(0, 2) for t in (scaled.q, scaled.k, v))
-    added = _rescaled((k.mT @ v).unflatten(0, shape), factors).unbind(2)
+    added = _rescaled((v.mT @ k).unflatten(0, shape), factors).unbind(2)
     before = []
     for chunk, new in enumerate(added):
         before.append(sums)
-        sums = sums + new if factors is None else torch.addcmul(new, sums, factors[:, :, chunk].mT)
+        sums = sums + new if factors is None else torch.addcmul(new, sums, factors[:, :, chunk])
     inside = (q @ k.mT).tril_()
-    out = (q @ torch.stack(before, 2).flatten(0, 2)).baddbmm_(inside, v)
+    out = (q @ torch.stack(before, 2).flatten(0, 2).mT).baddbmm_(inside, v)
     return out.unflatten(0, shape), sums
 
 
@@ -234,7 +258,8 @@ class PerformerAttention(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, lengths: Tensor | None, dropout: float
     ) -> Tensor:
         q, k, v = q.float(), k.float(), v.float()
-        if q.shape[2] == 1 and state.seen and state.lengths is None and lengths is None and not self.disabled:
+        single = q.shape[2] == 1 and state.seen and state.lengths is None and lengths is None
+        if single and not self.disabled and not torch.is_grad_enabled():
             output = self._step(q, k, v, state)
             state.advance(1, None)
             return output
@@ -313,44 +338,48 @@ class PerformerAttention(Mechanism):
         return mixed, steps.joined(logs.squeeze(-1))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
-        """What `_segment` gives for a single token of rows of one length, in few operations."""
-        heads, missing = q.shape[1], state.missing()
-        if not state.window:
-            return self._linear_step(q, repeat_heads(k, heads), repeat_heads(v, heads), state)[0]
-        keys, values = state.join(k, v)
-        state.recent_keys, state.recent_values = keys[:, :, 1:], values[:, :, 1:]
-        keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
-        if missing:
-            return scaled_dot_product_attention(q, keys[:, :, missing:], values[:, :, missing:])
-        far, logs = self._linear_step(q, keys[:, :, :1], values[:, :, :1], state)
-        # For the key that has left the window, one that stands for the linear part: its score is the log of the
-        # linear part's normaliser.
-        recent = keys[:, :, 1:]
-        keys = torch.cat([torch.zeros_like(q), recent], 2)
-        values = torch.cat([far, values[:, :, 1:]], 2)
-        logs = logs + self.mix.float()[:, None, None]
+        """What `_segment` gives for a single token of rows of one length, in few operations and without gradients."""
+        heads, window, place = q.shape[1], state.window, state.seen
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+        if not window:
+            return self._linear_step(q, k, v, state)[0]
+        state.open_ring(heads)
+        keys, values, place = state.ring_keys, state.ring_values, 1 + place % window
+        key, value = keys.narrow(2, place, 1), values.narrow(2, place, 1)
+        if state.seen < window:
+            key.copy_(k)
+            value.copy_(v)
+            return scaled_dot_product_attention(q, keys[:, :, 1 : place + 1], values[:, :, 1 : place + 1])
+        # The key in place 0 stands for the linear part: its score is the log of the linear part's normaliser.
+        far, logs = self._linear_step(q, key, value, state)
+        values[:, :, :1] = far
+        torch.add(logs, self.mix.float().view(-1, 1, 1), out=state.ring_scores[..., :1])
+        key.copy_(k)
+        value.copy_(v)
         if not self.features.absolute:
-            logs = logs + (q * recent.mean(2, keepdim=True)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
-        score = F.pad(logs, (0, state.window))
-        return scaled_dot_product_attention(q, keys, values, score)
+            torch.mean(keys[:, :, 1:], 2, keepdim=True, out=keys[:, :, :1])
+        return scaled_dot_product_attention(q, keys, values, state.ring_scores)
 
-    def _linear_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, Tensor]:
+    def _linear_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, Tensor | None]:
         """What `_linear` gives for one token: (B, H, 1, D) and the logs of the normalisers (B, H, 1, 1)."""
         if state.sums is None:
             self._start(state, v)
-        scaled = self.features.scale_one(q, k, state)
         if state.one is None:
             state.one = torch.ones_like(v[..., :1])
-        sums = torch.addcmul(_rescaled(state.sums, scaled.entry), scaled.k.mT, torch.cat([v, state.one], -1))
-        out = scaled.q @ sums
-        state.sums = _rescaled(sums, None if scaled.factors is None else scaled.factors[:, 0])
-        mixed, total = out[..., :-1], out[..., -1:]
-        return mixed / total, scaled.top + total.log() if state.window else total
+        scaled, sums = self.features.scale_one(q, k, state), state.sums
+        if scaled.entry is not None:
+            sums.mul_(scaled.entry)
+        sums.addcmul_(torch.cat([v, state.one], 3).mT, scaled.k)
+        out = torch.bmm(scaled.q.flatten(0, 1), sums.flatten(0, 1).mT).view(*v.shape[:3], -1)
+        if scaled.exit is not None:
+            sums.mul_(scaled.exit)
+        mixed, total = out.split([v.shape[3], 1], 3)
+        return mixed / total, total.log().add_(scaled.top) if state.window else None
 
     def _start(self, state: PerformerState, v: Tensor) -> None:
         """Sums over no keys, for values (B, H, T, D)."""
         batch, heads, _, width = v.shape
-        state.sums = v.new_zeros(batch, heads, self.config.num_features, width + 1)
+        state.sums = v.new_zeros(batch, heads, width + 1, self.config.num_features)
         if self.config.feature_map == "favor":
             state.peaks = v.new_full((batch, heads, 1, self.config.num_features), NOTHING)
 
