@@ -15,7 +15,7 @@ from .mechanism import LayerShape, seeded_generator
 if TYPE_CHECKING:
     from .performer import PerformerConfig, PerformerState
 
-MAX_SHIFT = 80.0  # a first key of log-feature −80 is still a normal number
+MAX_SHIFT = 80.0  # a key of log-feature −80, beside its scale, is still a normal number
 HEADROOM = 60.0  # features up to e^60, their products and sums over keys stay far from float32's e^88
 KEY_CAP = 15.0  # learned key features lie between e^−15 and e^15
 MAX_RATE = 0.7  # fastest fading; over half a chunk of 128 tokens it amounts to e^45
@@ -191,47 +191,80 @@ class FavorMap(RandomMap):
         super().__init__(config, layer, config.num_features // 2 if config.hyperbolic else config.num_features)
 
     def _log_features(self, x: Tensor) -> Tensor:
-        u = x @ (self.omega.float().T * x.shape[-1] ** -0.25)
-        if self.config.hyperbolic:
-            u = torch.cat([u, -u], -1)
         half_square = (x * x).sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5)
-        return u.sub_(half_square + math.log(self.config.num_features) / 2)
+        return self._less(self._projected(x), half_square + math.log(self.config.num_features) / 2)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """ωᵀx for each ω."""
+        return x @ (self.omega.float().T * x.shape[-1] ** -0.25)
+
+    def _less(self, u: Tensor, x: Tensor | float) -> Tensor:
+        """u − x, or [u − x, −u − x] for hyperbolic features."""
+        if not self.config.hyperbolic:
+            return u - x
+        if torch.is_grad_enabled():
+            return torch.cat([u - x, -u - x], -1)
+        both = u.new_empty(*u.shape[:-1], 2 * u.shape[-1])
+        first, second = both.chunk(2, -1)
+        torch.sub(u, x, out=first)
+        torch.sub(-x, u, out=second)
+        return both
 
     @torch.no_grad()
-    def _reference(self, peaks: Tensor) -> Tensor:
-        """The scale for keys whose largest log-features are `peaks` (…, m) so far.
+    def _usual(self) -> Tensor:
+        """The scale (m,) on which the features of all possible keys are at most e^HEADROOM.
 
-        A log-feature is at most |ω|²/2 (where x = ω), so one scale, a little below that, does for most keys to come.
-        Where all keys so far are tiny beside it, the scale stays near them instead.
+        A log-feature is at most |ω|²/2 (where x = ω), less log(m)/2.
         """
         highest = (self.omega.float().square().sum(-1) - math.log(self.config.num_features)) / 2
-        if self.config.hyperbolic:
-            highest = torch.cat([highest, highest])
-        return peaks + (highest - HEADROOM - peaks).clamp(0, MAX_SHIFT)
+        usual = (highest - HEADROOM).clamp_min(0)
+        return torch.cat([usual, usual]) if self.config.hyperbolic else usual
+
+    @staticmethod
+    def _reference(peaks: Tensor, usual: Tensor) -> Tensor:
+        """The scale for keys whose largest log-features are `peaks` (…, m) so far: lower where all are tiny."""
+        return torch.minimum(peaks + MAX_SHIFT, usual)
 
     def scale(self, q: Tensor, k: Tensor, steps: Steps, state: PerformerState) -> Scaled:
-        """Keeps a running maximum of each log-feature of the keys; a chunk's scale comes from it and its first key.
+        """On the usual scale, once a key of every row is not tiny on it; before that, on lower ones.
 
-        Exact unless a key exceeds all before it by more than MAX_SHIFT + HEADROOM in the same chunk.
+        These come from a running maximum of each log-feature of the keys: a chunk's from the maximum before it and
+        from its first key. Exact unless a key exceeds all before it by more than MAX_SHIFT + HEADROOM in the same
+        chunk.
         """
-        q_log, k_log = (steps.chunked(t) for t in self(q, k))
-        k_log = steps.real(k_log, -torch.inf)
+        usual = self._usual()
+        if self.config.window:  # absolute: |q|²/2 counts
+            q_log = steps.chunked(self._log_features(q))
+        else:
+            q_log = steps.chunked(self._less(self._projected(q), 0.0))
+        k_log = steps.real(steps.chunked(self._log_features(k)), -torch.inf)
+        if not state.settled and steps.lengths is None and isinstance(steps.missing, int):
+            self._settle(state, self._first_keys(k_log.detach(), steps.missing)[:, :, :1], usual)
+        if state.settled:
+            shift = usual if usual.any() else None
+            q_log, k_log = (q_log, k_log) if shift is None else (q_log + shift, k_log - shift)
+            return Scaled(*self._shares(q_log), k_log.exp_())
         with torch.no_grad():
             peaks = torch.cat([state.peaks, k_log.amax(-2)], 2).cummax(2).values
             visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, steps.missing))
-            reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2))[:, :, :, None]
+            reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2), usual)[:, :, :, None]
             factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp()
-            entry = (self._reference(state.peaks) - reference[:, :, 0]).exp()
-        state.peaks = peaks[:, :, -1:].clone()
+            entry = (self._reference(state.peaks, usual) - reference[:, :, 0]).exp()
+        self._settle(state, peaks[:, :, -1:], usual)
         k = (k_log - reference[:, :, :-1]).clamp_(max=HEADROOM).exp_()
         return Scaled(*self._shares(q_log + reference[:, :, :-1]), k, entry, factors)
 
+    def _settle(self, state: PerformerState, peaks: Tensor, usual: Tensor) -> None:
+        """Takes up peaks (B, H, 1, m), and whether they have reached the usual scale in all rows, for good."""
+        state.peaks = torch.maximum(state.peaks, peaks)
+        state.settled = bool((state.peaks + MAX_SHIFT >= usual).all())
+
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
         q_log, k_log = self(q, k)
-        with torch.no_grad():
-            before = self._reference(state.peaks)
-            state.peaks = torch.maximum(state.peaks, k_log)
-            reference = self._reference(state.peaks)
+        usual = self._usual()
+        before = self._reference(state.peaks, usual)
+        state.peaks = torch.maximum(state.peaks, k_log)
+        reference = self._reference(state.peaks, usual)
         return Scaled(*self._shares(q_log + reference), (k_log - reference).exp_(), entry=(before - reference).exp_())
 
     @staticmethod

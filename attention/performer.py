@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,29 @@ class PerformerConfig(MechanismConfig):
         return PerformerAttention(self, layer)
 
 
+class Ring(NamedTuple):
+    """Views of a state's ring, made once for many tokens.
+
+    Attributes:
+        source: the `ring_keys` that they are views of.
+        key, value: (B, H, 1, D) by place.
+        keys, values: (B·H, 1 + w, D).
+        linear, others: (B·H, 1, D) and (B·H, w, D), the keys in place 0 and in the others.
+        scores: (B·H, 1, 1 + w).
+        linear_score: (B, H, 1, 1), the one in place 0.
+    """
+
+    source: Tensor
+    key: tuple[Tensor, ...]
+    value: tuple[Tensor, ...]
+    keys: Tensor
+    values: Tensor
+    linear: Tensor
+    others: Tensor
+    scores: Tensor
+    linear_score: Tensor
+
+
 class PerformerState(State):
     """The past as sums over its keys, and the last w keys and values where there is a window; all float32.
 
@@ -85,11 +108,13 @@ class PerformerState(State):
         sums: Σ [v_j, 1] φ(k_j)ᵀ (B, H, D + 1, m) over the keys that have left the window; the last row adds up to the
             normaliser.
         one: (B, H, 1, 1), what a token's value is extended by; kept from the first single token on.
-        peaks: largest log-features of those keys (B, H, 1, m); `favor` only, which keeps its sums relative to them.
+        peaks: largest log-features of those keys (B, H, 1, m); `favor` only, whose sums are on a scale that they set.
+        settled: whether that scale is the usual one in all rows; then it stays, and the peaks need not be followed.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
         ring_keys, ring_values: (B, H, 1 + w, D), the same for single tokens of rows of one length: position p in
             place 1 + p mod w, and in place 0 one key that stands for the linear part. Either these or the former.
         ring_scores: (B, H, 1, 1 + w), what is added to the scores of the ring's keys.
+        views: of these three.
         fading: what the learned map keeps for single steps; the same for all rows.
     """
 
@@ -99,11 +124,13 @@ class PerformerState(State):
         self.sums: Tensor | None = None
         self.one: Tensor | None = None
         self.peaks: Tensor | None = None
+        self.settled = False
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
         self.ring_keys: Tensor | None = None
         self.ring_values: Tensor | None = None
         self.ring_scores: Tensor | None = None
+        self.views: Ring | None = None
         self.fading: list[Tensor] | None = None
 
     def missing(self) -> int | Tensor:
@@ -119,22 +146,31 @@ class PerformerState(State):
             return F.pad(k, (0, 0, self.window, 0)), F.pad(v, (0, 0, self.window, 0))
         return torch.cat([self.recent_keys, k], 2), torch.cat([self.recent_values, v], 2)
 
-    def open_ring(self, heads: int) -> None:
-        """Lays the window out as a ring, in which a new token overwrites the oldest and nothing moves."""
-        if self.ring_keys is not None:
-            return
+    def ring(self, heads: int) -> Ring:
+        """The window as a ring, in which a new token overwrites the oldest and nothing moves."""
+        if self.ring_keys is None:
+            self._open_ring(heads)
+        if self.views is None or self.views.source is not self.ring_keys:
+            keys, values, scores = self.ring_keys, self.ring_values, self.ring_scores
+            by_place = keys.split(1, 2), values.split(1, 2)
+            flat = [t.flatten(0, 1) for t in (keys, values)]
+            parts = flat[0].split([1, self.window], 1)
+            self.views = Ring(keys, *by_place, *flat, *parts, scores.flatten(0, 1), scores[..., :1])
+        return self.views
+
+    def _open_ring(self, heads: int) -> None:
         recent = (t.roll(self.seen % self.window, 2) for t in (self.recent_keys, self.recent_values))
         self.ring_keys, self.ring_values = (F.pad(repeat_heads(t, heads), (0, 0, 1, 0)) for t in recent)
         self.ring_scores = self.ring_keys.new_zeros(*self.ring_keys.shape[:2], 1, 1 + self.window)
         self.recent_keys = self.recent_values = None
 
     def close_ring(self, kv_heads: int) -> None:
-        """Undoes `open_ring`."""
+        """Lays the window out in order again."""
         if self.ring_keys is None:
             return
         ring = (t[:, :: t.shape[1] // kv_heads, 1:] for t in (self.ring_keys, self.ring_values))
         self.recent_keys, self.recent_values = (t.roll(-(self.seen % self.window), 2) for t in ring)
-        self.ring_keys = self.ring_values = self.ring_scores = None
+        self.ring_keys = self.ring_values = self.ring_scores = self.views = None
 
     def keep_recent(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> None:
         """Keeps the last w real tokens of each row of what `join` returned, of whose new tokens `lengths` are real."""
@@ -166,13 +202,30 @@ def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor) -> tuple[Tensor, Tens
     shape, factors = v.shape[:3], scaled.factors
     q, k, v = (t.flatten(0, 2) for t in (scaled.q, scaled.k, v))
     added = _rescaled((v.mT @ k).unflatten(0, shape), factors).unbind(2)
-    before = []
-    for chunk, new in enumerate(added):
-        before.append(sums)
-        sums = sums + new if factors is None else torch.addcmul(new, sums, factors[:, :, chunk])
+    before, after = _running_sums(added, sums, factors)
     inside = (q @ k.mT).tril_()
-    out = (q @ torch.stack(before, 2).flatten(0, 2).mT).baddbmm_(inside, v)
-    return out.unflatten(0, shape), sums
+    out = (q @ before.flatten(0, 2).mT).baddbmm_(inside, v)
+    return out.unflatten(0, shape), after
+
+
+def _running_sums(added: tuple[Tensor, ...], sums: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S before each chunk (B, H, N, D, m) and after the last, where S ← S · factor + added; all (B, H, D, m)."""
+    if torch.is_grad_enabled():
+        before = []
+        for chunk, new in enumerate(added):
+            before.append(sums)
+            sums = sums + new if factors is None else torch.addcmul(new, sums, factors[:, :, chunk])
+        return torch.stack(before, 2), sums
+    before, after = sums.new_empty(*sums.shape[:2], len(added), *sums.shape[2:]), torch.empty_like(sums)
+    slots = [*before.unbind(2), after]
+    slots[0].copy_(sums)
+    for chunk, new in enumerate(added):
+        old, target = slots[chunk : chunk + 2]
+        if factors is None:
+            torch.add(old, new, out=target)
+        else:
+            torch.addcmul(new, old, factors[:, :, chunk], out=target)
+    return before, after
 
 
 def window_attention(
@@ -269,25 +322,29 @@ class PerformerAttention(Mechanism):
         for part in zip(*(t.split(segment, 2) for t in (q, k, v)), strict=True):
             size = part[0].shape[2]
             real = None if lengths is None else (lengths - start).clamp(0, size)
-            output = self._segment(*part, state, real, dropout)
+            target = None if whole is None else whole[:, :, start : start + size]
+            outputs.append(self._segment(*part, state, real, dropout, target))
             state.advance(size, real)
-            if whole is None:
-                outputs.append(output)
-            else:
-                whole[:, :, start : start + size] = output
             start += size
         if whole is not None:
             return whole
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
     def _segment(
-        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, lengths: Tensor | None, dropout: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: PerformerState,
+        lengths: Tensor | None,
+        dropout: float,
+        target: Tensor | None = None,
     ) -> Tensor:
-        """Output (B, H, T, D) for tokens that follow those in the state, which takes them up."""
+        """Output (B, H, T, D), in `target` if there is one, for tokens that follow those that the state takes up."""
         heads, length = q.shape[1:3]
         size = min(self.config.chunk_size, length)
         if not state.window:
-            return self._linear(q, k, v, state, Steps(length, size, 0, lengths))[0]
+            return self._linear(q, k, v, state, Steps(length, size, 0, lengths), target)[0]
         missing = state.missing()
         keys, values = state.join(k, v)
         state.keep_recent(keys, values, lengths)
@@ -295,17 +352,17 @@ class PerformerAttention(Mechanism):
         block = min(self.config.chunk_size, max(16, state.window))
         near, near_log, mean = window_attention(q, keys, values, state.window, missing, block, dropout)
         if isinstance(missing, int) and missing >= length:
-            return near
+            return near if target is None else target.copy_(near)
         steps = Steps(length, size, missing, lengths)
         far, far_log = self._linear(q, keys[:, :, :length], values[:, :, :length], state, steps)
         far_log = far_log + self.mix.float()[:, None]
         if not self.features.absolute:
             far_log = far_log + mean
-        share = torch.sigmoid(far_log - near_log)
-        return torch.lerp(near, far, share[..., None])
+        share = torch.sigmoid(far_log - near_log)[..., None]
+        return torch.lerp(near, far, share) if target is None else torch.lerp(near, far, share, out=target)
 
     def _linear(
-        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, steps: Steps
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, steps: Steps, target: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The linear part: query t reads the state's sums and the keys up to t, which the state takes up.
 
@@ -313,6 +370,7 @@ class PerformerAttention(Mechanism):
             q: (B, H, T, D).
             k, v: (B, H_kv, T, D).
             steps: which are real.
+            target: where the output goes; None: into a new tensor.
 
         Returns:
             (B, H, T, D), zero where there was nothing to read, and, where there is a window, the logs of the
@@ -331,7 +389,12 @@ class PerformerAttention(Mechanism):
         state.sums = _rescaled(sums, scaled.exit)
         mixed, total = out[..., :-1], out[..., -1:]
         bounded = total.clamp_min(torch.finfo(total.dtype).tiny)
-        mixed = steps.joined(mixed / bounded)
+        if target is not None and steps.length % steps.size == 0:
+            torch.div(mixed, bounded, out=steps.chunked(target))
+            mixed = target
+        else:
+            mixed = steps.joined(mixed / bounded)
+            mixed = mixed if target is None else target.copy_(mixed)
         if not state.window:
             return mixed, None
         logs = (scaled.top + bounded.log()).masked_fill(total == 0, -torch.inf)
@@ -339,26 +402,25 @@ class PerformerAttention(Mechanism):
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
         """What `_segment` gives for a single token of rows of one length, in few operations and without gradients."""
-        heads, window, place = q.shape[1], state.window, state.seen
+        heads, window, scale = q.shape[1], state.window, q.shape[3] ** -0.5
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         if not window:
             return self._linear_step(q, k, v, state)[0]
-        state.open_ring(heads)
-        keys, values, place = state.ring_keys, state.ring_values, 1 + place % window
-        key, value = keys.narrow(2, place, 1), values.narrow(2, place, 1)
-        if state.seen < window:
-            key.copy_(k)
-            value.copy_(v)
-            return scaled_dot_product_attention(q, keys[:, :, 1 : place + 1], values[:, :, 1 : place + 1])
-        # The key in place 0 stands for the linear part: its score is the log of the linear part's normaliser.
-        far, logs = self._linear_step(q, key, value, state)
-        values[:, :, :1] = far
-        torch.add(logs, self.mix.float().view(-1, 1, 1), out=state.ring_scores[..., :1])
+        ring, place, linear = state.ring(heads), 1 + state.seen % window, state.seen >= window
+        key, value = ring.key[place], ring.value[place]
+        if linear:  # the key in place 0 stands for it: its score is the log of its normaliser
+            far, logs = self._linear_step(q, key, value, state)
+            ring.value[0].copy_(far)
+            torch.add(logs, self.mix.float().view(-1, 1, 1), out=ring.linear_score)
         key.copy_(k)
         value.copy_(v)
+        if not linear:
+            keys, values = (t[:, :, 1 : place + 1] for t in (state.ring_keys, state.ring_values))
+            return scaled_dot_product_attention(q, keys, values)
         if not self.features.absolute:
-            torch.mean(keys[:, :, 1:], 2, keepdim=True, out=keys[:, :, :1])
-        return scaled_dot_product_attention(q, keys, values, state.ring_scores)
+            torch.mean(ring.others, 1, keepdim=True, out=ring.linear)
+        weights = torch.baddbmm(ring.scores, q.flatten(0, 1), ring.keys.mT, alpha=scale).softmax(-1)
+        return torch.bmm(weights, ring.values).view(v.shape)
 
     def _linear_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, Tensor | None]:
         """What `_linear` gives for one token: (B, H, 1, D) and the logs of the normalisers (B, H, 1, 1)."""
@@ -380,6 +442,7 @@ class PerformerAttention(Mechanism):
         """Sums over no keys, for values (B, H, T, D)."""
         batch, heads, _, width = v.shape
         state.sums = v.new_zeros(batch, heads, width + 1, self.config.num_features)
+        state.settled = False
         if self.config.feature_map == "favor":
             state.peaks = v.new_full((batch, heads, 1, self.config.num_features), NOTHING)
 

@@ -302,6 +302,19 @@ def test_dropout_falls_on_weights_in_training_only():
     assert ((dropped.mean(0) - build()(*tensors)).abs() < 5 * spread).all()
 
 
+@torch.no_grad()
+def test_a_single_token_chooses_as_a_block_does_where_scores_are_equal():
+    """Keys that are all zero: every block weighs the same, and the earlier ones are chosen."""
+    mechanism = perturb(build(num_selected=4, select_every=4))
+    q, k, v, x = inputs(48)
+    k[:, :, :] = 0
+    for parameter in (mechanism.compression.position, mechanism.compression.to_key):
+        parameter.zero_()
+    state = mechanism.new_state()
+    steps = [mechanism(*(t[:, :, i : i + 1] for t in (q, k, v)), x[:, i : i + 1], state) for i in range(48)]
+    torch.testing.assert_close(torch.cat(steps, 2), mechanism(q, k, v, x), **TOLERANCE)
+
+
 # What it costs.
 
 

@@ -225,6 +225,37 @@ def test_a_key_that_dwarfs_the_others_leaves_the_past_alone(position):
     torch.testing.assert_close(mechanism.float()(q, k, v, x), (weights @ v.double()).float(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("tiny", [0, 1, 5, 20])
+@pytest.mark.parametrize("window", [0, 3])
+@torch.no_grad()
+def test_favor_finds_its_scale_when_keys_stop_being_tiny(tiny, window, monkeypatch):
+    """Keys of large norm have tiny features; after them the scale goes up, and stays."""
+    monkeypatch.setattr(performer, "CPU_SEGMENT", 8)
+    q, k, v, x = inputs(40)
+    k[:, :, :tiny] *= 10
+    mechanism = build(feature_map="favor", window=window, chunk_size=4)
+    weights = reference(mechanism.double(), q.double(), k.double())
+    state = mechanism.float().new_state()
+    steps = [mechanism(*(t[:, :, i : i + 1] for t in (q, k, v)), x[:, i : i + 1], state) for i in range(40)]
+    for out in (mechanism(q, k, v, x), torch.cat(steps, 2)):
+        torch.testing.assert_close(out, (weights @ v.double()).float(), atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_favor_needs_no_peaks_once_its_scale_is_the_usual_one():
+    mechanism = build(feature_map="favor")
+    state = mechanism.new_state()
+    assert not state.settled
+    q, k, v, x = inputs(10)
+    mechanism(q, 30 * k, v, x, state)
+    assert not state.settled
+    mechanism(q, k, v, x, state)
+    assert state.settled
+    before = state.peaks.clone()
+    mechanism(q, 0 * k, v, x, state)
+    assert torch.equal(state.peaks, before)
+
+
 @MAPS
 @torch.no_grad()
 def test_a_row_without_tokens_is_finite(feature_map):
@@ -356,6 +387,22 @@ def test_dropout_falls_on_the_window_alone():
     assert not torch.equal(hybrid(q, k, v, x), hybrid(q, k, v, x))
     assert torch.equal(hybrid.eval()(q, k, v, x), hybrid(q, k, v, x))
     assert torch.equal(hybrid.attention_map(q, k, x), hybrid.train().attention_map(q, k, x))
+
+
+@MAPS
+@torch.no_grad()
+def test_reordered_rows_go_on_with_single_tokens(feature_map):
+    """Also between two single tokens, whose views are of memory that the reordered state no longer uses."""
+    shape = layer(4, 2)
+    q, k, v, x = inputs(30, shape, batch=3)
+    mechanism, order = build(shape, feature_map=feature_map, window=5), torch.tensor([2, 0, 0])
+    state = mechanism.new_state()
+    for i in range(20):
+        mechanism(*(t[:, :, i : i + 1] for t in (q, k, v)), x[:, i : i + 1], state)
+    state.reorder_cache(order)
+    q, k, v, x = (t[order] for t in (q, k, v, x))
+    steps = [mechanism(*(t[:, :, i : i + 1] for t in (q, k, v)), x[:, i : i + 1], state) for i in range(20, 30)]
+    torch.testing.assert_close(torch.cat(steps, 2), mechanism(q, k, v, x)[:, :, 20:], **TOLERANCE)
 
 
 # What it costs.
