@@ -411,14 +411,14 @@ class NativeSparseAttention(Mechanism):
         if position % config.select_every == 0 or state.selected_keys is None:
             state.selected_keys, state.selected_values = self._read((state.keys, state.values), state.selected)
         else:
-            state.selected_keys[:, :, before + own] = k[:, :, 0]
-            state.selected_values[:, :, before + own] = v[:, :, 0]
-        chosen = slice(max(0, before + own - position), before + own + 1)
-        near = slice(max(0, position + 1 - config.window), position + 1)
+            state.selected_keys.narrow(2, before + own, 1).copy_(k)
+            state.selected_values.narrow(2, before + own, 1).copy_(v)
+        first, start = max(0, before + own - position), max(0, position + 1 - config.window)
+        chosen, near = (2, first, before + own + 1 - first), (2, start, position + 1 - start)
         return (
             self._attend(queries[0], *compressed) if compressed[0].shape[2] else torch.zeros_like(queries[0]),
-            self._attend(queries[1], state.selected_keys[:, :, chosen], state.selected_values[:, :, chosen]),
-            self._attend(queries[2], state.keys[:, :, near], state.values[:, :, near]),
+            self._attend(queries[1], state.selected_keys.narrow(*chosen), state.selected_values.narrow(*chosen)),
+            self._attend(queries[2], state.keys.narrow(*near), state.values.narrow(*near)),
         )
 
     def _token_of_any_rows(
@@ -458,7 +458,7 @@ class NativeSparseAttention(Mechanism):
         if number == 0:
             if before == 0:
                 return keys[:, :, :0], values[:, :, :0]
-            return state.compressed_keys[:, :, :before], state.compressed_values[:, :, :before]
+            return state.compressed_keys.narrow(2, 0, before), state.compressed_values.narrow(2, 0, before)
         tokens = (number - 1) * config.compress_stride + config.compress_block
         new = self.compression(*(take(t, before * config.compress_stride, tokens) for t in (keys, values)))
         return new if state is None else state.append_compressed(*new, before)
