@@ -261,7 +261,11 @@ class FavorMap(RandomMap):
 
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
         q_log, k_log = self(q, k)
-        usual = self._usual()
+        if state.kept is None:
+            state.kept = [self._usual()]
+        usual = state.kept[0]
+        if state.settled:
+            return Scaled(*self._shares(q_log + usual), (k_log - usual).exp_())
         before = self._reference(state.peaks, usual)
         state.peaks = torch.maximum(state.peaks, k_log)
         reference = self._reference(state.peaks, usual)
@@ -355,9 +359,9 @@ class LearnedMap(FeatureMap):
         scaled = super().scale_one(q, k, state)
         if not self.config.fade:
             return scaled
-        if state.fading is None:
-            state.fading = [(-self.rates()).exp()]
-        return scaled._replace(exit=state.fading[0])
+        if state.kept is None:
+            state.kept = [(-self.rates()).exp()]
+        return scaled._replace(exit=state.kept[0])
 
     def operations(self) -> int:
         width, num, hidden = self.weight.shape[1], self.config.num_features, self.config.hidden

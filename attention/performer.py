@@ -115,7 +115,7 @@ class PerformerState(State):
             place 1 + p mod w, and in place 0 one key that stands for the linear part. Either these or the former.
         ring_scores: (B, H, 1, 1 + w), what is added to the scores of the ring's keys.
         views: of these three.
-        fading: what the learned map keeps for single steps; the same for all rows.
+        kept: what a feature map keeps for single steps; the same for all rows.
     """
 
     def __init__(self, window: int):
@@ -131,7 +131,7 @@ class PerformerState(State):
         self.ring_values: Tensor | None = None
         self.ring_scores: Tensor | None = None
         self.views: Ring | None = None
-        self.fading: list[Tensor] | None = None
+        self.kept: list[Tensor] | None = None
 
     def missing(self) -> int | Tensor:
         """How many slots of the window are still empty; (B,) where the rows differ."""
