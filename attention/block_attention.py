@@ -108,11 +108,12 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def weights(space: Workspace, queries: Tensor, keys: Tensor, bias: Tensor, piece: Piece) -> Tensor:
         """(n, b, K) attention weights, at least in float32."""
-        scores = space.product("scores", queries, keys.mT)
+        scaled = torch.mul(queries, queries.shape[-1] ** -0.5, out=space.take("queries", *queries.shape))
+        scores = space.product("scores", scaled, keys.mT)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         by_block = scores.unflatten(0, (-1, piece.blocks.stop - piece.blocks.start))
         for blocks, part in piece.each_bias(bias):
-            torch.add(part, by_block[:, blocks], alpha=queries.shape[-1] ** -0.5, out=by_block[:, blocks])
+            by_block[:, blocks].add_(part)
         return torch.softmax(scores, -1, out=scores)
 
     @staticmethod

@@ -310,8 +310,9 @@ class RunConfig(Section):
     Attributes:
         base: folder or Hub id of the pretrained model: teacher of transfer and distil, start of pretrain.
         new: a model to pretrain from random weights instead.
-        variant: a variant to continue with, instead of a fresh one; its own attention is used.
-        attention: method and its options; see `attention.METHODS`.
+        variant: a variant to continue with, instead of a fresh one.
+        attention: method and its options; see `attention.METHODS`. With `variant`, in place of the variant's own, whose
+            weights must fit it; None: the variant's own.
         stages: what to do, in this order.
         max_steps: steps in all, shared among the stages in proportion; None: as the stages say.
         output: folder of the run.
@@ -421,8 +422,8 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     elif kinds:
         if not has["base"] or has["new"]:
             problems.append("transfer and distil need base, a pretrained model, and no new")
-        if has["attention"] == has["variant"]:
-            problems.append("give either attention (method and options) or variant (a folder to continue with)")
+        if not has["attention"] and not has["variant"]:
+            problems.append("give attention (method and options), or variant (a folder to continue with), or both")
     steps = values.get("max_steps")
     if isinstance(steps, int) and steps < len(kinds):
         problems.append(f"max_steps: {len(kinds)} stages need at least as many steps; got {steps}")

@@ -188,9 +188,25 @@ def load_models(
     if config.variant is None:
         return attention.convert(base, attention.config_from_dict(config.attention)), base, tokenizer
     variant, _ = attention.load(config.variant, base=base)
+    if config.attention is not None:
+        return with_options(variant, config.attention), base, tokenizer
     for parameter in [*variant.parameters(), *variant.buffers()]:
         parameter.data = parameter.data.clone()  # no longer the base's
     return variant, base, tokenizer
+
+
+def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
+    """A variant with its weights copied and other options of its method.
+
+    Raises:
+        ValueError: if the weights do not fit them.
+    """
+    model = attention.convert(variant, attention.config_from_dict(options))
+    try:
+        model.load_state_dict(variant.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"the variant's weights do not fit the options in attention: {error}") from None
+    return model
 
 
 def fuse_activations(model: nn.Module) -> None:

@@ -130,6 +130,24 @@ def test_a_variant_can_be_continued(finished: Path, workplace: Path, tmp_path: P
     assert first["kl"] == pytest.approx(before, rel=0.05)
 
 
+def test_a_variant_can_be_continued_with_other_options(finished: Path, workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"), variant=str(finished / "variant"))
+    options["stages"] = options["stages"][1:]
+    options["attention"] = {**options["attention"], "scale": 2.0}  # of a fresh start, so it changes nothing here
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 0
+    before = [row for row in rows(finished) if row["kind"] == "eval"][-1]["kl"]
+    first = next(row for row in rows(tmp_path / "run") if row["kind"] == "eval")
+    assert first["kl"] == pytest.approx(before, rel=0.05)
+    assert json.loads((tmp_path / "run" / "variant" / "config.json").read_text())["attention"]["scale"] == 2.0
+
+
+def test_options_that_a_variant_does_not_fit_are_refused(finished: Path, workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"), variant=str(finished / "variant"))
+    options["attention"] = {"method": "masks", "candidates": ["window(4)"]}
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 2
+    assert "weights do not fit the options in attention" in (tmp_path / "run" / "train.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
