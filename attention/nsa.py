@@ -73,8 +73,8 @@ class NSAConfig(MechanismConfig):
     compress_block: int = 32
     compress_stride: int = 32
     select_block: int = 32
-    num_selected: int = 7
-    window: int = 64
+    num_selected: int = 8
+    window: int = 32
     select_every: int = 16
     separate_kv: bool = False
     mlp_width: int = 32
