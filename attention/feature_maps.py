@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mechanism import LayerShape, seeded_generator
+from .mechanism import LayerShape, seeded_generator, writes_in_place
 
 if TYPE_CHECKING:
     from .performer import PerformerConfig, PerformerState
@@ -202,7 +202,7 @@ class FavorMap(RandomMap):
         """u − x, or [u − x, −u − x] for hyperbolic features."""
         if not self.config.hyperbolic:
             return u - x
-        if torch.is_grad_enabled():
+        if not writes_in_place():
             return torch.cat([u - x, -u - x], -1)
         both = u.new_empty(*u.shape[:-1], 2 * u.shape[-1])
         first, second = both.chunk(2, -1)
@@ -255,9 +255,13 @@ class FavorMap(RandomMap):
         return Scaled(*self._shares(q_log + reference[:, :, :-1]), k, entry, factors)
 
     def _settle(self, state: PerformerState, peaks: Tensor, usual: Tensor) -> None:
-        """Takes up peaks (B, H, 1, m), and whether they have reached the usual scale in all rows, for good."""
+        """Takes up peaks (B, H, 1, m), and whether they have reached the usual scale in all rows, for good.
+
+        Never on an accelerator, which would have to be waited for, nor in a compiled graph.
+        """
         state.peaks = torch.maximum(state.peaks, peaks)
-        state.settled = bool((state.peaks + MAX_SHIFT >= usual).all())
+        if peaks.device.type == "cpu" and not torch.compiler.is_compiling():
+            state.settled = bool((state.peaks + MAX_SHIFT >= usual).all())
 
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
         q_log, k_log = self(q, k)

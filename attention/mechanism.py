@@ -186,6 +186,11 @@ def seeded_generator(seed: int, layer_idx: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + layer_idx)
 
 
+def writes_in_place() -> bool:
+    """Whether results may be written into parts of tensors: not while gradients are kept or a graph is compiled."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     """Repeats grouped key or value heads (B, H_kv, T, D) to (B, H, T, D); the same tensor when H_kv = H."""
     groups = num_heads // x.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .feature_maps import FEATURE_MAPS, FeatureMap, RandomMap, Scaled, Steps
-from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads
+from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, writes_in_place
 from .reference import softmax_weights
 from .state import State
 
@@ -210,7 +210,7 @@ def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor) -> tuple[Tensor, Tens
 
 def _running_sums(added: tuple[Tensor, ...], sums: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """S before each chunk (B, H, N, D, m) and after the last, where S ← S · factor + added; all (B, H, D, m)."""
-    if torch.is_grad_enabled():
+    if not writes_in_place():
         before = []
         for chunk, new in enumerate(added):
             before.append(sums)
@@ -268,7 +268,7 @@ def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
     if isinstance(missing, int):
         if not missing:
             return near[None, None, None]
-        missing = torch.tensor([missing], device=q.device)
+        missing = torch.full((1,), missing, device=q.device)
     position = slots + block * torch.arange(number, device=q.device)[:, None]
     return near & (position >= missing[:, None, None])[:, None, :, None]
 
@@ -317,7 +317,7 @@ class PerformerAttention(Mechanism):
             state.advance(1, None)
             return output
         segment = CPU_SEGMENT if q.device.type == "cpu" else SEGMENT
-        whole = None if torch.is_grad_enabled() or q.shape[2] <= segment else v.new_empty(*q.shape[:3], v.shape[3])
+        whole = v.new_empty(*q.shape[:3], v.shape[3]) if writes_in_place() and q.shape[2] > segment else None
         outputs, start = [], 0
         for part in zip(*(t.split(segment, 2) for t in (q, k, v)), strict=True):
             size = part[0].shape[2]

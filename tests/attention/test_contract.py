@@ -215,6 +215,25 @@ def test_counts_are_positive_and_grow(method, data):
     assert 0 < mechanism.operations(8) < mechanism.operations(64)
 
 
+LONG = {  # several pieces of work; whatever a method's options switch to another path
+    "softmax": [{}],
+    "masks": [{}, {"candidates": ["last(0)", "last(1)"]}, {"candidates": ["dilated(9, 4)", "first(2)"]}],
+    "performer": [{"feature_map": "favor"}, {"feature_map": "learned"}, {"window": 20}, {"feature_map": "relu"}],
+    "nsa": [{}],
+}
+
+
+@pytest.mark.parametrize(("method", "options"), [(name, options) for name in LONG for options in LONG[name]])
+@torch.no_grad()
+def test_compiles_into_one_graph_once_it_has_run(method, options):
+    shape = LayerShape(num_heads=12, num_kv_heads=12, head_dim=8, hidden_size=96, max_length=2048)
+    mechanism = config_from_dict({"method": method, **options}).build(shape).eval()
+    inputs = *(torch.randn(1, 12, 1100, 8) for _ in range(3)), torch.randn(1, 1100, 96)
+    expected = mechanism(*inputs)
+    compiled = torch.compile(mechanism, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), expected, **TOLERANCE)
+
+
 @every_method
 @given(data=st.data())
 def test_unknown_branch_is_named(method, data):

@@ -295,14 +295,6 @@ def test_dropout_keeps_the_mean_and_stops_in_evaluation():
     torch.testing.assert_close(mechanism.eval()(q, k, ones, x), ones)
 
 
-def test_compiles_into_one_graph_once_it_has_run():
-    mechanism = build("window(4)", "first(2)")
-    tensors = inputs(20)
-    expected = mechanism(*tensors)
-    compiled = torch.compile(mechanism, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*tensors), expected)
-
-
 def test_training_after_use_in_inference_mode():
     mechanism = build("window(4)", "first(2)")
     tensors = inputs(20)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention import nsa
 from attention.mechanism import ConfigError, LayerShape, repeat_heads
 from attention.nsa import BRANCHES, NativeSparseAttention, NSAConfig
-from attention.nsa_kernel import choose_blocks, selection_scores
+from attention.nsa_kernel import choose_blocks, masked_attention, selection_scores
 from attention.reference import (
     nsa_selected_blocks,
     nsa_selection_scores,
@@ -104,6 +104,14 @@ def test_problems_are_named(options, named):
         NSAConfig(**{**SMALL, **options})
     for text in named:
         assert text in str(raised.value)
+
+
+@torch.no_grad()
+def test_masked_attention_is_what_pytorch_computes():
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.arange(5) <= torch.arange(9)[:, None]
+    expected = scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    torch.testing.assert_close(masked_attention(q, k, v, mask, 0.0), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_defaults_read_few_enough_keys_of_a_full_context():
