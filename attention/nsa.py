@@ -366,9 +366,8 @@ class NativeSparseAttention(Mechanism):
     def _compressed(self, q: Tensor, compressed: tuple[Tensor, Tensor], first: int | Tensor) -> Tensor:
         """The compressed branch (B, H, T, D) of queries from position `first` on."""
         config, outputs = self.config, []
-        for begin in range(0, q.shape[2], CHUNK):
-            part = q[:, :, begin : begin + CHUNK]
-            start, bounds = first + begin, (0, compressed[0].shape[2])
+        for number, part in enumerate(q.split(CHUNK, 2)):
+            start, bounds = first + number * CHUNK, (0, compressed[0].shape[2])
             if isinstance(start, int):
                 bounds = config.visible(start), config.visible(start + part.shape[2] - 1)
             visible = config.visible(_column(start, q.device) + torch.arange(part.shape[2], device=q.device))
