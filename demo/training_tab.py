@@ -33,7 +33,8 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
         inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         outputs = [about, history, texts, inside]
-        gr.on([tab.select, model.change], handlers.show, model, outputs, **quiet)
+        # By default a choice made while the tab is still being filled would be dropped.
+        gr.on([tab.select, model.change], handlers.show, model, outputs, trigger_mode="always_last", **quiet)
         session.names.change(handlers.offer, [session.names, model], model, **quiet)
     return tab
 
