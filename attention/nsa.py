@@ -408,7 +408,9 @@ class NativeSparseAttention(Mechanism):
         config = self.config
         before, own = (config.num_selected - 1) * config.select_block, position % config.select_block
         if position % config.select_every == 0 or state.selected_keys is None:
-            state.selected_keys, state.selected_values = self._read((state.keys, state.values), state.selected)
+            state.selected_keys, state.selected_values = gather_blocks(
+                (state.keys, state.values), state.selected, config.select_block
+            )
         else:
             state.selected_keys.narrow(2, before + own, 1).copy_(k)
             state.selected_values.narrow(2, before + own, 1).copy_(v)
@@ -436,13 +438,9 @@ class NativeSparseAttention(Mechanism):
         bounds = 0, compressed[0].shape[2]
         return (
             compressed_branch(queries[0], *compressed, config.visible(here), bounds, self._attend),
-            self._attend(queries[1], *self._read((keys, values), blocks), chosen),
+            self._attend(queries[1], *gather_blocks((keys, values), blocks, config.select_block), chosen),
             self._attend(queries[2], *(take(t, position - before, config.window) for t in (keys, values)), near),
         )
-
-    def _read(self, tensors: tuple[Tensor, Tensor], blocks: Tensor) -> list[Tensor]:
-        """(B, H_kv, n·l', D) each: blocks (B, H_kv, n) of two tensors (B, H_kv, S, D)."""
-        return gather_blocks(tensors, blocks, self.config.select_block)
 
     def _compress(
         self, keys: Tensor, values: Tensor, state: NSAState | None, start: int | Tensor, length: int

@@ -96,7 +96,7 @@ def build(config: RunConfig) -> Setup:
         DataError, attention.CheckpointError, OSError, ValueError: saying what cannot be used and what to do.
     """
     check_trackers(config.trackers)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, its gradients are wrong on Hopper (pytorch #196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, gradients can be NaN on Hopper (pytorch #196678)
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),  # must be said, or ranks do not find each other
         mixed_precision=_precision(config),
@@ -188,15 +188,11 @@ def load_models(
     if config.variant is None:
         return attention.convert(base, attention.config_from_dict(config.attention)), base, tokenizer
     variant, _ = attention.load(config.variant, base=base)
-    if config.attention is not None:
-        return with_options(variant, config.attention), base, tokenizer
-    for parameter in [*variant.parameters(), *variant.buffers()]:
-        parameter.data = parameter.data.clone()  # no longer the base's
-    return variant, base, tokenizer
+    return with_options(variant, config.attention or variant.config.attention), base, tokenizer
 
 
 def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
-    """A variant with its weights copied and other options of its method.
+    """A copy of a variant, whose weights are no longer the base's, with the options given.
 
     Raises:
         ValueError: if the weights do not fit them.

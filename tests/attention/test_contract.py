@@ -215,23 +215,25 @@ def test_counts_are_positive_and_grow(method, data):
     assert 0 < mechanism.operations(8) < mechanism.operations(64)
 
 
-LONG = {  # several pieces of work; whatever a method's options switch to another path
+COMPILED = {  # whatever options switch to another path
     "softmax": [{}],
-    "masks": [{}, {"candidates": ["last(0)", "last(1)"]}, {"candidates": ["dilated(9, 4)", "first(2)"]}],
+    "masks": [{}, {"candidates": ["window(4)", "first(2)"]}, {"candidates": ["dilated(9, 4)", "first(2)"]}],
     "performer": [{"feature_map": "favor"}, {"feature_map": "learned"}, {"window": 20}, {"feature_map": "relu"}],
     "nsa": [{}],
 }
 
 
-@pytest.mark.parametrize(("method", "options"), [(name, options) for name in LONG for options in LONG[name]])
+@pytest.mark.parametrize("length", [20, 1100])
+@pytest.mark.parametrize(("method", "options"), [(name, options) for name in COMPILED for options in COMPILED[name]])
 @torch.no_grad()
-def test_compiles_into_one_graph_once_it_has_run(method, options):
+def test_compiles_into_one_graph_once_it_has_run(method, options, length):
+    torch.compiler.reset()  # or other lengths before this one would make the graph one for any length, slow to trace
     shape = LayerShape(num_heads=12, num_kv_heads=12, head_dim=8, hidden_size=96, max_length=2048)
     mechanism = config_from_dict({"method": method, **options}).build(shape).eval()
-    inputs = *(torch.randn(1, 12, 1100, 8) for _ in range(3)), torch.randn(1, 1100, 96)
+    inputs = *(torch.randn(1, 12, length, 8) for _ in range(3)), torch.randn(1, length, 96)
     expected = mechanism(*inputs)
     compiled = torch.compile(mechanism, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), expected, **TOLERANCE)
+    torch.testing.assert_close(compiled(*inputs), expected)
 
 
 @every_method
