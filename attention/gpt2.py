@@ -59,7 +59,7 @@ class GPT2VariantAttention(GPT2Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         lengths: Tensor | None = None,
         **kwargs: Any,
@@ -76,7 +76,7 @@ class GPT2VariantAttention(GPT2Attention):
             q = q * self.query_scale
         if self.reorder_and_upcast_attn:
             q, k, v = q.float(), k.float(), v.float()
-        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        state = None if cache is None else cache.layers[self.layer_idx]
         mixed = self.mechanism(q, k, v, hidden_states, state, lengths).to(dtype)
         mixed = mixed.transpose(1, 2).reshape(batch, length, self.embed_dim).contiguous()  # Conv1D views its input
         return self.resid_dropout(self.c_proj(mixed)), None
@@ -104,7 +104,7 @@ class GPT2VariantModel(GPT2Model):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -126,17 +126,17 @@ class GPT2VariantModel(GPT2Model):
         batch, length = tokens.shape[:2]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
+        if use_cache and cache is None:
+            cache = self.new_cache()
         rows = Rows.from_mask(attention_mask, length)
-        position_ids = self._position_ids(position_ids, past_key_values, rows, batch, length, tokens.device)
+        position_ids = self._position_ids(position_ids, cache, rows, batch, length, tokens.device)
         if rows is not None:
             input_ids, inputs_embeds, token_type_ids = (
                 None if part is None else rows.align(part) for part in (input_ids, inputs_embeds, token_type_ids)
             )
         output = super().forward(
             input_ids=input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=position_ids.new_empty(0, 0, 0, 0),  # of four dimensions, so that GPT-2 builds none
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -284,5 +284,7 @@ class GPT2VariantLMHeadModel(GPT2LMHeadModel):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.transformer.new_cache()
+        if generation_config.use_cache and model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = self.transformer.new_cache()
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -117,7 +117,7 @@ class Decoder:
         input_ids = torch.tensor([token_ids], device=model.device)
         with self.loaded.lock:
             start = time.perf_counter()
-            logits = model(input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = model(input_ids, cache=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             logits = logits.float().cpu()  # waits for a device, so that the time is right
             self._forward_seconds.append(time.perf_counter() - start)
         return logits
@@ -147,7 +147,7 @@ class Decoder:
         model = self.loaded.model
         input_ids = torch.tensor([self.column.token_ids[: self.column.prompt_length]], device=model.device)
         with self.loaded.lock, PeakMemory() as memory:
-            model(input_ids, past_key_values=new_cache(self.loaded), use_cache=True, logits_to_keep=1)
+            model(input_ids, cache=new_cache(self.loaded), use_cache=True, logits_to_keep=1)
         return memory.bytes
 
 

@@ -152,7 +152,7 @@ class ModelSubject(Subject):
         self._run(self.input_ids[:, :1])
 
     def _run(self, input_ids: Tensor) -> None:
-        self.loaded.model(input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.loaded.model(input_ids, cache=self.cache, use_cache=True, logits_to_keep=1)
 
     def state_bytes(self) -> int:
         return cache_bytes(self.cache)
