@@ -229,7 +229,8 @@ def _measurement(row: dict[str, Any]) -> str:
     if written := row.get("samples"):
         paragraphs += [
             f"{written['samples']} texts of {written['length']} tokens at temperature 1, each after "
-            f"{written['prompt_length']} tokens of that text, beside the base's own:",
+            f"{written['prompt_length']} tokens of that text, beside the base's own, and the difference with its "
+            "standard error:",
             _table(["", "variant", "base", "difference"], _writing_cells(written)),
         ]
     if parts := row.get("ablations"):
@@ -244,13 +245,21 @@ def _measurement(row: dict[str, Any]) -> str:
     return "\n\n".join(paragraphs)
 
 
+def as_difference(figures: dict[str, float | None]) -> str:
+    """What `Writing.beside` gives for a figure, as text like "+1.2% ± 0.8%"; empty where there is no difference."""
+    if figures["difference"] is None:
+        return ""
+    error = "" if figures["error"] is None else f" ± {figures['error']:.1%}"
+    return f"{figures['difference']:+.1%}{error}"
+
+
 def _writing_cells(written: dict[str, Any]) -> list[list[str]]:
     return [
         [
             name.replace("_", " "),
             f"{figures['variant']:.4g}",
             f"{figures['base']:.4g}",
-            "" if figures["difference"] is None else f"{figures['difference']:+.1%}",
+            as_difference(figures),
         ]
         for name, figures in written.items()
         if isinstance(figures, dict)

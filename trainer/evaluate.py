@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
-from trainer.card import with_measurement
+from trainer.card import as_difference, with_measurement
 from trainer.data import DataError, read_files
 from trainer.fidelity import Fidelity, Reader, measure_each
-from trainer.samples import draw_prompts, measure_writing
+from trainer.samples import Writing, draw_prompts, measure_writing
 
 Row = dict[str, Any]
 NOTHING, HARM = "does nothing", "better without"
@@ -158,27 +158,17 @@ def _ablation(figures: Fidelity, whole_kl: float, tolerance: float) -> Row:
 
 
 def _writing(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
-    """For each subject, figures of its texts beside those of the base's, and the relative difference."""
+    """For each subject, figures of its texts beside those of the base's; see `Writing.beside`."""
     prompts = draw_prompts(tokens, options.samples, options.prompt_length, options.seed)
-    known: dict[PreTrainedModel, Row] = {}
+    known: dict[PreTrainedModel, Writing] = {}
     for place, model in enumerate([family.base, *(subject.model for subject in family.subjects)]):
         if model not in known:
             name = family.subjects[place - 1].spec if place else "base"
-            known[model] = asdict(
-                measure_writing(
-                    model, family.base, prompts, options.length, options.seed, description=f"{name} writing"
-                )
+            known[model] = measure_writing(
+                model, family.base, prompts, options.length, options.seed, description=f"{name} writing"
             )
     setting = {name: getattr(options, name) for name in ("samples", "prompt_length", "length", "seed")}
-    return [{**setting, **beside(known[subject.model], known[family.base])} for subject in family.subjects]
-
-
-def beside(figures: dict[str, float], base: dict[str, float]) -> dict[str, dict[str, float | None]]:
-    """Each figure with the base's own and the relative difference, None where the base's own is 0."""
-    return {
-        name: {"variant": value, "base": base[name], "difference": value / base[name] - 1 if base[name] else None}
-        for name, value in figures.items()
-    }
+    return [{**setting, **known[subject.model].beside(known[family.base])} for subject in family.subjects]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,12 +211,12 @@ def tables(rows: list[Row]) -> str:
 
 
 def _writing_line(row: Row) -> Row:
-    """Figures as `variant / base (difference)`."""
+    """Figures as `variant / base (difference ± standard error)`."""
     line: Row = {"variant": row["variant"]}
     for name, value in row["samples"].items():
         if isinstance(value, dict):
-            difference = "" if value["difference"] is None else f" ({value['difference']:+.1%})"
-            line[name] = f"{value['variant']:.4f} / {value['base']:.4f}{difference}"
+            difference = as_difference(value)
+            line[name] = f"{value['variant']:.4f} / {value['base']:.4f}" + (difference and f" ({difference})")
     return line
 
 

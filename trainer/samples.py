@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ def draw_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> Tens
 
 @dataclass(frozen=True)
 class Writing:
-    """Figures of texts that a model wrote.
+    """Figures of N texts that a model wrote.
 
     Attributes:
         sample_perplexity: of the texts under the base.
@@ -111,6 +111,7 @@ class Writing:
             together (Li et al. 2016, arXiv 1510.03055).
         repetition: share of a text's sequences of 4 tokens that it had before, mean over texts (seq-rep-4 of Welleck
             et al. 2019, arXiv 1908.04319).
+        without: of each figure, the N values that it has without one of the texts.
     """
 
     sample_perplexity: float
@@ -118,6 +119,23 @@ class Writing:
     distinct_2: float
     distinct_3: float
     repetition: float
+    without: dict[str, np.ndarray] = field(compare=False, repr=False)
+
+    def beside(self, base: Writing) -> dict[str, dict[str, float | None]]:
+        """Each figure with the base's own, the relative difference, and its standard error.
+
+        The error is the jackknife's over texts (Efron & Stein 1981), a text of the variant going together
+        with the base's of the same prompt. None where the base's own figure is 0, the error also for a single text.
+        """
+        return {name: self._beside(base, name) for name in self.without}
+
+    def _beside(self, base: Writing, name: str) -> dict[str, float | None]:
+        variant, own = getattr(self, name), getattr(base, name)
+        difference = variant / own - 1 if own else None
+        error, count = None, len(base.without[name])
+        if count > 1 and base.without[name].all():
+            error = float((self.without[name] / base.without[name]).std() * (count - 1) ** 0.5)
+        return {"variant": variant, "base": own, "difference": difference, "error": error}
 
 
 @torch.no_grad()
@@ -146,27 +164,54 @@ def measure_writing(
     room = model.config.max_position_embeddings - prompts.shape[1]
     if not 4 <= length <= room:
         raise ValueError(f"after prompts of {prompts.shape[1]} tokens, texts must have 4 to {room}, not {length}")
-    loss, written = 0.0, []
+    losses, written = [], []
     batches = tqdm(prompts.split(BATCH), unit="batch", desc=description, disable=description is None, leave=False)
     with seeded(seed, model.device):
         for batch in batches:
             texts = continue_texts(model, batch, length)
-            loss += _loss(base, texts, length)
+            losses += _losses(base, texts, length)
             written.append(texts[:, -length:])
-    texts = torch.cat(written)
+    return describe_texts(np.array(losses), torch.cat(written).numpy(force=True))
+
+
+def describe_texts(losses: np.ndarray, texts: np.ndarray) -> Writing:
+    """Figures of texts (N, T) whose tokens have mean losses (N,) under the base, in nats."""
+    repeated = np.array([1 - len(np.unique(_sequences(text[None], 4)[0], axis=0)) / (len(text) - 3) for text in texts])
+    figures = {
+        "sample_perplexity": tuple(map(np.exp, _mean(losses))),
+        **{f"distinct_{size}": _distinct(_sequences(texts, size)) for size in (1, 2, 3)},
+        "repetition": _mean(repeated),
+    }
     return Writing(
-        float(np.exp(loss / texts.numel())),
-        *(_distinct(texts.unfold(1, size, 1).flatten(0, 1)) for size in (1, 2, 3)),
-        repetition=1 - sum(_distinct(text.unfold(0, 4, 1)) for text in texts) / len(texts),
+        **{name: float(value) for name, (value, _) in figures.items()},
+        without={name: values for name, (_, values) in figures.items()},
     )
 
 
-def _loss(base: PreTrainedModel, texts: Tensor, length: int) -> float:
-    """Nats of the last `length` tokens of each text."""
-    hidden = last_hidden(base, texts)[:, -length - 1 : -1].flatten(0, 1)
-    return vocabulary_loss(hidden, output_matrix(base), {"ce": 1.0}, labels=texts[:, -length:].flatten())[0].item()
+def _sequences(texts: np.ndarray, size: int) -> np.ndarray:
+    """All sequences (N, T − size + 1, size) of so many tokens of texts (N, T)."""
+    return np.lib.stride_tricks.sliding_window_view(texts, size, axis=1)
 
 
-def _distinct(sequences: Tensor) -> float:
-    """Share of distinct rows among rows (N, n)."""
-    return len(sequences.unique(dim=0)) / len(sequences)
+def _mean(values: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean of (N,) values, and the means without each one."""
+    return values.mean(), (values.sum() - values) / max(1, len(values) - 1)
+
+
+def _distinct(sequences: np.ndarray) -> tuple[float, np.ndarray]:
+    """Share of distinct ones among sequences (N, M, n) of N texts, and the shares without each text."""
+    count, each = sequences.shape[:2]
+    distinct, which = np.unique(sequences.reshape(count * each, -1), axis=0, return_inverse=True)
+    holders = np.unique(np.stack([which.reshape(-1), np.arange(count).repeat(each)]), axis=1)
+    held_by = np.bincount(holders[0])
+    alone = np.bincount(holders[1], weights=held_by[holders[0]] == 1, minlength=count)  # that no other text has
+    return len(distinct) / (count * each), (len(distinct) - alone) / (max(1, count - 1) * each)
+
+
+def _losses(base: PreTrainedModel, texts: Tensor, length: int) -> list[float]:
+    """Mean nats of the last `length` tokens of each of texts (N, T)."""
+    weight, hidden = output_matrix(base), last_hidden(base, texts)[:, -length - 1 : -1]
+    return [
+        vocabulary_loss(inputs, weight, {"ce": 1.0}, labels=labels)[0].item() / length
+        for inputs, labels in zip(hidden, texts[:, -length:], strict=True)
+    ]

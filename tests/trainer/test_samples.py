@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import attention
-from trainer.samples import continue_texts, draw_prompts, measure_writing, sample_texts, seeded
+from trainer.samples import continue_texts, describe_texts, draw_prompts, measure_writing, sample_texts, seeded
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,37 @@ def test_the_perplexity_of_samples_is_that_of_their_distribution(base):
         probabilities = base(torch.zeros(1, 1, dtype=torch.long)).logits.softmax(-1)
     entropy = -(probabilities * probabilities.log()).sum().item()
     assert math.log(writing.sample_perplexity) == pytest.approx(entropy, rel=0.35)
+
+
+@given(st.integers(2, 6), st.integers(4, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_figures_without_each_text(count, length, vocabulary, seed):
+    rng = np.random.default_rng(seed)
+    losses, texts = rng.random(count), rng.integers(0, vocabulary, (count, length))
+    writing = describe_texts(losses, texts)
+    for one in range(count):
+        rest = describe_texts(np.delete(losses, one), np.delete(texts, one, 0))
+        for name, values in writing.without.items():
+            assert values[one] == pytest.approx(getattr(rest, name))
+
+
+def test_the_error_of_a_difference_is_that_of_means_of_pairs():
+    rng = np.random.default_rng(0)
+    losses, texts = rng.normal(3.0, 0.2, (2, 400)), np.tile(np.arange(4), (400, 1))
+    other, own = (describe_texts(each, texts) for each in losses)
+    found = other.beside(own)["sample_perplexity"]
+    ratio = math.exp(losses[0].mean() - losses[1].mean())
+    assert found["difference"] == pytest.approx(ratio - 1)
+    assert found["error"] == pytest.approx(ratio * np.std(losses[0] - losses[1]) / 20, rel=0.02)
+    assert other.beside(own)["repetition"] == {"variant": 0.0, "base": 0.0, "difference": None, "error": None}
+    assert other.beside(own)["distinct_1"]["difference"] == 0
+
+
+def test_a_single_text_has_no_error():
+    text = describe_texts(np.array([2.0]), np.array([[1, 1, 1, 1, 1]]))
+    assert text.beside(text)["sample_perplexity"] == {
+        **{"variant": math.exp(2), "base": math.exp(2)},
+        **{"difference": 0.0, "error": None},
+    }
 
 
 def test_the_same_seed_writes_the_same(base):
