@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CPU_ROWS, ROWS = 3072, 1 << 17  # queries of all heads worked on at a time: on a CPU what is temporary fits its cache
+CPU_NUMBERS, NUMBERS = 3 << 19, 1 << 27  # numbers that are temporary at a time: on a CPU they must fit its cache
 
 
 def block_attention(
@@ -18,8 +18,8 @@ def block_attention(
 ) -> Tensor:
     """softmax(q kᵀ / √D + bias) v over the keys that `index` lists for each block of queries.
 
-    It goes a few thousand rows at a time, so that what is temporary stays in the CPU's cache, and computes the
-    weights again for the gradients: no tensor of size T·K is kept, unless weights are dropped.
+    It goes some blocks at a time, so that what is temporary stays in the CPU's cache, and computes the weights again
+    for the gradients: no tensor of size T·K is kept, unless weights are dropped.
 
     Args:
         q: queries (B, H, T, D), cut into blocks of b.
@@ -101,9 +101,10 @@ class _BlockAttention(torch.autograd.Function):
     """For q (G, N, b, D), tables of k and v (G·S / run, run·D), bias, and runs (G, N, R) as rows of the tables."""
 
     @staticmethod
-    def pieces(q: Tensor) -> Iterator[Piece]:
-        rows = CPU_ROWS if q.device.type == "cpu" else ROWS
-        return Piece.cut(q.shape[0], q.shape[1], rows // q.shape[2])
+    def pieces(q: Tensor, bias: Tensor) -> Iterator[Piece]:
+        (heads, blocks, size, width), keys = q.shape, bias.shape[-1]
+        numbers = CPU_NUMBERS if q.device.type == "cpu" else NUMBERS
+        return Piece.cut(heads, blocks, numbers // (keys * (size + 2 * width)))
 
     @staticmethod
     def weights(space: Workspace, queries: Tensor, keys: Tensor, bias: Tensor, piece: Piece) -> Tensor:
@@ -120,7 +121,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, runs: Tensor, dropout: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, space, kept = torch.empty_like(q), Workspace(q), []
-        for piece in _BlockAttention.pieces(q):
+        for piece in _BlockAttention.pieces(q, bias):
             listed, width = piece.of(runs), q.shape[-1]
             keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
             weights = _BlockAttention.weights(space, piece.of(q), keys, bias, piece)
@@ -142,7 +143,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.zeros_like(t, dtype=precise) for t in (k, v))
         grad_bias = torch.zeros_like(bias, dtype=precise) if ctx.needs_input_grad[3] else None
         means = (grad * out).sum(-1, keepdim=True, dtype=precise)  # Σ_j weight · its gradient, of every query
-        for number, piece in enumerate(_BlockAttention.pieces(q)):
+        for number, piece in enumerate(_BlockAttention.pieces(q, bias)):
             listed, queries, grads = piece.of(runs), piece.of(q), piece.of(grad)
             keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
             weights = used = _BlockAttention.weights(space, queries, keys, bias, piece)

@@ -9,6 +9,7 @@ Every row's ratio is against `scaled_dot_product_attention(is_causal=True)` time
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -67,7 +68,8 @@ def _mechanism(name: str, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tenso
     if name == PEER_PERFORMER:
         from performer_pytorch import FastAttention
 
-        return FastAttention(WIDTH, nb_features=64, causal=True).to(x.device, x.dtype)
+        with contextlib.redirect_stdout(sys.stderr):  # it has something to say, which is no JSON
+            return FastAttention(WIDTH, nb_features=64, causal=True).to(x.device, x.dtype)
     mechanism = config_from_dict(MECHANISMS[name]).build(SHAPE).to(x.device, x.dtype).eval()
     return lambda q, k, v: mechanism(q, k, v, x)
 

@@ -166,9 +166,11 @@ def test_equals_the_reference_in_outputs_and_gradients(data):
         torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("numbers", [1 << 16, 1 << 18], ids=["parts of a head", "heads"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_equals_the_reference_over_many_pieces(per_head):
+def test_equals_the_reference_over_many_pieces(per_head, numbers, monkeypatch):
     """Long enough that the kernel takes several pieces, the last of them one short block."""
+    monkeypatch.setattr("attention.block_attention.CPU_NUMBERS", numbers)
     shape = layer(heads=8, width=8)
     mechanism = build(
         *("window(64)", "last(0)", "last(7)", "first(4)", "dilated(5, 20)"),

@@ -191,7 +191,8 @@ def test_fast_choice_is_the_definition(kv_heads, groups, length, overlap, more, 
 def test_equals_the_reference_in_outputs_and_gradients(config, shape, batch, length, chunk, seed):
     mechanism = perturb(config.build(shape).eval(), seed)
     tensors = [t.requires_grad_() for t in inputs(length, shape, batch, seed)]
-    with patch.object(nsa, "CHUNK", chunk), patch.object(nsa, "SEGMENT", chunk):
+    pieces = patch("attention.block_attention.CPU_NUMBERS", 256 * chunk)
+    with patch.object(nsa, "CHUNK", chunk), patch.object(nsa, "SEGMENT", chunk), pieces:
         actual = mechanism(*tensors)
         with torch.no_grad():
             torch.testing.assert_close(mechanism(*tensors), actual.detach(), **TOLERANCE)
