@@ -6,8 +6,9 @@ predicted exactly once, from the tokens before it in its block; the last block m
 these predictions. Variants of one base are measured together, so that the base reads the text once.
 
 With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
-temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). With `--ablate`,
-each part of the mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
+temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). A difference comes
+with its standard error: with 64 texts of 200 tokens, that of their perplexity is about 4 %. With `--ablate`, each
+part of the mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
 `--tolerance` does nothing. With `--card`, the figures go into the cards of the variants, one section a context.
 """
 
