@@ -7,8 +7,8 @@ these predictions. Variants of one base are measured together, so that the base 
 
 With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
 temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). A difference comes
-with its standard error: with 64 texts of 200 tokens, that of their perplexity is about 4 %. With `--ablate`, each
-part of the mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
+with its standard error over the passages, which tells whether N is large enough. With `--ablate`, each part of the
+mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
 `--tolerance` does nothing. With `--card`, the figures go into the cards of the variants, one section a context.
 """
 

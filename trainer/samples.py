@@ -124,8 +124,8 @@ class Writing:
     def beside(self, base: Writing) -> dict[str, dict[str, float | None]]:
         """Each figure with the base's own, the relative difference, and its standard error.
 
-        The error is the jackknife's over texts (Efron & Stein 1981), a text of the variant going together
-        with the base's of the same prompt. None where the base's own figure is 0, the error also for a single text.
+        The error is the jackknife's over texts (Efron & Stein 1981), a text of the variant going together with the
+        base's of the same prompt. None where the base's own figure is 0, the error also for a single text.
         """
         return {name: self._beside(base, name) for name in self.without}
 
@@ -176,7 +176,7 @@ def measure_writing(
 
 def describe_texts(losses: np.ndarray, texts: np.ndarray) -> Writing:
     """Figures of texts (N, T) whose tokens have mean losses (N,) under the base, in nats."""
-    repeated = np.array([1 - len(np.unique(_sequences(text[None], 4)[0], axis=0)) / (len(text) - 3) for text in texts])
+    repeated = np.array([1 - _distinct(_sequences(text[None], 4))[0] for text in texts])
     figures = {
         "sample_perplexity": tuple(map(np.exp, _mean(losses))),
         **{f"distinct_{size}": _distinct(_sequences(texts, size)) for size in (1, 2, 3)},

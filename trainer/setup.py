@@ -188,7 +188,8 @@ def load_models(
     if config.variant is None:
         return attention.convert(base, attention.config_from_dict(config.attention)), base, tokenizer
     variant, _ = attention.load(config.variant, base=base)
-    return with_options(variant, config.attention or variant.config.attention), base, tokenizer
+    options = variant.config.attention if config.attention is None else config.attention
+    return with_options(variant, options), base, tokenizer
 
 
 def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
