@@ -134,4 +134,6 @@ def attention_maps(model: PreTrainedModel, input_ids: Tensor) -> list[Tensor]:
         input_ids: (B, T) without padding; memory grows with T².
     """
     with torch.no_grad():
-        return [mechanism.attention_map(q, k, x) for mechanism, q, k, x in mechanism_inputs(model, input_ids)]
+        return [
+            mechanism.attention_map(q, k, x, input_ids) for mechanism, q, k, x in mechanism_inputs(model, input_ids)
+        ]

@@ -62,9 +62,10 @@ class GPT2VariantAttention(GPT2Attention):
         cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Mixes (B, T, E); `lengths` (B,) are the real tokens of each row, padding comes after them.
+        """Mixes (B, T, E); `lengths` (B,) are the real tokens of each row, padding comes after them; `tokens` are ids.
 
         `attention_mask` is GPT-2's, for softmax; causality is the mechanism's own, so it is not read.
         """
@@ -77,7 +78,7 @@ class GPT2VariantAttention(GPT2Attention):
         if self.reorder_and_upcast_attn:
             q, k, v = q.float(), k.float(), v.float()
         state = None if cache is None else cache.layers[self.layer_idx]
-        mixed = self.mechanism(q, k, v, hidden_states, state, lengths).to(dtype)
+        mixed = self.mechanism(q, k, v, hidden_states, state, lengths, tokens).to(dtype)
         mixed = mixed.transpose(1, 2).reshape(batch, length, self.embed_dim).contiguous()  # Conv1D views its input
         return self.resid_dropout(self.c_proj(mixed)), None
 
@@ -143,6 +144,7 @@ class GPT2VariantModel(GPT2Model):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             lengths=None if rows is None else rows.lengths,
+            tokens=input_ids,
             **{**kwargs, "return_dict": True},
         )
         if rows is not None:

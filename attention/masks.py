@@ -4,6 +4,13 @@ With scores s and candidate masks C_c ∈ {0, 1}, a layer computes p ∝ exp(s) 
 softmax(s + log M): the denominators cancel, so only the support of M is ever computed. Every candidate depends on
 the distance i − j alone or on the key j alone, hence M_ij = f(i − j) + g(j): a few distances and a few first keys
 ("sinks"). A key that is both is listed twice, once with weight f and once with weight g, which adds the two.
+
+Two kinds of candidate look at the text as well, and are listed likewise (see `masks_content`):
+
+* top(n): the n keys so far with the highest scores, a learned linear map of the layer's input, one for each head. Heads
+  that look for what matters to every query, such as names, need few keys (the heavy hitters of arXiv 2306.14048).
+* induction(n): the keys after the n latest earlier occurrences of the query's own token, where induction heads look
+  (arXiv 2209.11895).
 """
 
 from __future__ import annotations
@@ -15,12 +22,14 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from .block_attention import block_attention
-from .masks_plan import SYNTAX, Candidate, Layout, Plan
+from .masks_content import Best, Columns, ContentState, best_columns, followers_of_one, induction_columns
+from .masks_plan import CONTENT, SYNTAX, Candidate, Layout, Plan
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
-from .reference import effective_mask, masked_softmax_weights
+from .reference import causal_mask, effective_mask, masked_softmax_weights, softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
 
@@ -30,7 +39,8 @@ class MasksConfig(MechanismConfig):
     """Options of the masks method.
 
     Attributes:
-        candidates: the masks that are combined, each written last(i), window(w), first(k), dilated(w, s) or causal.
+        candidates: the masks that are combined, each written last(i), window(w), first(k), dilated(w, s), causal,
+            top(n) or induction(n).
         first_layers: the masks of the first layers, where these need others: `first_layers[i]` are those of layer i.
         per_head: one set of weights for each head, else one for the layer.
         init: start of α: zero (every weight σ(α) is ½) or random.
@@ -88,6 +98,8 @@ def _list_problems(where: str, texts: tuple[str, ...]) -> list[str]:
             problems.append(f"{where}: {error}")
     if not texts:
         problems.append(f"{where} is empty; name at least one: {SYNTAX}")
+    if "causal" in names and any(name.startswith(CONTENT) for name in names):
+        problems.append(f"{where} lists causal beside masks that choose keys; causal reads every key, so leave one out")
     twice = sorted({name for name in names if names.count(name) > 1})
     return problems + [f"{where} lists {name!r} twice" for name in twice]
 
@@ -157,7 +169,7 @@ class MasksAttention(Mechanism):
 
     A query whose support is empty reads its own value. Dropout applies to the attention weights. With `causal` among
     the active candidates the support is everything: that path is quadratic, and is softmax itself where `causal` is
-    alone.
+    alone. The scores of `top` learn in `selection_loss` alone: the choice of keys has no gradient.
 
     Attributes:
         alpha: (C,) or (H, C), the logits of the weights, of the masks of all layers.
@@ -177,6 +189,8 @@ class MasksAttention(Mechanism):
         own = config.of_layer(layer.layer_idx)
         active = torch.tensor([candidate in own for candidate in self.candidates])
         self.register_buffer("active", active.expand(shape).clone())
+        if any(candidate.kind == "top" for candidate in own):
+            self.to_scores = nn.Parameter(torch.zeros(layer.num_heads, layer.hidden_size))
         self.softmax = SoftmaxAttention(SoftmaxConfig(), layer)
         self._planned: tuple[Tensor, frozenset[str], Plan] | None = None
 
@@ -237,9 +251,16 @@ class MasksAttention(Mechanism):
         x: Tensor,
         state: State | None = None,
         lengths: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         plan = self.plan()
         self._check(state, plan)
+        if plan.by_content:
+            if plan.induction and tokens is None:
+                raise ValueError("induction(n) looks for tokens: call the model with input_ids, not with inputs_embeds")
+            if q.shape[2] == 1 and lengths is None and state is not None and state.seen:
+                return self._content_step(plan, q, k, v, x, state, tokens)
+            return self._by_content(plan, q, k, v, x, state, lengths, tokens)
         if plan.softmax:
             return self.softmax(q, k, v, x, state, lengths)
         if plan.dense:
@@ -258,10 +279,8 @@ class MasksAttention(Mechanism):
     def _check(state: State | None, plan: Plan) -> None:
         if state is None:
             return
-        same = plan.dense
-        if isinstance(state, MasksState):
-            same = state.plan is plan or state.plan == plan
-        if not same:
+        made_for = getattr(state, "plan", None)
+        if not (plan.dense if made_for is None else made_for is plan or made_for == plan):
             raise ValueError("the active candidates changed since this state was made; start with a new one")
 
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -312,6 +331,136 @@ class MasksAttention(Mechanism):
         grouped = k.shape[1] != q.shape[1]
         return scaled_dot_product_attention(q, k, v, bias, dropout_p=self._dropout, enable_gqa=grouped)
 
+    def _by_content(
+        self,
+        plan: Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        state: ContentState | None,
+        lengths: Tensor | None,
+        tokens: Tensor | None,
+    ) -> Tensor:
+        """Queries (B, H, T, D) whose keys depend on the text."""
+        length = q.shape[2]
+        start = torch.zeros(1, dtype=torch.long, device=q.device)
+        if state is not None:
+            start = state.positions(len(q), q.device)
+        layout = plan.layout(plan.block_for(length), q.device)
+        chosen = self._chosen(plan, layout.block, x, start, state, lengths, tokens)
+        if state is not None:
+            state.append(k, v, lengths)
+            k, v = state.read_all()
+        blocks = layout.blocks(length)
+        index = self._index(layout, start, blocks, chosen, q.shape[:2]).clamp_(max=k.shape[2] - 1)
+        bias = self._content_bias(layout, start, blocks, chosen, q.shape[:2])
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        return block_attention(q, k, v, bias.flatten(0, 1), index.flatten(0, 1), dropout=self._dropout)
+
+    def _chosen(
+        self,
+        plan: Plan,
+        block: int,
+        x: Tensor,
+        start: Tensor,
+        state: ContentState | None,
+        lengths: Tensor | None,
+        tokens: Tensor | None,
+    ) -> dict[str, Columns]:
+        """The keys that each kind of mask finds in the text; the state learns what it needs to find more."""
+        chosen = {}
+        if plan.top:
+            scores = self._scores(x.detach())
+            before = Best.none(scores, plan.top) if state is None or state.best is None else state.best_keys()
+            chosen["top"] = best_columns(before, scores, start, block)
+            if state is not None:
+                state.rank(before, scores, lengths)
+        if plan.induction:
+            tokens = tokens if state is None else state.append_tokens(tokens)
+            chosen["induction"] = induction_columns(tokens, start, x.shape[1], plan.induction, block)
+        return chosen
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """(B, H, T) the scores of the keys for `top`, in float32 so that a half-precision cache changes no choice."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._scores(x)
+        return F.linear(x.float(), self.to_scores.float()).transpose(1, 2)
+
+    @staticmethod
+    def _index(
+        layout: Layout, start: Tensor, blocks: int, chosen: dict[str, Columns], batch_and_heads: torch.Size
+    ) -> Tensor:
+        """(B, H, blocks, K) the positions of the keys that the blocks read."""
+        first = (start[:, None] + layout.starts(blocks))[..., None]
+        band = (first + layout.relative).clamp(min=0)
+        sinks = torch.arange(layout.sinks, device=start.device).expand(*band.shape[:2], -1)
+        parts = [torch.cat([sinks, band], -1)[:, None], *(columns.positions for columns in chosen.values())]
+        return torch.cat([part.expand(*batch_and_heads, -1, -1) for part in parts], -1)
+
+    def _content_bias(
+        self, layout: Layout, start: Tensor, blocks: int, chosen: dict[str, Columns], batch_and_heads: torch.Size
+    ) -> Tensor:
+        """(B, H, blocks, b, K) log M over the same keys, −∞ where it is 0."""
+        weights = self._weights()
+        parts = [layout.log_mask(weights) + layout.hidden(start, blocks, or_own=False)]
+        parts += [self._log_by_rank(kind, columns.rank, weights * layout.active) for kind, columns in chosen.items()]
+        return self._joined(layout, parts, batch_and_heads)
+
+    def _joined(self, layout: Layout, parts: list[Tensor], batch_and_heads: torch.Size) -> Tensor:
+        """The log M of all columns (B, H, ..., K) from parts; a query that reads none of them reads its own key."""
+        bias = torch.cat([part.expand(*batch_and_heads, *part.shape[2:]) for part in parts], -1)
+        if self.plan().reads_at_once:
+            return bias
+        own = F.pad(layout.own, (0, bias.shape[-1] - layout.own.shape[-1]))
+        return bias.masked_fill(own & (bias == -inf).all(-1, keepdim=True), 0.0)
+
+    def _log_by_rank(self, kind: str, rank: Tensor, weights: Tensor) -> Tensor:
+        """log M for keys of these ranks (B, 1 or H, ...) under the masks of one kind, weights (1 or H, C)."""
+        numbers = [candidate.rank_below(kind) for candidate in self.candidates]
+        bias = torch.full((), -inf, device=rank.device)
+        for number in sorted({*numbers} - {0}, reverse=True):
+            total = weights[:, [index for index, each in enumerate(numbers) if each >= number]].sum(1)
+            log = torch.where(total > 0, total, 1.0).log().masked_fill(total == 0, -inf)
+            bias = torch.where(rank < number, log.view(-1, 1, 1, 1), bias)
+        return bias
+
+    def _content_step(
+        self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: ContentState, tokens: Tensor | None
+    ) -> Tensor:
+        """One token in every row: what it reads is gathered by one index, and SDPA runs on that."""
+        layout, (batch, heads) = plan.layout(1, q.device), q.shape[:2]
+        position = state.position if state.lengths is None else state.position[:, None, None]
+        if state.logs is None:
+            state.logs = self._step_logs(plan, layout)
+        index, logs = [layout.read_at(position)], dict(state.logs)
+        if state.least < plan.depth:
+            behind = position if isinstance(position, int) else position[..., None]
+            logs["fixed"] = logs["fixed"].masked_fill(layout.distance > behind, -inf)
+        if plan.top:
+            best = state.rank(state.best_keys(), self._scores(x.detach()), None)
+            index.append(best.positions)
+            if state.least < plan.top:
+                logs["top"] = logs["top"].masked_fill(best.scores[:, :, None] == -inf, -inf)
+        if plan.induction:
+            found = followers_of_one(state.append_tokens(tokens), tokens, position, plan.induction)
+            index.append(found)
+            logs["induction"] = logs["induction"].masked_fill(found[:, :, None] == 0, -inf)
+        state.append(k, v, None)
+        keys, values = state.read(torch.cat([part.expand(batch, heads, -1) for part in index], -1))
+        bias = self._joined(layout, list(logs.values()), q.shape[:2])
+        return scaled_dot_product_attention(q, keys, values, bias.to(q.dtype), dropout_p=self._dropout)
+
+    def _step_logs(self, plan: Plan, layout: Layout) -> dict[str, Tensor]:
+        """(1, 1 or H, 1, ·) log M for one query that misses no key: its fixed places, then chosen keys by rank."""
+        weights, later = self._weights().detach(), torch.full_like(layout.relative[:1], layout.depth)
+        logs = {"fixed": (layout.log_mask(weights) + layout.hidden(later, 1, or_own=False))[:, :, 0]}
+        for kind, number in (("top", plan.top), ("induction", plan.induction)):
+            rank = torch.arange(number, device=weights.device).view(1, 1, 1, 1, -1)
+            logs |= {kind: self._log_by_rank(kind, rank, weights * layout.active)[:, :, 0]} if number else {}
+        return logs
+
     @property
     def _dropout(self) -> float:
         return self.layer.dropout if self.training else 0.0
@@ -340,33 +489,63 @@ class MasksAttention(Mechanism):
         own = (distance == 0) & ~read.any(-1, keepdim=True)
         return bias.masked_fill(own, 0.0).transpose(0, 1)
 
-    def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
-        mask = self.attention_parts(q, k, x)["mask"]
+    def selection_loss(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor | None:
+        """Cross-entropy between softmax attention and the softmax of the scores, over the keys that are left to `top`.
+
+        Those are the keys that no other mask of the head holds for; a query counts by its weight on them. It is the
+        warm-up of the indexer of DeepSeek-V3.2 (arXiv 2512.02556, Eq. 3), with scores that all queries share.
+        """
+        plan, length = self.plan(), q.shape[2]
+        if not plan.top:
+            return None
+        with torch.no_grad():
+            left = self._left_to_top(length, tokens)
+            weights = softmax_weights(q, repeat_heads(k, q.shape[1])) * left
+        scores = self._scores(x)
+        logits = scores[:, :, None].expand(-1, -1, length, -1).masked_fill(~left, torch.finfo(scores.dtype).min)
+        return (weights.sum(-1) * logits.logsumexp(-1) - (weights * scores[:, :, None]).sum(-1)).mean()
+
+    def _left_to_top(self, length: int, tokens: Tensor | None) -> Tensor:
+        """(1 or B, 1 or H, T, T) booleans: the keys of the past that no mask but `top` holds for."""
+        others = [index for index, candidate in enumerate(self.candidates) if candidate.kind != "top"]
+        candidates = [(self.candidates[index].kind, self.candidates[index].numbers) for index in others]
+        mask = effective_mask(candidates, self.weights()[:, others], length, tokens=tokens)
+        return causal_mask(length, mask.device) & (mask == 0)
+
+    def choosing_parameters(self) -> list[nn.Parameter]:
+        return [self.to_scores] if hasattr(self, "to_scores") else []
+
+    def attention_map(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        mask = self.attention_parts(q, k, x, tokens)["mask"]
         return masked_softmax_weights(q, repeat_heads(k, q.shape[1]), mask)
 
-    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """`mask`: M (1, 1 or H, T, T), 1 on the diagonal of rows whose support is empty."""
+    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """`mask`: M (1 or B, 1 or H, T, T), 1 on the diagonal of rows whose support is empty."""
         candidates = [(candidate.kind, candidate.numbers) for candidate in self.candidates]
-        return {"mask": effective_mask(candidates, self.weights(), q.shape[2])[None]}
+        scores = self._scores(x) if hasattr(self, "to_scores") else None
+        return {"mask": effective_mask(candidates, self.weights(), q.shape[2], scores, tokens)}
 
     def new_state(self) -> KeyValueState | MasksState:
         plan = self.plan()
+        if plan.by_content:
+            return ContentState(plan)
         return KeyValueState() if plan.dense else MasksState(plan)
 
     def keys_read(self, position: int) -> int:
-        """The size of the support at `position`, that of all heads together."""
+        """The size of the support at `position`, that of all heads together; with chosen keys, the most it can be."""
         plan = self.plan()
         if plan.dense:
             return position + 1
         keys = {position - distance for distance in plan.distances if distance <= position}
-        return max(1, len(keys.union(range(min(plan.sinks, position + 1)))))
+        fixed = len(keys.union(range(min(plan.sinks, position + 1))))
+        return max(1, min(position + 1, fixed + plan.top + plan.induction))
 
     def operations(self, length: int) -> int:
         """Counts the whole products of a block's queries and keys, with what the masks then hide."""
         plan = self.plan()
         if plan.softmax:
             return self.softmax.operations(length)
-        width = length if plan.dense else plan.sinks + len(plan.band(plan.block_for(length)))
+        width = length if plan.dense else plan.columns(plan.block_for(length))
         return 2 * 2 * self.layer.num_heads * self.layer.head_dim * length * width
 
     def penalty(self) -> Tensor:

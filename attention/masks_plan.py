@@ -13,8 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FARTHEST = 65_536  # the largest number in a candidate: bounds what a typo can allocate
-SMALLEST = {"last": (0,), "window": (1,), "first": (1,), "dilated": (1, 1), "causal": ()}
-SYNTAX = "last(i), window(w), first(k), dilated(w, s) or causal"
+SMALLEST = {
+    "last": (0,),
+    "window": (1,),
+    "first": (1,),
+    "dilated": (1, 1),
+    "causal": (),
+    "top": (1,),
+    "induction": (1,),
+}
+SYNTAX = "last(i), window(w), first(k), dilated(w, s), causal, top(n) or induction(n)"
+CONTENT = ("top", "induction")  # kinds whose keys depend on the text
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,9 @@ class Candidate:
 
     Attributes:
         kind: `last(i)`: the key exactly i back; `window(w)`: the last w keys, the query's own among them;
-            `first(k)`: the first k keys; `dilated(w, s)`: w keys, every s-th back from the query's own; `causal`: all.
+            `first(k)`: the first k keys; `dilated(w, s)`: w keys, every s-th back from the query's own; `causal`: all;
+            `top(n)`: the n keys so far with the highest learned scores; `induction(n)`: the keys after the n latest
+            earlier occurrences of the query's own token.
         numbers: what stands between the parentheses.
     """
 
@@ -74,6 +85,10 @@ class Candidate:
     def sinks(self) -> int:
         """How many first keys this mask holds for."""
         return self.numbers[0] if self.kind == "first" else 0
+
+    def rank_below(self, kind: str) -> int:
+        """n for a mask of that kind whose keys depend on the text, else 0: it holds for the keys of rank 0 to n − 1."""
+        return self.numbers[0] if self.kind == kind and kind in CONTENT else 0
 
     def at_distance(self, distance: Tensor) -> Tensor:
         """Whether the mask holds at a distance i − j (integers of any shape), by distance alone."""
@@ -175,6 +190,28 @@ class Layout:
         sinks = torch.arange(self.sinks, device=start.device).expand(blocks, -1)
         return torch.cat([sinks, start[:, None] + self.relative], 1).clamp(0, length - 1)
 
+    def read_at(self, position: int | Tensor) -> Tensor:
+        """For b = 1: where the keys of a query stand, (S + U) or, for positions (B, 1, 1), (B, 1, S + U).
+
+        Keys that are not there have any position that is.
+        """
+        if isinstance(position, int):
+            place = torch.add(self.origin, self.moves, alpha=position)
+            return place if position >= self.depth else place.clamp_(min=0)
+        return (self.moves * position).add_(self.origin).clamp_(min=0)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def origin(self) -> Tensor:
+        """(S + U) the columns for a block at position 0."""
+        return torch.cat([torch.arange(self.sinks, device=self.relative.device), self.relative])
+
+    @cached_property
+    @torch.inference_mode(False)
+    def moves(self) -> Tensor:
+        """(S + U) 1 for columns that go with the block, 0 for the sinks."""
+        return (torch.arange(len(self.origin), device=self.relative.device) >= self.sinks).long()
+
     @cached_property
     def decode_index(self) -> Tensor | None:
         """For b = 1: the columns' places in a decode state; None if the columns are the whole state."""
@@ -194,17 +231,19 @@ class Layout:
         """(1 or H, b·(S + U)) float, the opposite of `read`."""
         return (~self.read).float().flatten(1)
 
-    def hidden(self, start: Tensor, blocks: int) -> Tensor:
+    def hidden(self, start: Tensor, blocks: int, or_own: bool = True) -> Tensor:
         """(B, 1 or H, blocks, b, S + U): −∞ for keys that are not read or not there, else 0.
 
         Args:
             start: (B,) the position of the first query.
             blocks: how many blocks.
+            or_own: whether a query that would read none of them reads its own key.
         """
         row = self.starts(blocks)[:, None] + self.stride * torch.arange(self.block, device=start.device)
         there = self.distance <= (start[:, None, None] + row)[..., None]
         read = self.read[:, None] & there[:, None]
-        read = read | (self.own & ~read.any(-1, keepdim=True))
+        if or_own:
+            read = read | (self.own & ~read.any(-1, keepdim=True))
         return torch.zeros(read.shape, device=read.device).masked_fill(~read, -inf)
 
     @cached_property
@@ -260,6 +299,21 @@ class Plan:
         return self.dense and len(self.used) == 1 and len(self.active) == 1
 
     @cached_property
+    def top(self) -> int:
+        """How many of the highest-scored keys some head reads."""
+        return max((c.rank_below("top") for c in self.used), default=0)
+
+    @cached_property
+    def induction(self) -> int:
+        """How many keys that follow earlier occurrences of its token a query reads in some head."""
+        return max((c.rank_below("induction") for c in self.used), default=0)
+
+    @property
+    def by_content(self) -> bool:
+        """Whether what some head reads depends on the text."""
+        return self.top + self.induction > 0
+
+    @cached_property
     def distances(self) -> list[int]:
         """The distances i − j at which some head reads, unless `dense`."""
         distance = torch.arange(max((c.reach for c in self.used), default=0))
@@ -273,7 +327,7 @@ class Plan:
     @cached_property
     def stride(self) -> int:
         """What divides all distances: queries so far apart read the same keys, and come in blocks together."""
-        return max(1, math.gcd(*self.offsets))
+        return 1 if self.by_content else max(1, math.gcd(*self.offsets))
 
     @cached_property
     def sinks(self) -> int:
@@ -300,16 +354,22 @@ class Plan:
         """The keys near a block that it reads, counted from its first query."""
         return sorted({row * self.stride - offset for row in range(block) for offset in self.offsets})
 
+    def columns(self, block: int) -> int:
+        """The keys that a block of queries reads: some for one of its queries only."""
+        chosen = self.top + block if self.top else 0
+        return self.sinks + len(self.band(block)) + chosen + block * self.induction
+
     @cached_property
     def block(self) -> int:
         """The block size that costs least for a query: its columns, its part of gathering them and of a small product.
 
-        The two constants are fitted to times of SDPA and index_select on a CPU with AVX2.
+        The two constants are fitted to times of SDPA and index_select on a CPU with AVX2. Where the text decides, every
+        query has a bias of its own, which costs about as much again as two products.
         """
 
         def cost(block: int) -> float:
-            columns = self.sinks + len(self.band(block))
-            return columns + (16 * columns + 448) / block
+            columns = self.columns(block)
+            return (3 if self.by_content else 1) * columns + (16 * columns + 448) / block
 
         return min((8, 16, 32, 64, 128), key=cost)
 

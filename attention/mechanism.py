@@ -120,6 +120,7 @@ class Mechanism(nn.Module, ABC):
         x: Tensor,
         state: State | None = None,
         lengths: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Mixes the values.
 
@@ -131,18 +132,30 @@ class Mechanism(nn.Module, ABC):
             state: what was seen before, from `new_state`; updated in place. None: the rows start here.
             lengths: (B,) how many of the T tokens of each row are real; the rest, at the end of the row, are
                 padding: their outputs are finite and meaningless, and the state never sees them. None: all.
+            tokens: (B, T) the tokens' ids, for methods that look at them; None if the model was given embeddings.
 
         Returns:
             (B, H, T, D), in the dtype of v.
         """
 
     @abstractmethod
-    def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    def attention_map(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The dense matrix A (B, H, T, T) for which `forward` equals A @ v; its rows sum to 1."""
 
-    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
+    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Further tensors that explain the map, by name; each method documents its own."""
         return {}
+
+    def selection_loss(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor | None:
+        """How badly the keys that it chooses fit softmax attention (a scalar, in nats); None where nothing is learned.
+
+        Builds (T, T) matrices. Only `choosing_parameters` have a gradient.
+        """
+        return None
+
+    def choosing_parameters(self) -> list[nn.Parameter]:
+        """Those that do nothing but choose keys: only `selection_loss` gives them a gradient."""
+        return []
 
     @abstractmethod
     def new_state(self) -> State:

@@ -262,6 +262,7 @@ class NativeSparseAttention(Mechanism):
         x: Tensor,
         state: NSAState | None = None,
         lengths: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         mix = self._token if state is not None and state.seen and q.shape[2] == 1 else self._block
         return mix(self._queries(q), k, v, self.gates(x), state, lengths).to(v.dtype)
@@ -518,7 +519,7 @@ class NativeSparseAttention(Mechanism):
         begun = (torch.arange(blocks.shape[2], device=blocks.device) == group) & (start % config.select_every != 0)
         return torch.where(begun[:, None, :, None], state.selected[:, :, None], blocks)
 
-    def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    def attention_map(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(B, H, T, T): Σ_c g_c · A_c over the maps of the branches; `forward` equals its product with v.
 
         The compressed branch spreads the weight of a block over the block's tokens, as φ averages their values. Rows
@@ -528,7 +529,7 @@ class NativeSparseAttention(Mechanism):
         parts = self.attention_parts(q, k, x)
         return sum(parts["gates"][..., i, None] * parts[name] for i, name in enumerate(BRANCHES))
 
-    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
+    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """What makes up the map.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -28,7 +29,8 @@ class PerformerConfig(MechanismConfig):
         feature_map: φ. `favor`: positive random features, an unbiased estimate of exp(q·k/√D) (arXiv 2009.14794);
             `relu`: rectified random projections (same paper); `learned`: exp of a learned map, one per layer and head,
             made to be fitted to softmax attention (after arXiv 2402.04347).
-        num_features: m, the number of features; even for `favor` with `hyperbolic`.
+        num_features: m, the number of features; even for `favor` with `hyperbolic`. A list gives each layer its own,
+            the last number also to the layers after it: layers that look far for single keys need more.
         hidden: width of a hidden layer inside the learned map; 0 leaves it linear.
         fade: learned features fade with distance, each at its own learned rate (as in arXiv 2312.06635).
         orthogonal: draw the random projections orthogonal in blocks of D, which lowers the variance.
@@ -49,7 +51,7 @@ class PerformerConfig(MechanismConfig):
     )
 
     feature_map: Literal["favor", "relu", "learned"] = "learned"
-    num_features: int = 64
+    num_features: int | tuple[int, ...] = 64
     hidden: int = 0
     fade: bool = True
     orthogonal: bool = True
@@ -61,9 +63,9 @@ class PerformerConfig(MechanismConfig):
 
     def problems(self) -> list[str]:
         problems = []
-        if self.num_features < 1:
+        if min(self._numbers, default=0) < 1:
             problems.append(f"num_features is {self.num_features}; it must be at least 1")
-        if self.feature_map == "favor" and self.hyperbolic and self.num_features % 2:
+        if self.feature_map == "favor" and self.hyperbolic and any(number % 2 for number in self._numbers):
             problems.append(f"num_features is {self.num_features}; with hyperbolic features it must be even")
         for name in ("hidden", "redraw_every", "window", "seed"):
             if (value := getattr(self, name)) < 0:
@@ -74,8 +76,13 @@ class PerformerConfig(MechanismConfig):
             problems.append("redraw_every is set, but a learned feature map has nothing random to redraw")
         return problems
 
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        return self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
+
     def build(self, layer: LayerShape) -> PerformerAttention:
-        return PerformerAttention(self, layer)
+        own = self._numbers[min(layer.layer_idx, len(self._numbers) - 1)]
+        return PerformerAttention(dataclasses.replace(self, num_features=own), layer)
 
 
 class Ring(NamedTuple):
@@ -276,6 +283,8 @@ def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
 class PerformerAttention(Mechanism):
     """Linear attention, with exact softmax over the last keys where the config has a window.
 
+    Its `config` is the layer's own: `num_features` is one number.
+
     Works on segments of tokens, each after the state that the segments before left, so a prefill is the same code as
     a block of tokens in decoding. In training, dropout falls on the window's weights; the linear part has no weights
     to drop.
@@ -299,6 +308,7 @@ class PerformerAttention(Mechanism):
         x: Tensor,
         state: PerformerState | None = None,
         lengths: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         dropout = self.layer.dropout if self.training else 0.0
         state = self.new_state() if state is None else state
@@ -446,13 +456,13 @@ class PerformerAttention(Mechanism):
         if self.config.feature_map == "favor":
             state.peaks = v.new_full((batch, heads, 1, self.config.num_features), NOTHING)
 
-    def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    def attention_map(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """What `forward` gives when the value of token j is the j-th unit vector (B, H, T, T)."""
         units = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
         with torch.autocast(q.device.type, enabled=False):
             return self._mix(q, k, units, self.new_state(), None, 0.0)
 
-    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor) -> dict[str, Tensor]:
+    def attention_parts(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """`exact`: softmax attention (B, H, T, T); `error`: how far each row is from it (B, H, T), from 0 to 1.
 
         The error is the total variation distance, the share of attention that went elsewhere.

@@ -46,12 +46,52 @@ def candidate_mask(kind: str, numbers: tuple[int, ...], length: int, device: tor
     return rules[kind](*numbers) & (distance >= 0)
 
 
-def effective_mask(candidates: list[tuple[str, tuple[int, ...]]], weights: Tensor, length: int) -> Tensor:
-    """M = Σ_c w_c C_c (G, T, T) for weights (G, C); a row without support reads itself, with weight 1."""
-    mask = sum(
-        weight[:, None, None] * candidate_mask(*candidate, length, weights.device)
-        for candidate, weight in zip(candidates, weights.unbind(1), strict=True)
-    )
+def top_mask(scores: Tensor, number: int) -> Tensor:
+    """(B, H, T, T) booleans: whether key j is among the best `number` of the keys 0 to i, by scores (B, H, T).
+
+    Of equal scores the earlier counts as better.
+    """
+    key = torch.arange(scores.shape[-1], device=scores.device)
+    one, other = scores[..., :, None], scores[..., None, :]
+    better = (one > other) | ((one == other) & (key[:, None] < key))  # whether the row's key beats the column's
+    return (better.cumsum(-2) < number) & causal_mask(len(key), scores.device)
+
+
+def induction_mask(tokens: Tensor, number: int) -> Tensor:
+    """(B, 1, T, T) booleans: whether key j comes right after one of the `number` latest earlier places of token i."""
+    earlier = (tokens[:, :, None] == tokens[:, None]).tril(-1)
+    later_ones = earlier.flip(-1).cumsum(-1).flip(-1) - earlier.int()
+    return F.pad(earlier & (later_ones < number), (1, -1))[:, None]
+
+
+def effective_mask(
+    candidates: list[tuple[str, tuple[int, ...]]],
+    weights: Tensor,
+    length: int,
+    scores: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """M = Σ_c w_c C_c (1 or B, G, T, T) for weights (G, C); a row without support reads itself, with weight 1.
+
+    Args:
+        candidates: kinds and numbers.
+        weights: one row for each head, or one for all.
+        length: T.
+        scores: (B, H, T) of the keys, for `top`, where G is H.
+        tokens: (B, T) ids, for `induction`.
+    """
+    mask = weights.new_zeros(1, len(weights), length, length)
+    for (kind, numbers), weight in zip(candidates, weights.unbind(1), strict=True):
+        match kind:
+            case "top" | "induction" if not weight.any():  # scores or ids may not be there
+                continue
+            case "top":
+                holds = top_mask(scores, *numbers)
+            case "induction":
+                holds = induction_mask(tokens, *numbers)
+            case _:
+                holds = candidate_mask(kind, numbers, length, weights.device)
+        mask = mask + weight[:, None, None] * holds
     empty = (mask == 0).all(-1, keepdim=True)
     return torch.where(empty, torch.eye(length, dtype=mask.dtype, device=mask.device), mask)
 

@@ -36,6 +36,7 @@ class SoftmaxAttention(Mechanism):
         x: Tensor,
         state: State | None = None,
         lengths: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         dropout = self.layer.dropout if self.training else 0.0
         grouped = k.shape[1] != q.shape[1]
@@ -56,7 +57,7 @@ class SoftmaxAttention(Mechanism):
         queries = state.positions(q.shape[0], q.device)[:, None] + torch.arange(length, device=q.device)
         return (torch.arange(state.seen + length, device=q.device) <= queries[..., None])[:, None]
 
-    def attention_map(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    def attention_map(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         return softmax_weights(q, repeat_heads(k, q.shape[1]))
 
     def new_state(self) -> KeyValueState:

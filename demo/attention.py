@@ -83,12 +83,13 @@ def encode_text(loaded: LoadedModel, text: str, limit: int) -> list[int]:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What reaches one layer's mechanism: q (1, H, T, D), k (1, H_kv, T, D), x (1, T, E)."""
+    """What reaches one layer's mechanism: q (1, H, T, D), k (1, H_kv, T, D), x (1, T, E), tokens (1, T)."""
 
     mechanism: Mechanism
     q: Tensor
     k: Tensor
     x: Tensor
+    tokens: Tensor
 
 
 class Look:
@@ -106,7 +107,7 @@ class Look:
         ids = torch.tensor([part.token_ids], device=loaded.model.device)
         try:
             with self._lock:
-                self.layers = [LayerInputs(*inputs) for inputs in mechanism_inputs(loaded.model, ids)]
+                self.layers = [LayerInputs(*inputs, ids) for inputs in mechanism_inputs(loaded.model, ids)]
         except TypeError as error:
             raise ViewError(f"The attention of {loaded.name} cannot be shown: {error}.") from error
         self._maps: dict[int, Tensor] = {}
@@ -120,7 +121,7 @@ class Look:
         if layer not in self._maps:
             inputs, shown = self.layers[layer], self.part.shown
             with self._lock:
-                maps = inputs.mechanism.attention_map(inputs.q, inputs.k, inputs.x)[0]
+                maps = inputs.mechanism.attention_map(inputs.q, inputs.k, inputs.x, inputs.tokens)[0]
             self._maps[layer] = maps[:, shown, shown].cpu().half()
         return self._maps[layer].float()
 
@@ -128,7 +129,7 @@ class Look:
         """What happens inside the mechanism for one head."""
         inputs = self.layers[layer]
         with self._lock:
-            return explain(inputs.mechanism, inputs.q, inputs.k, inputs.x, head, self.part.shown)
+            return explain(inputs.mechanism, inputs.q, inputs.k, inputs.x, inputs.tokens, head, self.part.shown)
 
     def nbytes(self) -> int:
         """Memory that it holds."""

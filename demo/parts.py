@@ -49,20 +49,20 @@ class Parts:
     tables: list[TableView] = field(default_factory=list)
 
 
-def explain(mechanism: Mechanism, q: Tensor, k: Tensor, x: Tensor, head: int, shown: slice) -> Parts:
+def explain(mechanism: Mechanism, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor, head: int, shown: slice) -> Parts:
     """What `Mechanism.attention_parts` and softmax over the same queries and keys give for one head.
 
     Softmax and the distance from it are made here for every method, so the parts that say the same are passed over.
 
     Args:
-        q, k, x: what reaches the mechanism, one row.
+        q, k, x, tokens: what reaches the mechanism, one row.
         head: the query head.
         shown: the tokens shown.
     """
     length = q.shape[2]
     exact = softmax_weights(q[:, head, None].float(), repeat_heads(k, q.shape[1])[:, head, None].float())[0, 0]
     parts = Parts(exact[shown, shown])
-    for name, tensor in mechanism.attention_parts(q, k, x).items():
+    for name, tensor in mechanism.attention_parts(q, k, x, tokens).items():
         if name not in MADE_HERE:
             _add(parts, mechanism, name, _of_head(tensor, head, q.shape[1]), length, shown)
     if mechanism.config.method != "softmax":

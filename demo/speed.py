@@ -113,6 +113,8 @@ class LayerSubject(Subject):
         total = length + STEPS
         self.inputs = [torch.randn(1, h, total, d, generator=generator).to(device) for h, d in sizes]
         self.x = torch.randn(1, total, shape.hidden_size, generator=generator).to(device)
+        vocabulary = self.loaded.model.config.vocab_size
+        self.tokens = torch.randint(vocabulary, (1, total), generator=generator).to(device)
         self.length = length
 
     def prefill(self) -> None:
@@ -124,7 +126,7 @@ class LayerSubject(Subject):
 
     def _run(self, start: int, stop: int) -> Tensor:
         q, k, v = (tensor[:, :, start:stop] for tensor in self.inputs)
-        return self.mechanism(q, k, v, self.x[:, start:stop], self.state)
+        return self.mechanism(q, k, v, self.x[:, start:stop], self.state, None, self.tokens[:, start:stop])
 
     def state_bytes(self) -> int:
         return self.state.nbytes()

@@ -181,16 +181,18 @@ class TransferConfig(StageConfig):
     Attributes:
         output: weight of the squared error of the mixed values, in each sequence over the mean square of the base's.
         weights: weight of the cross-entropy of the attention weights; needs (T, T) matrices.
+        selection: weight of the loss of what chooses keys, where a method learns that; needs (T, T) matrices there.
     """
 
     stage: Literal["transfer"] = "transfer"
     output: Annotated[float, Field(ge=0)] = 1.0
     weights: Annotated[float, Field(ge=0)] = 0.0
+    selection: Annotated[float, Field(ge=0)] = 1.0
 
     @model_validator(mode="after")
     def _has_objective(self) -> TransferConfig:
-        if not self.output and not self.weights:
-            raise ValueError("output and weights are both 0: there is nothing to learn")
+        if not (self.output or self.weights or self.selection):
+            raise ValueError("output, weights and selection are all 0: there is nothing to learn")
         return self
 
 

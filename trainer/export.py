@@ -13,6 +13,7 @@ import attention
 from attention import CheckpointError
 from attention.files import replaced, write_manifest
 from attention.gpt2 import GPT2VariantLMHeadModel
+from attention.registry import config_from_dict
 
 from .card import Making, write_card
 from .fidelity import Fidelity
@@ -49,7 +50,7 @@ def save_variant(
     place = folder / "variant"
     making = Making(
         config=setup.config,
-        method=model.mechanisms[0].config,
+        method=config_from_dict(model.config.attention),
         environment=environment(),
         tokens=observer.tokens,
         steps=step,

@@ -19,6 +19,8 @@ from .config import DistilConfig, PretrainConfig, StageConfig, TransferConfig
 from .losses import vocabulary_loss
 from .optim import is_mechanism
 
+TRANSFER_TERMS = ("output", "weights", "selection")
+
 
 @dataclass
 class Losses:
@@ -119,22 +121,27 @@ class Transfer(Learner):
         with torch.no_grad(), recorded(teacher.mechanisms) as calls:
             teacher.transformer(input_ids, use_cache=False)
         tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
-        layers = [self._layer(*pair) for pair in zip(self.model.mechanisms, teacher.mechanisms, calls, strict=True)]
-        sums = {name: tokens * torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
+        pairs = zip(self.model.mechanisms, teacher.mechanisms, strict=True)
+        layers = [self._layer(*pair, call, input_ids) for pair, call in zip(pairs, calls, strict=True)]
+        terms = {name: [layer[name] for layer in layers if name in layer] for name in TRANSFER_TERMS}
+        sums = {name: tokens * torch.stack(values).mean() for name, values in terms.items() if values}
         loss = sum(getattr(self.stage, name) * value for name, value in sums.items())
         return Losses(loss, {name: value.detach() for name, value in sums.items()})
 
-    def _layer(self, student: Mechanism, teacher: Mechanism, call: Call) -> dict[str, Tensor]:
-        """The terms of one layer, each a mean over its tokens."""
+    def _layer(self, student: Mechanism, teacher: Mechanism, call: Call, input_ids: Tensor) -> dict[str, Tensor]:
+        """The terms that one layer has, each a mean over its tokens."""
         terms = {}
         if self.stage.output:
-            mixed = student(call.q, call.k, call.v, call.x)
+            mixed = student(call.q, call.k, call.v, call.x, tokens=input_ids)
             errors, scales = ((part.square().mean((1, 2, 3))) for part in (mixed - call.mixed, call.mixed))
             terms["output"] = (errors / scales).mean()
         if self.stage.weights:
             wanted = teacher.attention_map(call.q, repeat_heads(call.k, call.q.shape[1]), call.x)
-            learned = student.attention_map(call.q, call.k, call.x)
+            learned = student.attention_map(call.q, call.k, call.x, input_ids)
             terms["weights"] = -(wanted * learned.clamp_min(1e-6).log()).sum(-1).mean()
+        if self.stage.selection:
+            selection = student.selection_loss(call.q, call.k, call.x, input_ids)
+            terms |= {} if selection is None else {"selection": selection}
         return terms
 
 
@@ -176,6 +183,9 @@ def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedMo
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(stage, name))
+    for mechanism in getattr(model, "mechanisms", []):
+        for parameter in mechanism.choosing_parameters():
+            parameter.requires_grad_(isinstance(stage, TransferConfig) and stage.selection > 0)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"stage {stage.stage} trains the mechanisms alone, and these have no parameters of their own")
     if isinstance(stage, PretrainConfig):

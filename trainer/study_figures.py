@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from attention.masks_plan import Candidate
+from attention.masks_plan import CONTENT, Candidate
 from attention.reference import effective_mask
 
 if TYPE_CHECKING:
@@ -122,12 +122,12 @@ def draw_masks(results: Sequence[Result], path: Path) -> int:
 
 
 def final_mask(result: Result, layer: int) -> np.ndarray:
-    """(T, T) the mask of a layer at the end of the run, mean over its heads."""
+    """(T, T) the mask of a layer at the end of the run, mean over its heads; without keys that depend on the text."""
     weights = result.rows("eval")[-1]["mechanisms"][layer]
-    candidates = [Candidate.parse(name) for name in weights]
-    heads = torch.tensor(list(weights.values())).T
-    mask = effective_mask([(one.kind, one.numbers) for one in candidates], heads, SHOWN)
-    return mask.mean(0).numpy()
+    candidates = {name: Candidate.parse(name) for name in weights}
+    fixed = {name: (one.kind, one.numbers) for name, one in candidates.items() if one.kind not in CONTENT}
+    heads = torch.tensor([weights[name] for name in fixed]).T
+    return effective_mask(list(fixed.values()), heads, SHOWN)[0].mean(0).numpy()
 
 
 def draw_pruning(results: Sequence[Result], path: Path) -> None:

@@ -16,8 +16,13 @@ masks = st.one_of(
     st.tuples(st.integers(1, 4), st.integers(1, 5)).map(lambda numbers: "dilated({}, {})".format(*numbers)),
     st.just("causal"),
 )
+choosing_masks = st.one_of(st.integers(1, 9).map("top({})".format), st.integers(1, 4).map("induction({})".format))
 
 mask_lists = st.lists(masks, min_size=1, max_size=5, unique=True).map(tuple)
+choosing_mask_lists = st.tuples(
+    st.lists(masks.filter(lambda text: text != "causal"), max_size=3, unique=True),
+    st.lists(choosing_masks, min_size=1, max_size=3, unique=True),
+).map(lambda lists: (*lists[0], *lists[1]))
 strided_mask_lists = st.tuples(  # all distances multiples of one number
     st.sampled_from(["dilated(9, 2)", "dilated(2, 5)", "last(3)"]), st.integers(1, 9).map("first({})".format)
 )
@@ -48,8 +53,10 @@ CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
     "softmax": st.builds(SoftmaxConfig),
     "masks": st.builds(
         MasksConfig,
-        candidates=mask_lists,
-        first_layers=st.one_of(st.just(()), st.tuples(strided_mask_lists), st.tuples(mask_lists)),
+        candidates=st.one_of(mask_lists, choosing_mask_lists),
+        first_layers=st.one_of(
+            st.just(()), *(st.tuples(lists) for lists in (strided_mask_lists, mask_lists, choosing_mask_lists))
+        ),
         per_head=st.booleans(),
         init=st.sampled_from(["zero", "random"]),
         scale=st.floats(0, 4),
@@ -58,7 +65,7 @@ CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
     "performer": st.builds(
         PerformerConfig,
         feature_map=st.sampled_from(["favor", "relu", "learned"]),
-        num_features=st.sampled_from([2, 8, 12]),
+        num_features=st.sampled_from([2, 8, 12, (4, 2), (2, 6, 12)]),
         hidden=st.sampled_from([0, 4]),
         fade=st.booleans(),
         orthogonal=st.booleans(),

@@ -8,7 +8,10 @@ from attention.registry import METHODS, config_from_dict
 
 SMALL_OPTIONS: dict[str, dict] = {
     "softmax": {},
-    "masks": {"candidates": ["last(0)", "last(1)", "window(6)", "first(2)", "dilated(3,3)"]},
+    "masks": {
+        "first_layers": [["last(0)", "last(1)", "window(6)", "first(2)", "dilated(3,3)"]],
+        "candidates": ["window(5)", "first(1)", "top(4)", "induction(2)"],
+    },
     "performer": {"num_features": 8},
     "nsa": {
         "compress_block": 4,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attention.mechanism import LayerShape, Mechanism, repeat_heads
 from attention.registry import METHODS, config_from_dict
+from attention.state import State
 
 from .configs import CONFIGS
 
@@ -19,10 +20,10 @@ TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
 @dataclass
 class Case:
-    """A mechanism in evaluation mode with inputs for it."""
+    """A mechanism in evaluation mode with inputs for it: q, k, v, x and tokens."""
 
     mechanism: Mechanism
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     seed: int
 
     @property
@@ -30,9 +31,13 @@ class Case:
         return self.inputs[0].shape[2]
 
     def part(self, start: int, stop: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Tokens `start` to `stop` of some rows of q, k, v and x."""
-        *heads, x = self.inputs
-        return (*(t[rows, :, start:stop] for t in heads), x[rows, start:stop])
+        """Tokens `start` to `stop` of some rows of the inputs."""
+        *heads, x, tokens = self.inputs
+        return (*(t[rows, :, start:stop] for t in heads), x[rows, start:stop], tokens[rows, start:stop])
+
+    def run(self, inputs: tuple[Tensor, ...], state: State | None = None, lengths: Tensor | None = None) -> Tensor:
+        *heads, x, tokens = inputs
+        return self.mechanism(*heads, x, state, lengths, tokens)
 
 
 @st.composite
@@ -51,7 +56,8 @@ def cases(draw: st.DrawFn, method: str, max_length: int = 48, max_batch: int = 2
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     q, k, v = (torch.randn(batch, n, length, width, generator=generator) for n in (heads, kv_heads, kv_heads))
     x = torch.randn(batch, length, layer.hidden_size, generator=generator)
-    return Case(mechanism, (q, k, v, x), seed)
+    tokens = torch.randint(5, (batch, length), generator=generator)  # few, so that they come again
+    return Case(mechanism, (q, k, v, x, tokens), seed)
 
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
@@ -75,12 +81,13 @@ def test_strictly_causal(method, data):
     """What comes after a token changes nothing at it, to the last bit."""
     case = data.draw(cases(method))
     cut = data.draw(st.integers(0, case.length))
-    before = case.mechanism(*case.inputs)
+    before = case.run(case.inputs)
     changed = [t.clone() for t in case.inputs]
     for tensor in changed[:3]:
         tensor[:, :, cut:] = 7 * torch.randn_like(tensor[:, :, cut:])
     changed[3][:, cut:] = torch.randn_like(changed[3][:, cut:])
-    after = case.mechanism(*changed)
+    changed[4][:, cut:] = torch.randint_like(changed[4][:, cut:], 5)
+    after = case.run(changed)
     assert torch.equal(before[:, :, :cut], after[:, :, :cut])
 
 
@@ -89,11 +96,11 @@ def test_strictly_causal(method, data):
 @torch.no_grad()
 def test_cached_equals_uncached_in_any_split(method, data):
     case = data.draw(cases(method))
-    expected = case.mechanism(*case.inputs)
+    expected = case.run(case.inputs)
     state, outputs, start = case.mechanism.new_state(), [], 0
     while start < case.length:
         stop = min(case.length, start + data.draw(st.sampled_from([1, 1, 2, 5, 16, 40])))
-        outputs.append(case.mechanism(*case.part(start, stop), state))
+        outputs.append(case.run(case.part(start, stop), state))
         start = stop
     torch.testing.assert_close(torch.cat(outputs, 2), expected, **TOLERANCE)
     assert state.seen == case.length
@@ -113,13 +120,13 @@ def test_rows_of_different_lengths_equal_each_row_alone(method, data):
         take = torch.tensor([data.draw(st.integers(0 if number < 2 else block, block)) for _ in range(batch)])
         take = torch.minimum(take, total - done)
         gathered = _ragged(case, done, block)
-        out = case.mechanism(*gathered, state, None if (take == block).all() else take)
+        out = case.run(gathered, state, None if (take == block).all() else take)
         assert torch.isfinite(out).all()
         for row in range(batch):
             outputs[row].append(out[row : row + 1, :, : take[row]])
         done = done + take
     for row in range(batch):
-        alone = case.mechanism(*case.part(0, int(done[row]), slice(row, row + 1))) if done[row] else None
+        alone = case.run(case.part(0, int(done[row]), slice(row, row + 1))) if done[row] else None
         if alone is not None:
             torch.testing.assert_close(torch.cat(outputs[row], 2), alone, **TOLERANCE)
 
@@ -127,9 +134,9 @@ def test_rows_of_different_lengths_equal_each_row_alone(method, data):
 def _ragged(case: Case, start: Tensor, block: int) -> tuple[Tensor, ...]:
     """`block` tokens of each row from its own start; past the end, the last token again."""
     index = (start[:, None] + torch.arange(block)).clamp(max=case.length - 1)
-    *heads, x = case.inputs
+    *heads, x, tokens = case.inputs
     taken = [t.gather(2, index[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in heads]
-    return (*taken, x.gather(1, index[..., None].expand(-1, -1, x.shape[2])))
+    return (*taken, x.gather(1, index[..., None].expand(-1, -1, x.shape[2])), tokens.gather(1, index))
 
 
 @every_method
@@ -143,11 +150,11 @@ def test_reordered_states_continue_their_rows(method, data):
     cut = data.draw(st.integers(1, case.length - 1))
     batch = case.inputs[0].shape[0]
     order = torch.tensor([data.draw(st.integers(0, batch - 1)) for _ in range(batch)])
-    expected = case.mechanism(*(t[order] for t in case.inputs))[:, :, cut:]
+    expected = case.run([t[order] for t in case.inputs])[:, :, cut:]
     state = case.mechanism.new_state()
-    case.mechanism(*case.part(0, cut), state)
+    case.run(case.part(0, cut), state)
     state.reorder_cache(order)
-    actual = case.mechanism(*(t[order] for t in case.part(cut, case.length)), state)
+    actual = case.run([t[order] for t in case.part(cut, case.length)], state)
     torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
@@ -156,8 +163,8 @@ def test_reordered_states_continue_their_rows(method, data):
 @torch.no_grad()
 def test_map_is_causal_and_never_negative(method, data):
     case = data.draw(cases(method))
-    q, k, _, x = case.inputs
-    weights = case.mechanism.attention_map(q, k, x)
+    q, k, _, x, tokens = case.inputs
+    weights = case.mechanism.attention_map(q, k, x, tokens)
     assert weights.shape == (*q.shape[:3], q.shape[2])
     assert (weights >= 0).all()
     assert torch.equal(weights, weights.tril())
@@ -168,9 +175,9 @@ def test_map_is_causal_and_never_negative(method, data):
 @torch.no_grad()
 def test_map_times_values_is_the_output(method, data):
     case = data.draw(cases(method))
-    q, k, v, x = case.inputs
-    weights = case.mechanism.attention_map(q, k, x)
-    torch.testing.assert_close(weights @ repeat_heads(v, q.shape[1]), case.mechanism(*case.inputs), **TOLERANCE)
+    q, k, v, x, tokens = case.inputs
+    weights = case.mechanism.attention_map(q, k, x, tokens)
+    torch.testing.assert_close(weights @ repeat_heads(v, q.shape[1]), case.run(case.inputs), **TOLERANCE)
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), **TOLERANCE)
 
 
@@ -178,8 +185,9 @@ def test_map_times_values_is_the_output(method, data):
 @given(data=st.data())
 def test_gradients_are_finite_and_reach_every_input(method, data):
     case = data.draw(cases(method))
-    inputs = [t.clone().requires_grad_() for t in case.inputs]
-    output = case.mechanism(*inputs)
+    *inputs, tokens = case.inputs
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    output = case.run((*inputs, tokens))
     (output * torch.randn_like(output)).sum().backward()
     for name, tensor in zip("qkv", inputs, strict=False):
         assert tensor.grad is not None, name
@@ -196,11 +204,13 @@ def test_gradients_are_finite_and_reach_every_input(method, data):
 def test_half_precision_stays_near_float32(method, dtype, data):
     """Within 8 units in the last place of the largest value (2⁻⁸ for bfloat16, 2⁻¹¹ for float16), on average."""
     case = data.draw(cases(method))
-    rounded = [t.to(dtype) for t in case.inputs]
-    mechanism = case.mechanism.to(dtype)
-    actual = mechanism(*rounded)
+    *inputs, tokens = case.inputs
+    rounded = [t.to(dtype) for t in inputs]
+    case.mechanism.to(dtype)
+    actual = case.run((*rounded, tokens))
     assert actual.dtype == dtype
-    expected = mechanism.float()(*(t.float() for t in rounded))
+    case.mechanism.float()
+    expected = case.run((*(t.float() for t in rounded), tokens))
     unit = torch.finfo(dtype).eps * expected.abs().max()
     assert (actual.float() - expected).abs().mean() <= 8 * unit
 
@@ -217,7 +227,12 @@ def test_counts_are_positive_and_grow(method, data):
 
 COMPILED = {  # whatever options switch to another path
     "softmax": [{}],
-    "masks": [{}, {"candidates": ["window(4)", "first(2)"]}, {"candidates": ["dilated(9, 4)", "first(2)"]}],
+    "masks": [
+        {},
+        {"candidates": ["window(4)", "first(2)"]},
+        {"candidates": ["dilated(9, 4)", "first(2)"]},
+        {"candidates": ["window(4)", "top(6)", "induction(2)"]},
+    ],
     "performer": [{"feature_map": "favor"}, {"feature_map": "learned"}, {"window": 20}, {"feature_map": "relu"}],
     "nsa": [{}],
 }
@@ -231,6 +246,7 @@ def test_compiles_into_one_graph_once_it_has_run(method, options, length):
     shape = LayerShape(num_heads=12, num_kv_heads=12, head_dim=8, hidden_size=96, max_length=2048)
     mechanism = config_from_dict({"method": method, **options}).build(shape).eval()
     inputs = *(torch.randn(1, 12, length, 8) for _ in range(3)), torch.randn(1, length, 96)
+    inputs = *inputs, None, None, torch.randint(9, (1, length))
     expected = mechanism(*inputs)
     compiled = torch.compile(mechanism, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), expected)

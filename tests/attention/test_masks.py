@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,7 +16,14 @@ from attention.block_attention import block_attention
 from attention.masks import MasksAttention, MasksConfig
 from attention.masks_plan import Candidate, Plan
 from attention.mechanism import ConfigError, LayerShape, repeat_heads
-from attention.reference import candidate_mask, effective_mask, masked_softmax_weights, softmax_weights
+from attention.reference import (
+    candidate_mask,
+    effective_mask,
+    induction_mask,
+    masked_softmax_weights,
+    softmax_weights,
+    top_mask,
+)
 from attention.registry import config_from_dict
 
 from .configs import CONFIGS
@@ -43,16 +50,24 @@ def inputs(length: int, shape: LayerShape | None = None, batch: int = 1, seed: i
     shape, generator = shape or layer(), torch.Generator().manual_seed(seed)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     q, k, v = (torch.randn(batch, n, length, shape.head_dim, generator=generator) for n in heads)
-    return q, k, v, torch.zeros(batch, length, shape.hidden_size)
+    return q, k, v, torch.randn(batch, length, shape.hidden_size, generator=generator)
 
 
-def reference(mechanism: MasksAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition, with weights computed here: σ(α), 0 where a candidate is pruned or disabled."""
+def ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Tokens that come again and again."""
+    return torch.randint(5, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def reference(
+    mechanism: MasksAttention, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None, tokens: Tensor | None = None
+) -> Tensor:
+    """The definition, with weights and scores computed here: σ(α), 0 where a candidate is pruned or disabled."""
     candidates = mechanism.candidates
     enabled = torch.tensor([c.name not in mechanism.disabled for c in candidates])
     weights = (mechanism.alpha.sigmoid() * mechanism.active * enabled).view(-1, len(candidates))
-    mask = effective_mask([(c.kind, c.numbers) for c in candidates], weights, q.shape[2])
-    return masked_softmax_weights(q, repeat_heads(k, q.shape[1]), mask[None]) @ repeat_heads(v, q.shape[1])
+    scores = torch.einsum("bte,he->bht", x, mechanism.to_scores) if hasattr(mechanism, "to_scores") else None
+    mask = effective_mask([(c.kind, c.numbers) for c in candidates], weights, q.shape[2], scores, tokens)
+    return masked_softmax_weights(q, repeat_heads(k, q.shape[1]), mask) @ repeat_heads(v, q.shape[1])
 
 
 # Configuration.
@@ -67,6 +82,8 @@ def reference(mechanism: MasksAttention, q: Tensor, k: Tensor, v: Tensor) -> Ten
         ("dilated(4,16)", "dilated", (4, 16)),
         ("causal", "causal", ()),
         ("causal()", "causal", ()),
+        ("top(3)", "top", (3,)),
+        ("induction(1)", "induction", (1,)),
     ],
 )
 def test_syntax(text, kind, numbers):
@@ -86,6 +103,8 @@ def test_syntax(text, kind, numbers):
         ("dilated(3)", "needs 2 whole number"),
         ("window(1.5)", "needs 1 whole number"),
         ("window(0)", "between 1 and"),
+        ("top(0)", "between 1 and"),
+        ("induction", "needs 1 whole number"),
         ("last(-1)", "between 0 and"),
         ("dilated(2, 0)", "between 1 and"),
         ("window(99999999)", "between 1 and 65536"),
@@ -107,6 +126,8 @@ def test_all_problems_are_listed_at_once():
     with pytest.raises(ConfigError) as caught:
         MasksConfig(first_layers=(("window(1)",), (), ("last(1)", "last(1)", "last")))
     assert [re.match(r"first_layers\[\d\]", problem)[0][-2] for problem in caught.value.problems] == ["1", "2", "2"]
+    with pytest.raises(ConfigError, match="candidates lists causal beside masks that choose keys"):
+        MasksConfig(candidates=("causal", "top(3)"), first_layers=(("causal",), ("top(3)",)))
 
 
 def test_start_is_zero_or_a_seeded_draw_that_differs_between_layers():
@@ -149,18 +170,22 @@ def test_equals_the_reference_in_outputs_and_gradients(data):
     kv_heads, groups = data.draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
     shape = layer(kv_heads * groups, kv_heads)
     mechanism = data.draw(CONFIGS["masks"]).build(shape)
-    tensors = inputs(data.draw(st.integers(1, 80)), shape, data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99)))
+    length, batch, seed = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99))
+    tensors, tokens = inputs(length, shape, batch, seed), ids(length, batch, seed)
     with torch.no_grad():
         mechanism.alpha += torch.randn_like(mechanism.alpha)
+        for parameter in mechanism.choosing_parameters():
+            parameter += torch.randn_like(parameter)
     mechanism.prune(data.draw(st.sampled_from([0.0, 0.4])))
     mechanism.disable(*data.draw(st.sets(st.sampled_from(mechanism.branches), max_size=1)))
     variables = [t.requires_grad_() for t in tensors[:3]]
-    actual, expected = mechanism(*tensors), reference(mechanism, *variables)
+    actual = mechanism(*tensors, tokens=tokens)
+    expected = reference(mechanism, *variables, tensors[3], tokens)
     torch.testing.assert_close(actual, expected, **TOLERANCE)
     direction = torch.randn_like(actual)
     variables.append(mechanism.alpha)
     grads = torch.autograd.grad((actual * direction).sum(), variables, allow_unused=True)
-    expected_grads = torch.autograd.grad((expected * direction).sum(), variables)
+    expected_grads = torch.autograd.grad((expected * direction).sum(), variables, materialize_grads=True)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         grad = torch.zeros_like(expected_grad) if grad is None else grad  # where α cancels
         torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
@@ -255,11 +280,97 @@ def test_reference_masks_read_what_their_names_say(kind, numbers, row):
     assert candidate_mask(kind, numbers, 6)[5].int().tolist() == row
 
 
+def test_reference_of_top_reads_the_best_so_far():
+    scores = torch.tensor([[[1.0, 3.0, 2.0, 3.0, 0.0, 5.0]]])
+    expected = [[1], [1, 1], [0, 1, 1], [0, 1, 0, 1], [0, 1, 0, 1, 0], [0, 1, 0, 0, 0, 1]]  # of equal ones the earlier
+    assert [row[: i + 1] for i, row in enumerate(top_mask(scores, 2)[0, 0].int().tolist())] == expected
+    assert not top_mask(scores, 2).triu(1).any()
+
+
+def test_reference_of_induction_reads_what_followed():
+    rows = induction_mask(torch.tensor([[7, 8, 7, 9, 7, 7]]), 2)[0, 0]
+    read = [row.nonzero().flatten().tolist() for row in rows]
+    assert read == [[], [], [1], [], [1, 3], [3, 5]]
+
+
 def test_parts_hold_the_effective_mask():
     mechanism = build("window(2)", "first(1)", per_head=False)
     q, k, _, x = inputs(4)
     expected = torch.tensor([[1.0, 0, 0, 0], [1, 0.5, 0, 0], [0.5, 0.5, 0.5, 0], [0.5, 0, 0.5, 0.5]])
     torch.testing.assert_close(mechanism.attention_parts(q, k, x)["mask"], expected[None, None])
+
+
+# Masks that depend on the text.
+
+
+@given(data=st.data())
+def test_long_texts_choose_as_the_reference_does(data):
+    """Scores with many equal ones, tokens that come often, and blocks of every size."""
+    mechanism = build("window(3)", "top(2)", "top(7)", "induction(1)", "induction(5)", init="random")
+    length = data.draw(st.sampled_from([1, 17, 130, 401]))
+    tensors, tokens = inputs(length, batch=2, seed=data.draw(st.integers(0, 99))), ids(length, batch=2)
+    x = tensors[3].round()
+    with torch.no_grad():
+        mechanism.to_scores.fill_(data.draw(st.sampled_from([0.0, 1.0, -1.0])))
+        actual = mechanism(*tensors[:3], x, tokens=tokens)
+        torch.testing.assert_close(actual, reference(mechanism, *tensors[:3], x, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("prompt", [1, 6, 33])
+@torch.no_grad()
+def test_long_decoding_chooses_the_same_keys(prompt):
+    mechanism = build("window(4)", "first(1)", "top(5)", "induction(2)", init="random")
+    mechanism.to_scores.normal_(generator=torch.Generator().manual_seed(0))
+    (*heads, x), tokens, state = inputs(90, batch=2), ids(90, batch=2), mechanism.new_state()
+    out = [
+        mechanism(*(t[:, :, a:b] for t in heads), x[:, a:b], state, tokens=tokens[:, a:b])
+        for a, b in pairwise([0, *range(prompt, 91)])
+    ]
+    torch.testing.assert_close(torch.cat(out, 2), mechanism(*heads, x, tokens=tokens), **TOLERANCE)
+
+
+def test_induction_needs_ids():
+    with pytest.raises(ValueError, match="input_ids, not with inputs_embeds"):
+        build("induction(2)")(*inputs(5))
+
+
+@torch.no_grad()
+def test_without_an_earlier_occurrence_a_row_reads_itself():
+    q, k, v, x = inputs(6)
+    out = build("induction(2)")(q, k, v, x, tokens=torch.tensor([[1, 2, 3, 2, 4, 5]]))
+    torch.testing.assert_close(out[:, :, [0, 1, 2, 4, 5]], v[:, :, [0, 1, 2, 4, 5]])
+    torch.testing.assert_close(out[:, :, 3], v[:, :, 2])
+
+
+def test_scores_learn_which_keys_matter_beyond_the_fixed_places():
+    """All queries look for keys whose input has a mark; scores that know the mark's direction must come out."""
+    shape, generator = layer(), torch.Generator().manual_seed(0)
+    mechanism = build("window(3)", "top(4)", shape=shape)
+    marked = torch.rand(4, 40, generator=generator) < 0.1
+    x = torch.randn(4, 40, 8, generator=generator)
+    x[..., 0] = 4.0 * marked
+    q, k = torch.ones(4, 2, 40, 4), 0.1 * torch.randn(4, 2, 40, 4, generator=generator)
+    k = k + 3.0 * marked[:, None, :, None]
+    assert mechanism.choosing_parameters() == [mechanism.to_scores]
+    optimizer = torch.optim.Adam(mechanism.choosing_parameters(), lr=0.1)
+    losses = []
+    for _ in range(60):
+        loss = mechanism.selection_loss(q, k, x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert mechanism.alpha.grad is None
+    chosen = top_mask(mechanism._scores(x), 4)[:, :, -1]
+    assert (chosen | ~marked[:, None]).float().mean() > 0.97  # hardly a marked key is missed
+
+
+def test_a_method_that_learns_no_choice_has_no_loss_for_it():
+    mechanism = build("window(3)", "induction(2)")
+    q, k, _, x = inputs(9)
+    assert mechanism.selection_loss(q, k, x, ids(9)) is None
+    assert mechanism.choosing_parameters() == []
 
 
 # The kernel.
@@ -406,6 +517,7 @@ def test_summary_names_the_weights():
 
 @given(config=CONFIGS["masks"], position=st.integers(0, 40))
 def test_keys_read_is_the_size_of_the_support(config, position):
+    assume(not config.build(layer()).plan().by_content)
     masks = [candidate_mask(c.kind, c.numbers, position + 1)[position] for c in config.of_layer(0)]
     assert config.build(layer()).keys_read(position) == max(1, int(torch.stack(masks).any(0).sum()))
 

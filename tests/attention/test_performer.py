@@ -1,5 +1,6 @@
 """The performer method: its mathematics, its numerical traps, its window, and what its state costs."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -455,6 +456,8 @@ def test_all_problems_are_listed_at_once():
     [
         ({"feature_map": "cosine"}, "feature_map"),
         ({"num_features": 6.5}, "num_features"),
+        ({"num_features": []}, "num_features"),
+        ({"num_features": [8, 0]}, "num_features"),
         ({"feature_map": "favor", "num_features": 7}, "num_features"),
         ({"redraw_every": 5}, "redraw_every"),
         ({"window": "8"}, "window"),
@@ -463,3 +466,10 @@ def test_all_problems_are_listed_at_once():
 def test_wrong_options_are_named(options, name):
     with pytest.raises(ConfigError, match=name):
         PerformerConfig(**options)
+
+
+def test_layers_can_have_numbers_of_features_of_their_own():
+    config = PerformerConfig(num_features=[4, 16])
+    sizes = [config.build(dataclasses.replace(layer(), layer_idx=i)).features.weight.shape[-1] for i in range(3)]
+    assert sizes == [4, 16, 16]
+    assert config.to_dict()["num_features"] == (4, 16)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attention
-from attention.reference import softmax_weights
+from attention.reference import effective_mask, softmax_weights
 from demo.attention import AttentionViews, Passage, ViewError, encode_text, passage
 from demo.attention_tab import Chosen, Handlers
 from demo.parts import explain, total_variation, weight_tables
@@ -128,17 +128,34 @@ def test_a_base_has_no_distance_from_itself(zoo, views):
 
 def test_masks_show_their_weights_and_the_effective_mask(zoo, views):
     loaded = zoo["masks"]
-    view = views.maps(loaded, read(loaded), 1, 0)
+    view = views.maps(loaded, read(loaded), 0, 0)
     mask = unpack(by_key(view["parts"])["mask"])
     assert mask[20, 20] == pytest.approx(1.0)  # last(0) and window(6), σ(0) each
     assert mask[20, 18] == pytest.approx(1.0)  # last(2) and window(6)
     assert mask[20, 1] == pytest.approx(0.5)  # first(2)
     assert mask[20, 10] == 0
     by_layer, by_head = view["tables"]
-    assert [row["name"] for row in by_layer["rows"]] == SMALL["masks"]["candidates"]
+    of_layer = [*SMALL["masks"]["first_layers"], SMALL["masks"]["candidates"]]
+    assert {row["name"] for row in by_layer["rows"]} == set().union(*of_layer)
     assert by_layer["columns"] == ["layer 0", "layer 1"]
+    for row in by_layer["rows"]:
+        assert row["values"] == [0.5 * (row["name"] in names) for names in of_layer]
     assert by_head["columns"] == ["head 0", "head 1"]
-    assert {value for row in by_head["rows"] for value in row["values"]} == {0.5}
+    assert {value for row in by_head["rows"] for value in row["values"]} == {0.0, 0.5}
+
+
+def test_the_effective_mask_shows_the_keys_that_the_text_decides(zoo, views):
+    loaded = zoo["masks"]
+    part = read(loaded, "the old man and the old man and the sea")
+    mask = unpack(by_key(views.maps(loaded, part, 1, 0)["parts"])["mask"])
+    expected = effective_mask(
+        [("window", (6,)), ("top", (4,)), ("induction", (2,))],
+        torch.full((2, 3), 0.5),
+        len(part.token_ids),
+        torch.zeros(1, 2, len(part.token_ids)),  # as they start: of equal scores the first ones
+        torch.tensor([part.token_ids]),
+    )
+    torch.testing.assert_close(mask, expected[0, 0], atol=1e-3, rtol=0)
 
 
 def test_nsa_shows_branches_gates_and_blocks(zoo, views):
@@ -195,7 +212,7 @@ def test_a_method_that_nobody_knows_is_shown_by_shapes(zoo):
     }
     mechanism.attention_parts = lambda *_: told
     mechanism.summary = lambda: {"weight": [0.25, 0.75], "scalar": [0.5]}
-    parts = explain(mechanism, q, k, x, head=1, shown=slice(4, length))
+    parts = explain(mechanism, q, k, x, torch.arange(20)[None], head=1, shown=slice(4, length))
     maps, rows = by_key(parts.maps), {each["title"]: each for each in parts.rows}
     torch.testing.assert_close(unpack(maps["square"]), told["square"][0, 1, 4:, 4:].tril(), atol=1e-3, rtol=1e-3)
     assert maps["signed"]["kind"] == "difference"

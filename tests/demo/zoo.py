@@ -7,7 +7,10 @@ from demo.models import Entry, LoadedModel
 
 SMALL = {
     "softmax": {},
-    "masks": {"candidates": ["last(0)", "last(2)", "window(6)", "first(2)"]},
+    "masks": {
+        "first_layers": [["last(0)", "last(2)", "window(6)", "first(2)"]],
+        "candidates": ["window(6)", "top(4)", "induction(2)"],
+    },
     "performer": {"num_features": 8, "window": 4},
     "nsa": {
         "compress_block": 8,

@@ -69,6 +69,24 @@ def test_transfer_trains_every_method(config, base, ids):
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained)
 
 
+def test_what_chooses_keys_learns_in_transfer_alone(base, ids):
+    config = attention.MasksConfig(first_layers=(("window(4)",),), candidates=("window(4)", "top(3)", "induction(1)"))
+    variant = attention.convert(base, config)
+    scores = variant.mechanisms[1].to_scores
+    losses = build_learner(TransferConfig(steps=1, selection=2.0), variant, base).train()(ids)
+    torch.testing.assert_close(losses.loss.detach(), losses.terms["output"] + 2 * losses.terms["selection"])
+    losses.loss.backward()
+    assert scores.grad.abs().sum() > 0
+    for stage in (TransferConfig(steps=1, selection=0.0), DistilConfig(steps=1), DistilConfig(steps=1, train="all")):
+        learner = build_learner(stage, variant, base).train()
+        variant.zero_grad()
+        learner(ids).loss.backward()
+        assert not scores.requires_grad
+        missed = [name for name, each in variant.named_parameters() if each.requires_grad and each.grad is None]
+        assert missed == []  # which is what DDP asks for
+    assert build_learner(TransferConfig(steps=1, output=0.0), variant, base)(ids).terms.keys() == {"selection"}
+
+
 def test_transfer_output_is_the_relative_error_of_mixed_values(base, ids):
     masks = attention.MasksConfig(candidates=("causal",))
     learner = build_learner(TransferConfig(steps=1), attention.convert(base, masks), base)
