@@ -50,8 +50,8 @@ class MasksConfig(MechanismConfig):
 
     method: ClassVar[str] = "masks"
     description: ClassVar[str] = (
-        "Every token looks at a few fixed places, such as the last words and the first ones; how much each place "
-        "counts is learned."
+        "Every token looks at a few places, such as the last words, the first ones, and those that followed the same "
+        "word before; how much each place counts is learned."
     )
 
     candidates: tuple[str, ...] = (
@@ -354,7 +354,7 @@ class MasksAttention(Mechanism):
             k, v = state.read_all()
         blocks = layout.blocks(length)
         index = self._index(layout, start, blocks, chosen, q.shape[:2]).clamp_(max=k.shape[2] - 1)
-        bias = self._content_bias(layout, start, blocks, chosen, q.shape[:2])
+        bias = self._content_bias(plan, layout, start, blocks, chosen, q.shape[:2])
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         return block_attention(q, k, v, bias.flatten(0, 1), index.flatten(0, 1), dropout=self._dropout)
 
@@ -400,18 +400,25 @@ class MasksAttention(Mechanism):
         return torch.cat([part.expand(*batch_and_heads, -1, -1) for part in parts], -1)
 
     def _content_bias(
-        self, layout: Layout, start: Tensor, blocks: int, chosen: dict[str, Columns], batch_and_heads: torch.Size
+        self,
+        plan: Plan,
+        layout: Layout,
+        start: Tensor,
+        blocks: int,
+        chosen: dict[str, Columns],
+        batch_and_heads: torch.Size,
     ) -> Tensor:
         """(B, H, blocks, b, K) log M over the same keys, −∞ where it is 0."""
         weights = self._weights()
         parts = [layout.log_mask(weights) + layout.hidden(start, blocks, or_own=False)]
         parts += [self._log_by_rank(kind, columns.rank, weights * layout.active) for kind, columns in chosen.items()]
-        return self._joined(layout, parts, batch_and_heads)
+        return self._joined(plan, layout, parts, batch_and_heads)
 
-    def _joined(self, layout: Layout, parts: list[Tensor], batch_and_heads: torch.Size) -> Tensor:
+    @staticmethod
+    def _joined(plan: Plan, layout: Layout, parts: list[Tensor], batch_and_heads: torch.Size) -> Tensor:
         """The log M of all columns (B, H, ..., K) from parts; a query that reads none of them reads its own key."""
         bias = torch.cat([part.expand(*batch_and_heads, *part.shape[2:]) for part in parts], -1)
-        if self.plan().reads_at_once:
+        if plan.reads_at_once:
             return bias
         own = F.pad(layout.own, (0, bias.shape[-1] - layout.own.shape[-1]))
         return bias.masked_fill(own & (bias == -inf).all(-1, keepdim=True), 0.0)
@@ -449,7 +456,7 @@ class MasksAttention(Mechanism):
             logs["induction"] = logs["induction"].masked_fill(found[:, :, None] == 0, -inf)
         state.append(k, v, None)
         keys, values = state.read(torch.cat([part.expand(batch, heads, -1) for part in index], -1))
-        bias = self._joined(layout, list(logs.values()), q.shape[:2])
+        bias = self._joined(plan, layout, list(logs.values()), q.shape[:2])
         return scaled_dot_product_attention(q, keys, values, bias.to(q.dtype), dropout_p=self._dropout)
 
     def _step_logs(self, plan: Plan, layout: Layout) -> dict[str, Tensor]:

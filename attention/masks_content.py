@@ -90,7 +90,7 @@ class ContentState(State):
 
     def reset(self) -> None:
         super().reset()
-        self.least = 0
+        self.least, self.logs = 0, None
 
     @property
     def position(self) -> int | Tensor:

@@ -197,8 +197,8 @@ class Layout:
         """
         if isinstance(position, int):
             place = torch.add(self.origin, self.moves, alpha=position)
-            return place if position >= self.depth else place.clamp_(min=0)
-        return (self.moves * position).add_(self.origin).clamp_(min=0)
+            return place if position >= self.depth else place.clamp_(0, position)
+        return (self.moves * position).add_(self.origin).clamp_(min=0).minimum(position)
 
     @cached_property
     @torch.inference_mode(False)

@@ -32,12 +32,16 @@ from attention.mechanism import LayerShape
 from attention.registry import config_from_dict
 from benchmarks import measure
 
-HEADS, WIDTH = 12, 64
+HEADS, WIDTH, VOCABULARY = 12, 64, 50_257
 SHAPE = LayerShape(num_heads=HEADS, num_kv_heads=HEADS, head_dim=WIDTH, hidden_size=HEADS * WIDTH, max_length=1 << 20)
 
 MECHANISMS: dict[str, dict[str, Any]] = {
     "masks, 5 offsets": {"method": "masks", "candidates": [f"last({i})" for i in range(5)]},
     "masks, window 64 + 4 first": {"method": "masks", "candidates": ["window(64)", "first(4)"]},
+    "masks, 20 places + 52 chosen": {
+        "method": "masks",
+        "candidates": ["window(16)", "first(4)", "top(44)", "induction(8)"],
+    },
     "performer, favor m=64": {"method": "performer", "feature_map": "favor", "num_features": 64},
     "performer, learned m=64": {"method": "performer", "feature_map": "learned", "num_features": 64},
     "nsa": {"method": "nsa"},
@@ -56,13 +60,14 @@ def make(name: str, length: int, backward: bool) -> Callable[[], Any]:
         inputs = [torch.randn(1, length, SHAPE.hidden_size, device=device, dtype=dtype)]
     else:
         inputs = [torch.randn(1, HEADS, length, WIDTH, device=device, dtype=dtype) for _ in range(3)]
-        module = _mechanism(name, torch.randn(1, length, SHAPE.hidden_size, device=device, dtype=dtype))
+        x = torch.randn(1, length, SHAPE.hidden_size, device=device, dtype=dtype)
+        module = _mechanism(name, x, torch.randint(VOCABULARY, (1, length), device=device))
     if not backward:
         return partial(_forward, module, inputs)
     return partial(_forward_backward, module, [tensor.requires_grad_() for tensor in inputs])
 
 
-def _mechanism(name: str, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _mechanism(name: str, x: Tensor, tokens: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if name == "sdpa":
         return partial(scaled_dot_product_attention, is_causal=True)
     if name == PEER_PERFORMER:
@@ -71,7 +76,9 @@ def _mechanism(name: str, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tenso
         with contextlib.redirect_stdout(sys.stderr):  # it has something to say, which is no JSON
             return FastAttention(WIDTH, nb_features=64, causal=True).to(x.device, x.dtype)
     mechanism = config_from_dict(MECHANISMS[name]).build(SHAPE).to(x.device, x.dtype).eval()
-    return lambda q, k, v: mechanism(q, k, v, x)
+    for parameter in mechanism.choosing_parameters():
+        torch.nn.init.normal_(parameter)  # at their start they choose the first keys
+    return lambda q, k, v: mechanism(q, k, v, x, tokens=tokens)
 
 
 def _layer(options: dict[str, Any]) -> torch.nn.Module:

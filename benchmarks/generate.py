@@ -24,9 +24,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import attention
-from attention.mechanism import Mechanism
 from benchmarks import measure
-from benchmarks.attention import MECHANISMS, SHAPE
+from benchmarks.attention import MECHANISMS, SHAPE, VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,9 +66,11 @@ def decode_growth(near: int = 100, far: int = 8000, rounds: int = 50) -> list[di
     rows = []
     for name, options in {"softmax": {"method": "softmax"}, **MECHANISMS}.items():
         mechanism = attention.config_from_dict(options).build(SHAPE).eval()
-        states = {length: _filled(mechanism, length) for length in (near, far)}
+        states = {length: mechanism.new_state() for length in (near, far)}
+        for length, state in states.items():
+            mechanism(**_random_inputs(length), state=state)
         token = _random_inputs(1)
-        steps = {str(length): partial(mechanism, *token, state) for length, state in states.items()}
+        steps = {str(length): partial(mechanism, **token, state=state) for length, state in states.items()}
         times = measure.times_in_turn(steps, budget=0, min_rounds=rounds)
         rows.append(
             {
@@ -83,15 +84,13 @@ def decode_growth(near: int = 100, far: int = 8000, rounds: int = 50) -> list[di
     return rows
 
 
-def _random_inputs(length: int) -> tuple[torch.Tensor, ...]:
+def _random_inputs(length: int) -> dict[str, torch.Tensor]:
     heads = (1, SHAPE.num_heads, length, SHAPE.head_dim)
-    return *(torch.randn(heads) for _ in range(3)), torch.randn(1, length, SHAPE.hidden_size)
-
-
-def _filled(mechanism: Mechanism, length: int) -> Any:
-    state = mechanism.new_state()
-    mechanism(*_random_inputs(length), state)
-    return state
+    return {
+        **{name: torch.randn(heads) for name in "qkv"},
+        "x": torch.randn(1, length, SHAPE.hidden_size),
+        "tokens": torch.randint(VOCABULARY, (1, length)),
+    }
 
 
 @torch.no_grad()

@@ -319,7 +319,7 @@ def test_long_texts_choose_as_the_reference_does(data):
 @pytest.mark.parametrize("prompt", [1, 6, 33])
 @torch.no_grad()
 def test_long_decoding_chooses_the_same_keys(prompt):
-    mechanism = build("window(4)", "first(1)", "top(5)", "induction(2)", init="random")
+    mechanism = build("window(4)", "first(9)", "top(5)", "induction(2)", init="random")
     mechanism.to_scores.normal_(generator=torch.Generator().manual_seed(0))
     (*heads, x), tokens, state = inputs(90, batch=2), ids(90, batch=2), mechanism.new_state()
     out = [
