@@ -29,7 +29,7 @@ from .block_attention import block_attention
 from .masks_content import Best, Columns, ContentState, best_columns, followers_of_one, induction_columns
 from .masks_plan import CONTENT, SYNTAX, Candidate, Layout, Plan
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
-from .reference import causal_mask, effective_mask, masked_softmax_weights, softmax_weights
+from .reference import causal_mask, combined_mask, effective_mask, masked_softmax_weights, softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
 
@@ -177,6 +177,8 @@ class MasksAttention(Mechanism):
             loading only.
     """
 
+    choosing = ("to_scores",)
+
     def __init__(self, config: MasksConfig, layer: LayerShape):
         super().__init__(config, layer)
         self.candidates = config.of_all_layers()
@@ -190,7 +192,8 @@ class MasksAttention(Mechanism):
         active = torch.tensor([candidate in own for candidate in self.candidates])
         self.register_buffer("active", active.expand(shape).clone())
         if any(candidate.kind == "top" for candidate in own):
-            self.to_scores = nn.Parameter(torch.zeros(layer.num_heads, layer.hidden_size))
+            start = torch.zeros(layer.num_heads, layer.hidden_size)
+            self.to_scores = nn.Parameter(start, requires_grad=False)  # only `selection_loss` would give it a gradient
         self.softmax = SoftmaxAttention(SoftmaxConfig(), layer)
         self._planned: tuple[Tensor, frozenset[str], Plan] | None = None
 
@@ -256,8 +259,7 @@ class MasksAttention(Mechanism):
         plan = self.plan()
         self._check(state, plan)
         if plan.by_content:
-            if plan.induction and tokens is None:
-                raise ValueError("induction(n) looks for tokens: call the model with input_ids, not with inputs_embeds")
+            self._check_tokens(plan, tokens)
             if q.shape[2] == 1 and lengths is None and state is not None and state.seen:
                 return self._content_step(plan, q, k, v, x, state, tokens)
             return self._by_content(plan, q, k, v, x, state, lengths, tokens)
@@ -282,6 +284,11 @@ class MasksAttention(Mechanism):
         made_for = getattr(state, "plan", None)
         if not (plan.dense if made_for is None else made_for is plan or made_for == plan):
             raise ValueError("the active candidates changed since this state was made; start with a new one")
+
+    @staticmethod
+    def _check_tokens(plan: Plan, tokens: Tensor | None) -> None:
+        if plan.induction and tokens is None:
+            raise ValueError("induction(n) looks for tokens: call the model with input_ids, not with inputs_embeds")
 
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows that start here: only the first blocks can miss keys."""
@@ -371,8 +378,8 @@ class MasksAttention(Mechanism):
         """The keys that each kind of mask finds in the text; the state learns what it needs to find more."""
         chosen = {}
         if plan.top:
-            scores = self._scores(x.detach())
-            before = Best.none(scores, plan.top) if state is None or state.best is None else state.best_keys()
+            scores = self._scores(x).detach()
+            before = Best.none(scores, plan.top) if state is None or state.best_scores is None else state.best_keys()
             chosen["top"] = best_columns(before, scores, start, block)
             if state is not None:
                 state.rank(before, scores, lengths)
@@ -411,7 +418,9 @@ class MasksAttention(Mechanism):
         """(B, H, blocks, b, K) log M over the same keys, −∞ where it is 0."""
         weights = self._weights()
         parts = [layout.log_mask(weights) + layout.hidden(start, blocks, or_own=False)]
-        parts += [self._log_by_rank(kind, columns.rank, weights * layout.active) for kind, columns in chosen.items()]
+        parts += [
+            self._log_by_rank(plan, kind, columns.rank, weights * layout.active) for kind, columns in chosen.items()
+        ]
         return self._joined(plan, layout, parts, batch_and_heads)
 
     @staticmethod
@@ -423,12 +432,12 @@ class MasksAttention(Mechanism):
         own = F.pad(layout.own, (0, bias.shape[-1] - layout.own.shape[-1]))
         return bias.masked_fill(own & (bias == -inf).all(-1, keepdim=True), 0.0)
 
-    def _log_by_rank(self, kind: str, rank: Tensor, weights: Tensor) -> Tensor:
+    def _log_by_rank(self, plan: Plan, kind: str, rank: Tensor, weights: Tensor) -> Tensor:
         """log M for keys of these ranks (B, 1 or H, ...) under the masks of one kind, weights (1 or H, C)."""
-        numbers = [candidate.rank_below(kind) for candidate in self.candidates]
+        used = [(self.candidates.index(each), each.rank_below(kind)) for each in plan.used if each.kind == kind]
         bias = torch.full((), -inf, device=rank.device)
-        for number in sorted({*numbers} - {0}, reverse=True):
-            total = weights[:, [index for index, each in enumerate(numbers) if each >= number]].sum(1)
+        for number in sorted({number for _, number in used}, reverse=True):
+            total = weights[:, [index for index, each in used if each >= number]].sum(1)
             log = torch.where(total > 0, total, 1.0).log().masked_fill(total == 0, -inf)
             bias = torch.where(rank < number, log.view(-1, 1, 1, 1), bias)
         return bias
@@ -446,7 +455,7 @@ class MasksAttention(Mechanism):
             behind = position if isinstance(position, int) else position[..., None]
             logs["fixed"] = logs["fixed"].masked_fill(layout.distance > behind, -inf)
         if plan.top:
-            best = state.rank(state.best_keys(), self._scores(x.detach()), None)
+            best = state.rank(state.best_keys(), self._scores(x).detach(), None)
             index.append(best.positions)
             if state.least < plan.top:
                 logs["top"] = logs["top"].masked_fill(best.scores[:, :, None] == -inf, -inf)
@@ -465,7 +474,7 @@ class MasksAttention(Mechanism):
         logs = {"fixed": (layout.log_mask(weights) + layout.hidden(later, 1, or_own=False))[:, :, 0]}
         for kind, number in (("top", plan.top), ("induction", plan.induction)):
             rank = torch.arange(number, device=weights.device).view(1, 1, 1, 1, -1)
-            logs |= {kind: self._log_by_rank(kind, rank, weights * layout.active)[:, :, 0]} if number else {}
+            logs |= {kind: self._log_by_rank(plan, kind, rank, weights * layout.active)[:, :, 0]} if number else {}
         return logs
 
     @property
@@ -514,13 +523,18 @@ class MasksAttention(Mechanism):
 
     def _left_to_top(self, length: int, tokens: Tensor | None) -> Tensor:
         """(1 or B, 1 or H, T, T) booleans: the keys of the past that no mask but `top` holds for."""
-        others = [index for index, candidate in enumerate(self.candidates) if candidate.kind != "top"]
-        candidates = [(self.candidates[index].kind, self.candidates[index].numbers) for index in others]
-        mask = effective_mask(candidates, self.weights()[:, others], length, tokens=tokens)
+        self._check_tokens(self.plan(), tokens)
+        others = [candidate for candidate in self.plan().used if candidate.kind != "top"]
+        mask = combined_mask(*self._combination(others), length, tokens=tokens)
         return causal_mask(length, mask.device) & (mask == 0)
 
+    def _combination(self, candidates: list[Candidate]) -> tuple[list[tuple[str, tuple[int, ...]]], Tensor]:
+        """Some of the masks, as the definitions name them, and their weights (1 or H, ·)."""
+        index = [self.candidates.index(candidate) for candidate in candidates]
+        return [(candidate.kind, candidate.numbers) for candidate in candidates], self.weights()[:, index]
+
     def choosing_parameters(self) -> list[nn.Parameter]:
-        return [self.to_scores] if hasattr(self, "to_scores") else []
+        return [self.to_scores] if self.plan().top else []
 
     def attention_map(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         mask = self.attention_parts(q, k, x, tokens)["mask"]
@@ -528,18 +542,19 @@ class MasksAttention(Mechanism):
 
     def attention_parts(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """`mask`: M (1 or B, 1 or H, T, T), 1 on the diagonal of rows whose support is empty."""
-        candidates = [(candidate.kind, candidate.numbers) for candidate in self.candidates]
-        scores = self._scores(x) if hasattr(self, "to_scores") else None
-        return {"mask": effective_mask(candidates, self.weights(), q.shape[2], scores, tokens)}
+        plan = self.plan()
+        self._check_tokens(plan, tokens)
+        scores = self._scores(x) if plan.top else None
+        return {"mask": effective_mask(*self._combination(plan.used), q.shape[2], scores, tokens)}
 
-    def new_state(self) -> KeyValueState | MasksState:
+    def new_state(self) -> KeyValueState | MasksState | ContentState:
         plan = self.plan()
         if plan.by_content:
             return ContentState(plan)
         return KeyValueState() if plan.dense else MasksState(plan)
 
     def keys_read(self, position: int) -> int:
-        """The size of the support at `position`, that of all heads together; with chosen keys, the most it can be."""
+        """The size of the support at `position`, that of all heads together; of chosen keys, the most of one head."""
         plan = self.plan()
         if plan.dense:
             return position + 1

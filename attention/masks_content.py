@@ -70,7 +70,7 @@ class ContentState(State):
         plan: the plan that this state belongs to.
         pairs: (B, H_kv, capacity, 2 D) each key with its value behind it, so that one index finds both.
         tokens: (B, 1, capacity, 1) ids by position; None where no head looks for them.
-        scores, best: (B, H, n) of `Best`; None at the start, and where no head reads by score.
+        best_scores, best_positions: (B, H, n) of `Best`; None at the start, and where no head reads by score.
         least: tokens that every row is known to have.
         logs: log M for a query that has all of its keys, by kind of key, once one came.
         _firsts: batch, heads and capacity, and the first row of each head in a flat `pairs`; in a tuple, for its rows
@@ -82,8 +82,8 @@ class ContentState(State):
         self.plan = plan
         self.pairs: Tensor | None = None
         self.tokens: Tensor | None = None
-        self.scores: Tensor | None = None
-        self.best: Tensor | None = None
+        self.best_scores: Tensor | None = None
+        self.best_positions: Tensor | None = None
         self.least = 0
         self.logs: dict[str, Tensor] | None = None
         self._firsts: tuple[tuple[int, int, int], Tensor] | None = None
@@ -119,7 +119,7 @@ class ContentState(State):
 
     def best_keys(self) -> Best:
         """The best keys so far; there must be some."""
-        return Best(self.scores, self.best)
+        return Best(self.best_scores, self.best_positions)
 
     def rank(self, before: Best, scores: Tensor, lengths: Tensor | None) -> Best:
         """Takes in the scores (B, H, T) of tokens that are not counted yet, after the best keys before them.
@@ -135,7 +135,7 @@ class ContentState(State):
         if isinstance(positions, int):
             positions = torch.full_like(scores, positions, dtype=torch.long)
         best = before.joined(Best(scores, positions.expand_as(scores)), before.scores.shape[2])
-        self.scores, self.best = best
+        self.best_scores, self.best_positions = best
         return best
 
     def append_tokens(self, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FARTHEST = 65_536  # the largest number in a candidate: bounds what a typo can allocate
+MOST = {"top": 1024, "induction": 64}  # the same, where a query's columns grow with the number
 SMALLEST = {
     "last": (0,),
     "window": (1,),
@@ -56,10 +57,10 @@ class Candidate:
         parts = [part.strip() for part in inside.split(",")] if inside and inside.strip() else []
         if len(parts) != len(smallest) or not all(re.fullmatch(r"-?\d+", part) for part in parts):
             raise ValueError(f"candidate {text!r} needs {len(smallest) or 'no'} whole number(s); write {SYNTAX}")
-        numbers = tuple(map(int, parts))
+        numbers, most = tuple(map(int, parts)), MOST.get(kind, FARTHEST)
         for number, least in zip(numbers, smallest, strict=True):
-            if not least <= number <= FARTHEST:
-                raise ValueError(f"candidate {text!r}: {number} must lie between {least} and {FARTHEST}")
+            if not least <= number <= most:
+                raise ValueError(f"candidate {text!r}: {number} must lie between {least} and {most}")
         candidate = cls(kind, numbers)
         if candidate.reach > FARTHEST + 1:
             raise ValueError(f"candidate {text!r} reaches {candidate.reach - 1} back; the most is {FARTHEST}")
@@ -88,7 +89,7 @@ class Candidate:
 
     def rank_below(self, kind: str) -> int:
         """n for a mask of that kind whose keys depend on the text, else 0: it holds for the keys of rank 0 to n − 1."""
-        return self.numbers[0] if self.kind == kind and kind in CONTENT else 0
+        return self.numbers[0] if self.kind == kind else 0
 
     def at_distance(self, distance: Tensor) -> Tensor:
         """Whether the mask holds at a distance i − j (integers of any shape), by distance alone."""
@@ -345,9 +346,9 @@ class Plan:
 
     @cached_property
     def reads_at_once(self) -> bool:
-        """Whether no query of any head has an empty support: each reads its own key or the first."""
+        """Whether no query of any head has an empty support: each reads its own key, the first or the best."""
         zero = torch.zeros((), dtype=torch.long)
-        at_once = [bool(c.at_distance(zero) | c.at_key(zero)) for c in self.candidates]
+        at_once = [bool(c.at_distance(zero) | c.at_key(zero)) or c.kind == "top" for c in self.candidates]
         return all(any(a and b for a, b in zip(on, at_once, strict=True)) for on in self.active)
 
     def band(self, block: int) -> list[int]:

@@ -100,10 +100,12 @@ class Mechanism(nn.Module, ABC):
 
     Attributes:
         branches: names of the parts that can be switched off, for ablation.
+        choosing: names of the parameters that do nothing but choose keys, see `choosing_parameters`.
         disabled: the branches that are off; see `disable`.
     """
 
     branches: tuple[str, ...] = ()
+    choosing: tuple[str, ...] = ()
 
     def __init__(self, config: MechanismConfig, layer: LayerShape):
         super().__init__()
@@ -154,7 +156,10 @@ class Mechanism(nn.Module, ABC):
         return None
 
     def choosing_parameters(self) -> list[nn.Parameter]:
-        """Those that do nothing but choose keys: only `selection_loss` gives them a gradient."""
+        """The parameters named in `choosing` that are in use: only `selection_loss` gives them a gradient.
+
+        They do not require one when they are made, or whoever trains the rest would find them unused.
+        """
         return []
 
     @abstractmethod

@@ -64,27 +64,25 @@ def induction_mask(tokens: Tensor, number: int) -> Tensor:
     return F.pad(earlier & (later_ones < number), (1, -1))[:, None]
 
 
-def effective_mask(
+def combined_mask(
     candidates: list[tuple[str, tuple[int, ...]]],
     weights: Tensor,
     length: int,
     scores: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> Tensor:
-    """M = Σ_c w_c C_c (1 or B, G, T, T) for weights (G, C); a row without support reads itself, with weight 1.
+    """Σ_c w_c C_c (1 or B, G, T, T).
 
     Args:
         candidates: kinds and numbers.
-        weights: one row for each head, or one for all.
+        weights: (G, C), one row for each head, or one for all.
         length: T.
-        scores: (B, H, T) of the keys, for `top`, where G is H.
+        scores: (B, H, T) of the keys, for `top`.
         tokens: (B, T) ids, for `induction`.
     """
     mask = weights.new_zeros(1, len(weights), length, length)
     for (kind, numbers), weight in zip(candidates, weights.unbind(1), strict=True):
         match kind:
-            case "top" | "induction" if not weight.any():  # scores or ids may not be there
-                continue
             case "top":
                 holds = top_mask(scores, *numbers)
             case "induction":
@@ -92,6 +90,18 @@ def effective_mask(
             case _:
                 holds = candidate_mask(kind, numbers, length, weights.device)
         mask = mask + weight[:, None, None] * holds
+    return mask
+
+
+def effective_mask(
+    candidates: list[tuple[str, tuple[int, ...]]],
+    weights: Tensor,
+    length: int,
+    scores: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """M (1 or B, G, T, T): `combined_mask`, where a row without support reads itself, with weight 1."""
+    mask = combined_mask(candidates, weights, length, scores, tokens)
     empty = (mask == 0).all(-1, keepdim=True)
     return torch.where(empty, torch.eye(length, dtype=mask.dtype, device=mask.device), mask)
 

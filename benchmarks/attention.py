@@ -35,10 +35,11 @@ from benchmarks import measure
 HEADS, WIDTH, VOCABULARY = 12, 64, 50_257
 SHAPE = LayerShape(num_heads=HEADS, num_kv_heads=HEADS, head_dim=WIDTH, hidden_size=HEADS * WIDTH, max_length=1 << 20)
 
+CHOOSING = "masks, 20 places + 52 chosen"  # as in the last layer of checkpoints/masks
 MECHANISMS: dict[str, dict[str, Any]] = {
     "masks, 5 offsets": {"method": "masks", "candidates": [f"last({i})" for i in range(5)]},
     "masks, window 64 + 4 first": {"method": "masks", "candidates": ["window(64)", "first(4)"]},
-    "masks, 20 places + 52 chosen": {
+    CHOOSING: {
         "method": "masks",
         "candidates": ["window(16)", "first(4)", "top(44)", "induction(8)"],
     },
@@ -197,7 +198,8 @@ def figure(rows: list[dict[str, Any]], path: str, title: str) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--methods", nargs="+", choices=list(MECHANISMS), default=list(MECHANISMS))
+    usual = [name for name in MECHANISMS if name != CHOOSING]
+    parser.add_argument("--methods", nargs="+", choices=list(MECHANISMS), default=usual, help=f"all but {CHOOSING!r}")
     parser.add_argument("--backward", action="store_true", help="measure forward and backward together")
     parser.add_argument("--peers", action="store_true", help="measure the peer libraries too (requirements-bench.txt)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the peak-memory processes")

@@ -184,14 +184,24 @@ def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedMo
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(stage, name))
     for mechanism in getattr(model, "mechanisms", []):
-        for parameter in mechanism.choosing_parameters():
-            parameter.requires_grad_(isinstance(stage, TransferConfig) and stage.selection > 0)
+        _only_used(stage, mechanism)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"stage {stage.stage} trains the mechanisms alone, and these have no parameters of their own")
+        raise ValueError(f"stage {stage.stage} has nothing to train: no parameter of the mechanisms is in its loss")
     if isinstance(stage, PretrainConfig):
         return Pretrain(model)
     without_dropout(model)
     return Distil(model, base, stage) if isinstance(stage, DistilConfig) else Transfer(model, base, stage)
+
+
+def _only_used(stage: StageConfig, mechanism: Mechanism) -> None:
+    """Of a mechanism's parameters, leaves only those that require gradients which the stage's loss depends on."""
+    transfers = isinstance(stage, TransferConfig)
+    choosing = {id(parameter) for parameter in mechanism.choosing_parameters()}
+    for name, parameter in mechanism.named_parameters():
+        if id(parameter) in choosing:
+            parameter.requires_grad_(transfers and stage.selection > 0)
+        elif name in mechanism.choosing or (transfers and not (stage.output or stage.weights)):
+            parameter.requires_grad_(False)
 
 
 def trains(stage: StageConfig, name: str) -> bool:

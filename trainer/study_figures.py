@@ -126,7 +126,7 @@ def final_mask(result: Result, layer: int) -> np.ndarray:
     weights = result.rows("eval")[-1]["mechanisms"][layer]
     candidates = {name: Candidate.parse(name) for name in weights}
     fixed = {name: (one.kind, one.numbers) for name, one in candidates.items() if one.kind not in CONTENT}
-    heads = torch.tensor([weights[name] for name in fixed]).T
+    heads = torch.tensor([weights[name] for name in fixed]).reshape(len(fixed), -1).T
     return effective_mask(list(fixed.values()), heads, SHOWN)[0].mean(0).numpy()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import re
 from itertools import pairwise
 
@@ -66,7 +67,9 @@ def reference(
     enabled = torch.tensor([c.name not in mechanism.disabled for c in candidates])
     weights = (mechanism.alpha.sigmoid() * mechanism.active * enabled).view(-1, len(candidates))
     scores = torch.einsum("bte,he->bht", x, mechanism.to_scores) if hasattr(mechanism, "to_scores") else None
-    mask = effective_mask([(c.kind, c.numbers) for c in candidates], weights, q.shape[2], scores, tokens)
+    used = [i for i, candidate in enumerate(candidates) if scores is not None or candidate.kind != "top"]
+    kinds = [(candidates[i].kind, candidates[i].numbers) for i in used]
+    mask = effective_mask(kinds, weights[:, used], q.shape[2], scores, tokens)
     return masked_softmax_weights(q, repeat_heads(k, q.shape[1]), mask) @ repeat_heads(v, q.shape[1])
 
 
@@ -104,6 +107,7 @@ def test_syntax(text, kind, numbers):
         ("window(1.5)", "needs 1 whole number"),
         ("window(0)", "between 1 and"),
         ("top(0)", "between 1 and"),
+        ("top(2000)", "between 1 and 1024"),
         ("induction", "needs 1 whole number"),
         ("last(-1)", "between 0 and"),
         ("dilated(2, 0)", "between 1 and"),
@@ -352,6 +356,8 @@ def test_scores_learn_which_keys_matter_beyond_the_fixed_places():
     q, k = torch.ones(4, 2, 40, 4), 0.1 * torch.randn(4, 2, 40, 4, generator=generator)
     k = k + 3.0 * marked[:, None, :, None]
     assert mechanism.choosing_parameters() == [mechanism.to_scores]
+    assert not mechanism.to_scores.requires_grad  # until a stage asks for it
+    mechanism.to_scores.requires_grad_()
     optimizer = torch.optim.Adam(mechanism.choosing_parameters(), lr=0.1)
     losses = []
     for _ in range(60):
@@ -364,6 +370,58 @@ def test_scores_learn_which_keys_matter_beyond_the_fixed_places():
     assert mechanism.alpha.grad is None
     chosen = top_mask(mechanism._scores(x), 4)[:, :, -1]
     assert (chosen | ~marked[:, None]).float().mean() > 0.97  # hardly a marked key is missed
+
+
+@pytest.mark.parametrize("others", [(), ("window(2)", "induction(1)"), ("last(3)",)], ids=str)
+def test_selection_loss_is_a_cross_entropy_over_the_keys_that_are_left(others):
+    mechanism = build("top(3)", *others)
+    mechanism.to_scores.normal_(generator=torch.Generator().manual_seed(0))
+    (q, k, _, x), tokens = inputs(12, batch=2), ids(12, batch=2)
+    weights, expected = softmax_weights(q, k), 0.0
+    for b, h, i in itertools.product(range(2), range(2), range(12)):
+        read = {"window(2)": {i, i - 1}, "last(3)": {i - 3}}
+        taken = set().union(*(read.get(name, set()) for name in others))
+        if "induction(1)" in others:
+            taken |= {max([p + 1 for p in range(i) if tokens[b, p] == tokens[b, i]], default=-1)}
+        left = [j for j in range(i + 1) if j not in taken]
+        if left:
+            logs = (x[b, left] @ mechanism.to_scores[h]).log_softmax(0)
+            expected -= (weights[b, h, i, left] * logs).sum() / (2 * 2 * 12)
+    torch.testing.assert_close(mechanism.selection_loss(q, k, x, tokens), expected)
+
+
+def test_maps_need_ids_too():
+    q, k, _, x = inputs(5)
+    with pytest.raises(ValueError, match="input_ids, not with inputs_embeds"):
+        build("induction(2)").attention_map(q, k, x)
+
+
+@torch.no_grad()
+def test_a_state_starts_anew_after_a_reset():
+    mechanism = build("window(3)", "top(2)", "induction(1)", init="random")
+    mechanism.to_scores.normal_(generator=torch.Generator().manual_seed(0))
+    (*heads, x), tokens, state = inputs(20), ids(20), mechanism.new_state()
+
+    def decoded() -> Tensor:
+        parts = [
+            (*(t[:, :, i : i + 1] for t in heads), x[:, i : i + 1], state, None, tokens[:, [i]]) for i in range(20)
+        ]
+        return torch.cat([mechanism(*part) for part in parts], 2)
+
+    decoded()
+    mechanism.alpha += 1.0 + torch.arange(3)
+    mechanism.to_scores.neg_()
+    state.reset()
+    torch.testing.assert_close(decoded(), mechanism(*heads, x, tokens=tokens), **TOLERANCE)
+
+
+@given(config=CONFIGS["masks"], seed=st.integers(0, 99))
+@torch.no_grad()
+def test_no_head_reads_more_keys_than_it_says(config, seed):
+    mechanism = config.build(layer()).eval()
+    (q, k, _, x), tokens = inputs(30, seed=seed), ids(30, seed=seed)
+    read = (mechanism.attention_parts(q, k, x, tokens)["mask"] > 0).sum(-1).flatten(0, 1)
+    assert (read <= torch.tensor([mechanism.keys_read(position) for position in range(30)])).all()
 
 
 def test_a_method_that_learns_no_choice_has_no_loss_for_it():

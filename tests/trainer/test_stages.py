@@ -54,7 +54,7 @@ def test_a_student_that_is_its_base_has_no_loss_though_the_base_has_dropout(base
 
 def test_what_has_nothing_to_train_is_said(base):
     variant = attention.convert(base, attention.SoftmaxConfig())
-    with pytest.raises(ValueError, match="have no parameters of their own"):
+    with pytest.raises(ValueError, match="has nothing to train"):
         build_learner(TransferConfig(steps=1), variant, base)
 
 
@@ -69,22 +69,55 @@ def test_transfer_trains_every_method(config, base, ids):
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained)
 
 
+CHOOSING = attention.MasksConfig(first_layers=(("window(4)",),), candidates=("window(4)", "top(3)", "induction(1)"))
+
+
 def test_what_chooses_keys_learns_in_transfer_alone(base, ids):
-    config = attention.MasksConfig(first_layers=(("window(4)",),), candidates=("window(4)", "top(3)", "induction(1)"))
-    variant = attention.convert(base, config)
+    variant = attention.convert(base, CHOOSING)
     scores = variant.mechanisms[1].to_scores
     losses = build_learner(TransferConfig(steps=1, selection=2.0), variant, base).train()(ids)
     torch.testing.assert_close(losses.loss.detach(), losses.terms["output"] + 2 * losses.terms["selection"])
     losses.loss.backward()
     assert scores.grad.abs().sum() > 0
-    for stage in (TransferConfig(steps=1, selection=0.0), DistilConfig(steps=1), DistilConfig(steps=1, train="all")):
+    build_learner(DistilConfig(steps=1, train="all"), variant, base)
+    assert not scores.requires_grad
+    learner = build_learner(TransferConfig(steps=1, output=0.0), variant, base)
+    assert learner(ids).terms.keys() == {"selection"}
+    with pytest.raises(ValueError, match="has nothing to train"):
+        build_learner(TransferConfig(steps=1, output=0.0), attention.convert(base, MASKS), base)
+
+
+STAGES = [
+    TransferConfig(steps=1),
+    TransferConfig(steps=1, output=0.0),
+    TransferConfig(steps=1, output=0.0, selection=0.0, weights=1.0),
+    DistilConfig(steps=1),
+    DistilConfig(steps=1, train="all"),
+    DistilConfig(steps=1, train="mechanism"),
+]
+
+
+@pytest.mark.parametrize("without", ["nothing", "pruned", "disabled"])
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: str(stage.model_dump(exclude_defaults=True)))
+def test_all_that_is_trained_has_a_gradient(stage, without, base, ids):
+    """As DDP asks; also where the only mask that chooses by scores is gone from its layer."""
+    variant = attention.convert(base, CHOOSING)
+    mechanism = variant.mechanisms[1]
+    if without == "pruned":
+        with torch.no_grad():
+            mechanism.alpha[:, mechanism.branches.index("top(3)")] = -9.0
+        mechanism.prune(0.01)
+    if without == "disabled":
+        mechanism.disable("top(3)")
+    try:
         learner = build_learner(stage, variant, base).train()
-        variant.zero_grad()
-        learner(ids).loss.backward()
-        assert not scores.requires_grad
-        missed = [name for name, each in variant.named_parameters() if each.requires_grad and each.grad is None]
-        assert missed == []  # which is what DDP asks for
-    assert build_learner(TransferConfig(steps=1, output=0.0), variant, base)(ids).terms.keys() == {"selection"}
+    except ValueError:
+        assert without != "nothing"
+        assert (stage.stage, stage.output, stage.weights) == ("transfer", 0.0, 0.0)
+        return
+    learner(ids).loss.backward()
+    missed = [name for name, each in learner.named_parameters() if each.requires_grad and each.grad is None]
+    assert missed == []
 
 
 def test_transfer_output_is_the_relative_error_of_mixed_values(base, ids):
