@@ -432,12 +432,13 @@ class MasksAttention(Mechanism):
         own = F.pad(layout.own, (0, bias.shape[-1] - layout.own.shape[-1]))
         return bias.masked_fill(own & (bias == -inf).all(-1, keepdim=True), 0.0)
 
-    def _log_by_rank(self, plan: Plan, kind: str, rank: Tensor, weights: Tensor) -> Tensor:
+    @staticmethod
+    def _log_by_rank(plan: Plan, kind: str, rank: Tensor, weights: Tensor) -> Tensor:
         """log M for keys of these ranks (B, 1 or H, ...) under the masks of one kind, weights (1 or H, C)."""
-        used = [(self.candidates.index(each), each.rank_below(kind)) for each in plan.used if each.kind == kind]
+        used = plan.ranks[kind]
         bias = torch.full((), -inf, device=rank.device)
-        for number in sorted({number for _, number in used}, reverse=True):
-            total = weights[:, [index for index, each in used if each >= number]].sum(1)
+        for number in sorted({*used.values()}, reverse=True):
+            total = weights[:, [index for index, each in used.items() if each >= number]].sum(1)
             log = torch.where(total > 0, total, 1.0).log().masked_fill(total == 0, -inf)
             bias = torch.where(rank < number, log.view(-1, 1, 1, 1), bias)
         return bias

@@ -87,10 +87,6 @@ class Candidate:
         """How many first keys this mask holds for."""
         return self.numbers[0] if self.kind == "first" else 0
 
-    def rank_below(self, kind: str) -> int:
-        """n for a mask of that kind whose keys depend on the text, else 0: it holds for the keys of rank 0 to n − 1."""
-        return self.numbers[0] if self.kind == kind else 0
-
     def at_distance(self, distance: Tensor) -> Tensor:
         """Whether the mask holds at a distance i − j (integers of any shape), by distance alone."""
         if self.kind == "causal":
@@ -300,14 +296,23 @@ class Plan:
         return self.dense and len(self.used) == 1 and len(self.active) == 1
 
     @cached_property
+    def ranks(self) -> dict[str, dict[int, int]]:
+        """For each kind of mask whose keys depend on the text: place among the candidates and number of those used."""
+        used = {index for index, on in enumerate(zip(*self.active, strict=True)) if any(on)}
+        return {
+            kind: {index: c.numbers[0] for index, c in enumerate(self.candidates) if c.kind == kind and index in used}
+            for kind in CONTENT
+        }
+
+    @cached_property
     def top(self) -> int:
         """How many of the highest-scored keys some head reads."""
-        return max((c.rank_below("top") for c in self.used), default=0)
+        return max(self.ranks["top"].values(), default=0)
 
     @cached_property
     def induction(self) -> int:
         """How many keys that follow earlier occurrences of its token a query reads in some head."""
-        return max((c.rank_below("induction") for c in self.used), default=0)
+        return max(self.ranks["induction"].values(), default=0)
 
     @property
     def by_content(self) -> bool:
