@@ -360,7 +360,11 @@ class MasksAttention(Mechanism):
             state.append(k, v, lengths)
             k, v = state.read_all()
         blocks = layout.blocks(length)
-        index = self._index(layout, start, blocks, chosen, q.shape[:2]).clamp_(max=k.shape[2] - 1)
+        places = [
+            layout.index(blocks, start[:, None], k.shape[2])[:, None],
+            *(one.positions for one in chosen.values()),
+        ]
+        index = torch.cat([part.expand(*q.shape[:2], -1, -1) for part in places], -1).clamp_(max=k.shape[2] - 1)
         bias = self._content_bias(plan, layout, start, blocks, chosen, q.shape[:2])
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         return block_attention(q, k, v, bias.flatten(0, 1), index.flatten(0, 1), dropout=self._dropout)
@@ -394,17 +398,6 @@ class MasksAttention(Mechanism):
             with torch.autocast(x.device.type, enabled=False):
                 return self._scores(x)
         return F.linear(x.float(), self.to_scores.float()).transpose(1, 2)
-
-    @staticmethod
-    def _index(
-        layout: Layout, start: Tensor, blocks: int, chosen: dict[str, Columns], batch_and_heads: torch.Size
-    ) -> Tensor:
-        """(B, H, blocks, K) the positions of the keys that the blocks read."""
-        first = (start[:, None] + layout.starts(blocks))[..., None]
-        band = (first + layout.relative).clamp(min=0)
-        sinks = torch.arange(layout.sinks, device=start.device).expand(*band.shape[:2], -1)
-        parts = [torch.cat([sinks, band], -1)[:, None], *(columns.positions for columns in chosen.values())]
-        return torch.cat([part.expand(*batch_and_heads, -1, -1) for part in parts], -1)
 
     def _content_bias(
         self,
@@ -471,11 +464,12 @@ class MasksAttention(Mechanism):
 
     def _step_logs(self, plan: Plan, layout: Layout) -> dict[str, Tensor]:
         """(1, 1 or H, 1, ·) log M for one query that misses no key: its fixed places, then chosen keys by rank."""
-        weights, later = self._weights().detach(), torch.full_like(layout.relative[:1], layout.depth)
+        weights = self._weights().detach() * layout.active
+        later = torch.full_like(layout.relative[:1], layout.depth)
         logs = {"fixed": (layout.log_mask(weights) + layout.hidden(later, 1, or_own=False))[:, :, 0]}
         for kind, number in (("top", plan.top), ("induction", plan.induction)):
             rank = torch.arange(number, device=weights.device).view(1, 1, 1, 1, -1)
-            logs |= {kind: self._log_by_rank(plan, kind, rank, weights * layout.active)[:, :, 0]} if number else {}
+            logs |= {kind: self._log_by_rank(plan, kind, rank, weights)[:, :, 0]} if number else {}
         return logs
 
     @property

@@ -92,11 +92,6 @@ class ContentState(State):
         super().reset()
         self.least, self.logs = 0, None
 
-    @property
-    def position(self) -> int | Tensor:
-        """Where the next token of every row goes: one number while the rows agree, else (B,) numbers."""
-        return self.seen if self.lengths is None else self.lengths
-
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Stores T tokens (B, H_kv, T, D) and counts them."""
         self.pairs = store(self.pairs, torch.cat([k, v], -1), self.position, self.seen + k.shape[2])

@@ -175,17 +175,18 @@ class Layout:
             return x
         return x.unflatten(2, (-1, self.stride, self.block)).transpose(3, 4).flatten(2, 4)[:, :, :length]
 
-    def index(self, blocks: int, before: int, length: int) -> Tensor:
+    def index(self, blocks: int, before: int | Tensor, length: int) -> Tensor:
         """(blocks, S + U) where the blocks find their keys in a buffer of `length` keys with the sinks at its start.
 
         Args:
             blocks: how many blocks.
-            before: where in the buffer the key of the very first query stands.
+            before: where in the buffer the key of the very first query stands; for (B, 1) of them the result is
+                (B, blocks, S + U).
             length: keys in the buffer. Columns that lie outside of it are hidden and may point anywhere.
         """
         start = before + self.starts(blocks)
-        sinks = torch.arange(self.sinks, device=start.device).expand(blocks, -1)
-        return torch.cat([sinks, start[:, None] + self.relative], 1).clamp(0, length - 1)
+        sinks = torch.arange(self.sinks, device=start.device).expand(*start.shape, -1)
+        return torch.cat([sinks, start[..., None] + self.relative], -1).clamp(0, length - 1)
 
     def read_at(self, position: int | Tensor) -> Tensor:
         """For b = 1: where the keys of a query stand, (S + U) or, for positions (B, 1, 1), (B, 1, S + U).

@@ -138,11 +138,6 @@ class NSAState(State):
         self.selected_keys: Tensor | None = None
         self.selected_values: Tensor | None = None
 
-    @property
-    def position(self) -> int | Tensor:
-        """Where the next token of every row goes: one number while the rows agree, else (B,) numbers."""
-        return self.seen if self.lengths is None else self.lengths
-
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new tokens (B, H_kv, T, D), not counting them yet; returns the buffers."""
         needed = self.config.whole_blocks(self.seen + k.shape[2])

@@ -22,6 +22,11 @@ class State(CacheLayerMixin):
         self.seen = 0
         self.lengths: Tensor | None = None
 
+    @property
+    def position(self) -> int | Tensor:
+        """Where the next token of every row goes: one number while the rows agree, else (B,) numbers."""
+        return self.seen if self.lengths is None else self.lengths
+
     def positions(self, batch_size: int, device: torch.device) -> Tensor:
         """(B,) the position of each row's next token."""
         if self.lengths is None:
@@ -134,8 +139,7 @@ class KeyValueState(State):
 
         Rows shorter than S hold arbitrary finite values past their end.
         """
-        start = self.seen if self.lengths is None else self.lengths
-        needed = self.seen + k.shape[2]
+        start, needed = self.position, self.seen + k.shape[2]
         self.keys = store(self.keys, k, start, needed)
         self.values = store(self.values, v, start, needed)
         self.advance(k.shape[2], lengths)
