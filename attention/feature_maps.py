@@ -145,6 +145,10 @@ class FeatureMap(nn.Module, ABC):
         q_log, k_log = self.forward(q, k)
         return Scaled(*self._shares(q_log), k_log.exp())
 
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `Mechanism.grown`."""
+        return weights
+
     @abstractmethod
     def operations(self) -> int:
         """Floating-point operations for the features of one query and one key of one head."""
@@ -303,6 +307,7 @@ class LearnedMap(FeatureMap):
     def __init__(self, config: PerformerConfig, layer: LayerShape):
         super().__init__()
         self.config = config
+        self.layer_idx = layer.layer_idx
         heads, width, num = layer.num_heads, layer.head_dim, config.num_features
         generator = seeded_generator(config.seed, layer.layer_idx)
         axes = torch.eye(width)
@@ -366,6 +371,22 @@ class LearnedMap(FeatureMap):
         if state.kept is None:
             state.kept = [(-self.rates()).exp()]
         return scaled._replace(exit=state.kept[0])
+
+    @torch.no_grad()
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features are repeated, and the copies of one share its part; a little noise sets the copies apart."""
+        config, old = self.config, weights.get("weight")
+        if old is None or old.shape[-1] >= config.num_features:
+            return weights
+        source = torch.arange(config.num_features) % old.shape[-1]
+        copies = source.bincount()[source].log().to(old)
+        larger = {name: t if name == "inner" else t[..., source] for name, t in weights.items()}
+        larger["bias"] = torch.cat([larger["bias"][: len(old) // 2], larger["bias"][len(old) // 2 :] - copies])
+        generator = seeded_generator(config.seed, self.layer_idx)
+        noise = torch.randn(larger["weight"].shape, generator=generator).to(old)
+        noise[..., : old.shape[-1]] = 0.0
+        larger["weight"] = larger["weight"] + 0.1 * old.shape[1] ** -0.25 * noise
+        return larger
 
     def operations(self) -> int:
         width, num, hidden = self.weight.shape[1], self.config.num_features, self.config.hidden

@@ -174,6 +174,13 @@ class Mechanism(nn.Module, ABC):
     def operations(self, length: int) -> int:
         """Floating-point operations of `forward` on one row of `length` tokens, all heads; a multiply-add is two."""
 
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a smaller mechanism of this method as weights of this one, which compute nearly the same.
+
+        Given back as they are by methods that cannot grow, and where there is nothing to grow.
+        """
+        return weights
+
     def disable(self, *names: str) -> None:
         """Switches branches off, and every branch that is not named on.
 

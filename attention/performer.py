@@ -485,6 +485,11 @@ class PerformerAttention(Mechanism):
         exact = 2 * 2 * (window + min(chunk, max(16, window))) * width if window else 0
         return self.layer.num_heads * length * (linear + exact)
 
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefix = "features."
+        features = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+        return weights | {prefix + name: t for name, t in self.features.grown(features).items()}
+
     def redraw(self, seed: int) -> None:
         """New random projections; nothing where the feature map is learned."""
         if isinstance(self.features, RandomMap):

@@ -62,6 +62,8 @@ class DataConfig(Section):
         train_split, valid_split: its splits; without a `valid_split` see `valid`.
         test_split: its split to measure on once, at the end, for the card, where there is no `eval.text`.
         column: the field that holds the text, of a Hub data set or JSON lines.
+        rename: exchange the names in the training text for others, another choice in each passage, so that a variant
+            learns to look them up where the base knows its own text's by heart; see `names.rename`.
         documents: where a document of a text file ends: at an empty line ("paragraph"), at every line ("line"), or at
             the end of the file ("document"). The rows of a Hub data set and the objects of JSON lines are documents,
             unless this is "document", which joins them as they stand.
@@ -80,6 +82,7 @@ class DataConfig(Section):
     valid_split: str | None = "validation"
     test_split: str | None = None
     column: str = "text"
+    rename: bool = False
     documents: Literal["paragraph", "line", "document"] | None = None
     sampled_tokens: Annotated[int, Field(ge=1024)] = 524_288
     sample_batch: Annotated[int, Field(ge=1)] = 64
@@ -100,6 +103,8 @@ class DataConfig(Section):
     def _one_source(self) -> DataConfig:
         if self.train and self.dataset:
             raise ValueError("give either train (files) or dataset (on the Hub), not both")
+        if self.rename and not (self.train or self.dataset):
+            raise ValueError("rename exchanges names in a text: give train (files) or dataset (on the Hub)")
         if self.test_split and not self.dataset:
             raise ValueError("test_split is a split of dataset; for a file there is eval.text")
         return self
@@ -175,7 +180,18 @@ class PretrainConfig(StageConfig):
     muon_momentum: Fraction = 0.95
 
 
-class TransferConfig(StageConfig):
+class FitConfig(StageConfig):
+    """What the stages have that fit a variant to its base.
+
+    Attributes:
+        layers: numbers of the layers to train, from 0; None: all. The others stay as they are, which saves time where
+            they are the first ones.
+    """
+
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+
+
+class TransferConfig(FitConfig):
     """Each layer's mechanism learns that layer's softmax attention, on what the base itself computes.
 
     Attributes:
@@ -220,7 +236,7 @@ class Objective(Section):
         return self
 
 
-class DistilConfig(StageConfig):
+class DistilConfig(FitConfig):
     """The variant learns the base's next-token distributions.
 
     Attributes:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import DataConfig, RunConfig, StageConfig
+from .names import find_names, rename
 from .samples import sample_texts, seeded
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,12 @@ class StageBatches:
 
 
 def load_tokens(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, sample: Callable[[], np.ndarray], *, show_progress: bool
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Callable[[], np.ndarray],
+    *,
+    seed: int = 0,
+    show_progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Streams of training and validation tokens, int32.
 
@@ -109,6 +115,7 @@ def load_tokens(
         config: where the text comes from.
         tokenizer: with an eos token, which ends every document.
         sample: gives (N,) tokens when there is no text; see `sampled_tokens`.
+        seed: of `config.rename`.
         show_progress: whether to show bars.
 
     Raises:
@@ -116,10 +123,11 @@ def load_tokens(
     """
     if not show_progress:
         disable_progress_bars()
+    renamed = seed if config.rename else None
     if config.train:
-        train = read_files(config.train, tokenizer, config)
+        train = read_files(config.train, tokenizer, config, renamed)
     elif config.dataset:
-        train = _read_hub(config, config.train_split, tokenizer)
+        train = _read_hub(config, config.train_split, tokenizer, renamed)
     else:
         train = sample()
     if config.valid:
@@ -144,10 +152,16 @@ def load_test_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> t
     return None
 
 
-def read_files(patterns: list[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig | None = None) -> np.ndarray:
+def read_files(
+    patterns: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    renamed: int | None = None,
+) -> np.ndarray:
     """(N,) int32 tokens of text files or JSON lines, tokenised once and cached by `datasets`.
 
-    By default a text file's documents end at an empty line, and paragraphs, one a line, keep their newlines.
+    By default a text file's documents end at an empty line, and paragraphs, one a line, keep their newlines. With
+    `renamed`, a seed, names are exchanged.
 
     Raises:
         DataError: naming patterns that match nothing, mixed kinds, empty text, missing columns.
@@ -166,7 +180,7 @@ def read_files(patterns: list[str], tokenizer: PreTrainedTokenizerBase, config: 
         ) from error
     column = "text" if options else config.column
     joined = not options and config.documents == "document"
-    return _tokenise(rows, column, tokenizer, joined, ", ".join(patterns))
+    return _tokenise(rows, column, tokenizer, joined, ", ".join(patterns), renamed)
 
 
 def _find(patterns: list[str]) -> list[str]:
@@ -176,7 +190,9 @@ def _find(patterns: list[str]) -> list[str]:
     return [file for files in found.values() for file in files]
 
 
-def _read_hub(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def _read_hub(
+    config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, renamed: int | None = None
+) -> np.ndarray:
     name = f"{config.dataset} {config.name or ''}".strip()
     try:
         rows = load_dataset(config.dataset, config.name, split=split, revision=config.revision)
@@ -185,16 +201,25 @@ def _read_hub(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase
             f"the data set {name}, split {split}, cannot be loaded: {error}. "
             "Check the name and the network, or give local files with --data.train PATH --data.dataset null"
         ) from error
-    return _tokenise(rows, config.column, tokenizer, config.documents == "document", name)
+    return _tokenise(rows, config.column, tokenizer, config.documents == "document", name, renamed)
 
 
-def _tokenise(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, joined: bool, source: str) -> np.ndarray:
+def _tokenise(
+    rows: Dataset,
+    column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    joined: bool,
+    source: str,
+    renamed: int | None,
+) -> np.ndarray:
     if column not in rows.column_names:
         raise DataError(f"{source} has no field {column!r}; it has {rows.column_names}. Set data.column")
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos token to end documents with")
     if joined:
         rows = Dataset.from_dict({column: ["".join(rows[column])]})
+    if renamed is not None:
+        rows = _rename(rows, column, renamed, source)
     rows = rows.map(
         lambda batch: {"input_ids": _encode(batch[column], tokenizer)},
         batched=True,
@@ -208,6 +233,16 @@ def _tokenise(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, jo
     if len(tokens) < 2:
         raise DataError(f"{source} holds no text")
     return tokens
+
+
+def _rename(rows: Dataset, column: str, seed: int, source: str) -> Dataset:
+    names = find_names(rows[column])
+    return rows.map(
+        lambda row, index: {column: rename(row[column], names, (seed, index))},
+        with_indices=True,
+        new_fingerprint=_key(rows._fingerprint, column, "renamed", seed),
+        desc=f"Renaming in {source}",
+    )
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

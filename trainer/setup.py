@@ -19,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, LoggerType, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import NewGELUActivation
 
 import attention
 from attention.files import fingerprint, write_json
+from attention.gpt2 import fuse_activations
 
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
@@ -109,6 +109,7 @@ def build(config: RunConfig) -> Setup:
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
         check_contexts(config, model)
+        check_layers(config, model)
         for module in (model, base):
             if module is not None:
                 fuse_activations(module)
@@ -116,7 +117,11 @@ def build(config: RunConfig) -> Setup:
             model.activation_checkpointing_enable()
         source, is_main = model if base is None else base, accelerator.is_main_process
         train, valid = load_tokens(
-            config.data, tokenizer, lambda: _sample(config, source, show_progress=is_main), show_progress=is_main
+            config.data,
+            tokenizer,
+            lambda: _sample(config, source, show_progress=is_main),
+            seed=config.seed,
+            show_progress=is_main,
         )
         test = load_test_tokens(config, tokenizer)
     if config.trackers:
@@ -193,25 +198,34 @@ def load_models(
 
 
 def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
-    """A copy of a variant, whose weights are no longer the base's, with the options given.
+    """A copy of a variant, whose weights are no longer the base's, with the options given; it grows where it can.
 
     Raises:
         ValueError: if the weights do not fit them.
     """
     model = attention.convert(variant, attention.config_from_dict(options))
+    weights = variant.state_dict()
+    for layer, (new, old) in enumerate(zip(model.mechanisms, variant.mechanisms, strict=True)):
+        grown = new.grown(old.state_dict())
+        weights |= {f"transformer.h.{layer}.attn.mechanism.{name}": tensor for name, tensor in grown.items()}
     try:
-        model.load_state_dict(variant.state_dict())
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the variant's weights do not fit the options in attention: {error}") from None
     return model
 
 
-def fuse_activations(model: nn.Module) -> None:
-    """Has GPT-2's GELU, which is nine operations, computed by one that is equal up to rounding."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+def check_layers(config: RunConfig, model: PreTrainedModel) -> None:
+    """Checks the numbers of the layers to train against the model.
+
+    Raises:
+        ValueError: naming all that it has not.
+    """
+    count, wanted = model.config.num_hidden_layers, {}
+    for place, stage in enumerate(config.stages):
+        wanted[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
+    if wrong := [f"{name} has {n}" for name, numbers in wanted.items() for n in numbers if n >= count]:
+        raise ValueError(f"the model's layers are 0 to {count - 1}, but {', '.join(wrong)}")
 
 
 def check_contexts(config: RunConfig, model: PreTrainedModel) -> None:

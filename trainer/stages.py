@@ -121,8 +121,13 @@ class Transfer(Learner):
         with torch.no_grad(), recorded(teacher.mechanisms) as calls:
             teacher.transformer(input_ids, use_cache=False)
         tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
-        pairs = zip(self.model.mechanisms, teacher.mechanisms, strict=True)
-        layers = [self._layer(*pair, call, input_ids) for pair, call in zip(pairs, calls, strict=True)]
+        students = zip(self.model.mechanisms, teacher.mechanisms, calls, strict=True)
+        wanted = self.stage.layers
+        layers = [
+            self._layer(*student, input_ids)
+            for number, student in enumerate(students)
+            if wanted is None or number in wanted
+        ]
         terms = {name: [layer[name] for layer in layers if name in layer] for name in TRANSFER_TERMS}
         sums = {name: tokens * torch.stack(values).mean() for name, values in terms.items() if values}
         loss = sum(getattr(self.stage, name) * value for name, value in sums.items())
@@ -208,6 +213,8 @@ def trains(stage: StageConfig, name: str) -> bool:
     """Whether a stage trains the parameter of that name."""
     if isinstance(stage, PretrainConfig):
         return True
+    if stage.layers is not None and not any(f".h.{number}." in name for number in stage.layers):
+        return False
     if isinstance(stage, TransferConfig) or stage.train == "mechanism":
         return is_mechanism(name)
     return stage.train == "all" or ".attn." in name

@@ -473,3 +473,17 @@ def test_layers_can_have_numbers_of_features_of_their_own():
     sizes = [config.build(dataclasses.replace(layer(), layer_idx=i)).features.weight.shape[-1] for i in range(3)]
     assert sizes == [4, 16, 16]
     assert config.to_dict()["num_features"] == (4, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden": 5}, {"window": 3, "fade": False}], ids=str)
+def test_a_mechanism_with_more_features_takes_up_what_a_smaller_one_learned(options):
+    small, q, k = build(num_features=6, **options), *inputs(20)[:2]
+    large = PerformerConfig(num_features=15, **options).build(layer())
+    large.load_state_dict(large.grown(small.state_dict()))
+    x = torch.zeros(1, 20, 16)
+    expected, found = small.attention_map(q, k, x), large.attention_map(q, k, x)
+    assert 0 < (found - expected).abs().sum(-1).mean() < 0.1
+    weight = large.features.weight
+    assert torch.equal(weight[..., :6], small.features.weight)
+    assert (weight[..., 6:12] - weight[..., :6]).abs().min() > 0
+    assert small.grown(small.state_dict()).keys() == small.state_dict().keys()

@@ -1,6 +1,7 @@
 """Text to tokens to blocks: nothing lost, nothing changed, the same again."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_validation_text_is_split_off_where_there_is_none(workplace, tokenizer):
     whole = read_files([str(workplace / "train.txt")], tokenizer)
     assert np.array_equal(np.concatenate([train, valid]), whole)
     assert len(valid) == len(whole) // 4
+
+
+def test_names_are_exchanged_in_the_training_text_alone(tmp_path, tokenizer):
+    story, names = "the sea and Anna, and Anna\n\n", {"Anna", "Bertha", "Carol"}
+    (tmp_path / "train.txt").write_text(story * 20 + "an old man, Bertha, and Carol")
+    (tmp_path / "valid.txt").write_text(story)
+    options = DataConfig(train=str(tmp_path / "train.txt"), valid=str(tmp_path / "valid.txt"), rename=True)
+    train, valid = load_tokens(options, tokenizer, no_sample, seed=1, show_progress=False)
+    assert tokenizer.decode(valid) == story.strip() + tokenizer.eos_token
+    stories = tokenizer.decode(train).split(tokenizer.eos_token)[:20]
+    found = {re.fullmatch(r"the sea and (\w+), and \1", each)[1] for each in stories}
+    assert found == names
+    again = load_tokens(options, tokenizer, no_sample, seed=2, show_progress=False)[0]
+    assert tokenizer.decode(train) != tokenizer.decode(again)
 
 
 @given(length=st.integers(1, 60), context=st.integers(1, 20), seed=st.integers(0, 99), turn=st.integers(0, 3))

@@ -120,6 +120,23 @@ def test_all_that_is_trained_has_a_gradient(stage, without, base, ids):
     assert missed == []
 
 
+@pytest.mark.parametrize("kind", [TransferConfig, DistilConfig])
+def test_layers_that_are_not_named_stay_as_they_are(kind, base, ids):
+    learner = build_learner(kind(steps=1, layers=[1]), attention.convert(base, PERFORMER), base).train()
+    learner(ids).loss.backward()
+    trained = {name for name, each in learner.named_parameters() if each.requires_grad}
+    assert trained
+    assert all(".h.1." in name and learner.get_parameter(name).grad is not None for name in trained)
+
+
+def test_transfer_of_some_layers_is_the_mean_over_these(base, ids):
+    def output(layers: list[int] | None) -> torch.Tensor:
+        variant = attention.convert(base, PERFORMER)
+        return build_learner(TransferConfig(steps=1, layers=layers), variant, base)(ids).terms["output"]
+
+    torch.testing.assert_close(output(None), (output([0]) + output([1])) / 2)
+
+
 def test_transfer_output_is_the_relative_error_of_mixed_values(base, ids):
     masks = attention.MasksConfig(candidates=("causal",))
     learner = build_learner(TransferConfig(steps=1), attention.convert(base, masks), base)

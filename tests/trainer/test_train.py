@@ -141,6 +141,22 @@ def test_a_variant_can_be_continued_with_other_options(finished: Path, workplace
     assert json.loads((tmp_path / "run" / "variant" / "config.json").read_text())["attention"]["scale"] == 2.0
 
 
+def test_a_variant_goes_on_with_more_features(workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "few"))
+    options["attention"] = {"method": "performer", "num_features": 8, "window": 4}
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 0
+    options["attention"]["num_features"] = [8, 24]
+    options |= {"output": str(tmp_path / "more"), "variant": str(tmp_path / "few" / "variant")}
+    options["stages"] = [{**options["stages"][1], "layers": [1]}]
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 0
+    before = [row for row in rows(tmp_path / "few") if row["kind"] == "eval"][-1]["kl"]
+    first = next(row["kl"] for row in rows(tmp_path / "more") if row["kind"] == "eval")
+    assert first == pytest.approx(before, rel=0.2)
+    few, more = (attention.load(tmp_path / name / "variant")[0].state_dict() for name in ("few", "more"))
+    assert all(torch.equal(few[name], tensor) for name, tensor in more.items() if ".h.0." in name)
+    assert more["transformer.h.1.attn.mechanism.features.weight"].shape[-1] == 24
+
+
 def test_options_that_a_variant_does_not_fit_are_refused(finished: Path, workplace: Path, tmp_path: Path):
     options = recipe(workplace, output=str(tmp_path / "run"), variant=str(finished / "variant"))
     options["attention"] = {"method": "masks", "candidates": ["window(4)"]}
@@ -156,6 +172,10 @@ def test_options_that_a_variant_does_not_fit_are_refused(finished: Path, workpla
         ({"trackers": ["no-such"]}, "trackers: ['no-such'] are not installed"),
         ({"eval": {"text": "missing.txt", "context": 32}}, "no file matches missing.txt"),
         ({"eval": {"context": 65}}, "the model holds 64 tokens, but eval.context is 65"),
+        (
+            {"stages": [{"stage": "distil", "steps": 1, "layers": [1, 2]}]},
+            "layers are 0 to 1, but stages.0.layers has 2",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named(change: dict, message: str, workplace: Path, tmp_path: Path):
