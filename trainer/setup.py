@@ -108,8 +108,7 @@ def build(config: RunConfig) -> Setup:
     set_seed(config.seed)
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
-        check_contexts(config, model)
-        check_layers(config, model)
+        check_sizes(config, model)
         for module in (model, base):
             if module is not None:
                 fuse_activations(module)
@@ -215,32 +214,24 @@ def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTraine
     return model
 
 
-def check_layers(config: RunConfig, model: PreTrainedModel) -> None:
-    """Checks the numbers of the layers to train against the model.
+def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
+    """Checks every context against the model's positions, and the layers to train against its own.
 
     Raises:
-        ValueError: naming all that it has not.
+        ValueError: naming all that are too long, and all layers that it has not.
     """
-    count, wanted = model.config.num_hidden_layers, {}
-    for place, stage in enumerate(config.stages):
-        wanted[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
-    if wrong := [f"{name} has {n}" for name, numbers in wanted.items() for n in numbers if n >= count]:
-        raise ValueError(f"the model's layers are 0 to {count - 1}, but {', '.join(wrong)}")
-
-
-def check_contexts(config: RunConfig, model: PreTrainedModel) -> None:
-    """Checks every context against the model's positions.
-
-    Raises:
-        ValueError: naming all that are too long.
-    """
-    limit = model.config.max_position_embeddings
-    contexts = {"eval.context": config.eval.context}
+    limit, count, problems = model.config.max_position_embeddings, model.config.num_hidden_layers, []
+    contexts, layers = {"eval.context": config.eval.context}, {}
     for place, stage in enumerate(config.stages):
         contexts[f"stages.{place}.context"] = stage.context
         contexts[f"stages.{place}.final_context"] = stage.final_context or stage.context
+        layers[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
     if long := [f"{name} is {value}" for name, value in contexts.items() if value > limit]:
-        raise ValueError(f"the model holds {limit} tokens, but {', '.join(long)}")
+        problems.append(f"the model holds {limit} tokens, but {', '.join(long)}")
+    if missing := [f"{name} has {n}" for name, numbers in layers.items() for n in numbers if n >= count]:
+        problems.append(f"the model's layers are 0 to {count - 1}, but {', '.join(missing)}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:
