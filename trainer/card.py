@@ -160,6 +160,7 @@ def _how(making: Making) -> str:
     data = config.data
     sources = [data.dataset] if data.dataset else [Path(path).name for path in data.train or []]
     text = config.card.train_data or ", ".join(sources) or "sampled from the base itself at temperature 1"
+    text += ", its names exchanged" if data.rename else ""
     libraries = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "accelerate"))
     options = ", ".join(f"{name}={value!r}" for name, value in making.method.to_dict().items() if name != "method")
     stages = "\n".join(f"- {_stage(stage)}" for stage in config.stages)
@@ -175,12 +176,11 @@ def _how(making: Making) -> str:
 
 
 def _stage(stage: Any) -> str:
-    trained = {"transfer": "mechanism"}.get(stage.stage) or stage.train
-    goal = (
-        {"output": stage.output, "weights": stage.weights}
-        if stage.stage == "transfer"
-        else stage.objective.model_dump()
-    )
+    transfers = stage.stage == "transfer"
+    trained = "mechanism" if transfers else stage.train
+    if stage.layers:
+        trained += f" of layers {', '.join(map(str, stage.layers))}"
+    goal = {"output": stage.output, "weights": stage.weights} if transfers else stage.objective.model_dump()
     terms = " + ".join(f"{weight:g} {name}" for name, weight in goal.items() if weight)
     return (
         f"**{stage.stage}**: {stage.steps:,} steps of {stage.batch_size} × {stage.context} tokens, objective {terms}, "
