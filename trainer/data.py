@@ -236,9 +236,9 @@ def _tokenise(
 
 
 def _rename(rows: Dataset, column: str, seed: int, source: str) -> Dataset:
-    names = find_names(rows[column])
+    names = find_names(text for text in rows[column] if text)
     return rows.map(
-        lambda row, index: {column: rename(row[column], names, (seed, index))},
+        lambda row, index: {column: rename(row[column] or "", names, (seed, index))},
         with_indices=True,
         new_fingerprint=_key(rows._fingerprint, column, "renamed", seed),
         desc=f"Renaming in {source}",

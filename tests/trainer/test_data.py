@@ -113,6 +113,13 @@ def test_names_are_exchanged_in_the_training_text_alone(tmp_path, tokenizer):
     assert tokenizer.decode(train) != tokenizer.decode(again)
 
 
+def test_rows_without_text_have_no_names(tmp_path, tokenizer):
+    rows = [{"text": "the sea and Anna"}, {"text": None}, {"text": ""}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_files([str(tmp_path / "train.jsonl")], tokenizer, renamed=0)
+    assert tokenizer.decode(found) == "the sea and Anna" + tokenizer.eos_token
+
+
 @given(length=st.integers(1, 60), context=st.integers(1, 20), seed=st.integers(0, 99), turn=st.integers(0, 3))
 def test_a_pass_shows_every_token_in_order_within_blocks(length, context, seed, turn):
     tokens = np.arange(length)
