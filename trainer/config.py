@@ -63,7 +63,7 @@ class DataConfig(Section):
         test_split: its split to measure on once, at the end, for the card, where there is no `eval.text`.
         column: the field that holds the text, of a Hub data set or JSON lines.
         rename: exchange the names in the training text for others, another choice in each passage, so that a variant
-            learns to look them up where the base knows its own text's by heart; see `names.rename`.
+            learns to look them up where the base knows its own text's by heart; see `names.rename`. Needs a text.
         documents: where a document of a text file ends: at an empty line ("paragraph"), at every line ("line"), or at
             the end of the file ("document"). The rows of a Hub data set and the objects of JSON lines are documents,
             unless this is "document", which joins them as they stand.
@@ -103,8 +103,6 @@ class DataConfig(Section):
     def _one_source(self) -> DataConfig:
         if self.train and self.dataset:
             raise ValueError("give either train (files) or dataset (on the Hub), not both")
-        if self.rename and not (self.train or self.dataset):
-            raise ValueError("rename exchanges names in a text: give train (files) or dataset (on the Hub)")
         if self.test_split and not self.dataset:
             raise ValueError("test_split is a split of dataset; for a file there is eval.text")
         return self

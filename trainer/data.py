@@ -128,6 +128,10 @@ def load_tokens(
         train = read_files(config.train, tokenizer, config, renamed)
     elif config.dataset:
         train = _read_hub(config, config.train_split, tokenizer, renamed)
+    elif config.rename:
+        raise DataError(
+            "data.rename exchanges the names in a text: give one with --data.train PATH, or --data.rename false"
+        )
     else:
         train = sample()
     if config.valid:

@@ -113,6 +113,11 @@ def test_names_are_exchanged_in_the_training_text_alone(tmp_path, tokenizer):
     assert tokenizer.decode(train) != tokenizer.decode(again)
 
 
+def test_names_are_exchanged_in_text_only(tokenizer):
+    with pytest.raises(DataError, match=r"data.rename .* --data.train PATH"):
+        load_tokens(DataConfig(rename=True), tokenizer, no_sample, show_progress=False)
+
+
 def test_rows_without_text_have_no_names(tmp_path, tokenizer):
     rows = [{"text": "the sea and Anna"}, {"text": None}, {"text": ""}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
