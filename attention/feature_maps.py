@@ -307,7 +307,7 @@ class LearnedMap(FeatureMap):
     def __init__(self, config: PerformerConfig, layer: LayerShape):
         super().__init__()
         self.config = config
-        self.layer_idx = layer.layer_idx
+        self.layer = layer
         heads, width, num = layer.num_heads, layer.head_dim, config.num_features
         generator = seeded_generator(config.seed, layer.layer_idx)
         axes = torch.eye(width)
@@ -379,13 +379,12 @@ class LearnedMap(FeatureMap):
         if old is None or old.shape[-1] >= config.num_features:
             return weights
         source = torch.arange(config.num_features) % old.shape[-1]
-        copies = source.bincount()[source].log().to(old)
         larger = {name: t if name == "inner" else t[..., source] for name, t in weights.items()}
-        larger["bias"] = torch.cat([larger["bias"][: len(old) // 2], larger["bias"][len(old) // 2 :] - copies])
-        generator = seeded_generator(config.seed, self.layer_idx)
+        larger["bias"][self.layer.num_heads :] -= source.bincount()[source].log().to(old)
+        generator = seeded_generator(config.seed, self.layer.layer_idx)
         noise = torch.randn(larger["weight"].shape, generator=generator).to(old)
         noise[..., : old.shape[-1]] = 0.0
-        larger["weight"] = larger["weight"] + 0.1 * old.shape[1] ** -0.25 * noise
+        larger["weight"] += 0.1 * old.shape[1] ** -0.25 * noise
         return larger
 
     def operations(self) -> int:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # otherwise offline loading waits for a request
@@ -240,9 +240,9 @@ def _tokenise(
 
 
 def _rename(rows: Dataset, column: str, seed: int, source: str) -> Dataset:
-    names = find_names(text for text in rows[column] if text)
+    names = cache(lambda: find_names(text for text in rows[column] if text))  # not looked for if the result is cached
     return rows.map(
-        lambda row, index: {column: rename(row[column] or "", names, (seed, index))},
+        lambda row, index: {column: rename(row[column] or "", names(), (seed, index))},
         with_indices=True,
         new_fingerprint=_key(rows._fingerprint, column, "renamed", seed),
         desc=f"Renaming in {source}",

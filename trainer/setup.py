@@ -109,12 +109,10 @@ def build(config: RunConfig) -> Setup:
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
         check_sizes(config, model)
-        for module in (model, base):
-            if module is not None:
-                fuse_activations(module)
+        source, is_main = model if base is None else base, accelerator.is_main_process
+        fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
-        source, is_main = model if base is None else base, accelerator.is_main_process
         train, valid = load_tokens(
             config.data,
             tokenizer,
@@ -203,12 +201,9 @@ def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTraine
         ValueError: if the weights do not fit them.
     """
     model = attention.convert(variant, attention.config_from_dict(options))
-    weights = variant.state_dict()
-    for layer, (new, old) in enumerate(zip(model.mechanisms, variant.mechanisms, strict=True)):
-        grown = new.grown(old.state_dict())
-        weights |= {f"transformer.h.{layer}.attn.mechanism.{name}": tensor for name, tensor in grown.items()}
     try:
-        model.load_state_dict(weights)
+        for new, old in zip(model.mechanisms, variant.mechanisms, strict=True):
+            new.load_state_dict(new.grown(old.state_dict()))
     except RuntimeError as error:
         raise ValueError(f"the variant's weights do not fit the options in attention: {error}") from None
     return model
