@@ -146,7 +146,7 @@ class FeatureMap(nn.Module, ABC):
         return Scaled(*self._shares(q_log), k_log.exp())
 
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `Mechanism.grown`."""
+        """The weights of a smaller map as weights of this one, which compute nearly the same; others as they are."""
         return weights
 
     @abstractmethod

@@ -174,10 +174,10 @@ class Mechanism(nn.Module, ABC):
     def operations(self, length: int) -> int:
         """Floating-point operations of `forward` on one row of `length` tokens, all heads; a multiply-add is two."""
 
-    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of a smaller mechanism of this method as weights of this one, which compute nearly the same.
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a mechanism of this method as weights of this one, which keeps what it has room for.
 
-        Given back as they are by methods that cannot grow, and where there is nothing to grow.
+        Where this one is larger it computes nearly the same. Given back as they are by methods whose sizes are fixed.
         """
         return weights
 

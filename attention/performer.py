@@ -30,7 +30,8 @@ class PerformerConfig(MechanismConfig):
             `relu`: rectified random projections (same paper); `learned`: exp of a learned map, one per layer and head,
             made to be fitted to softmax attention (after arXiv 2402.04347).
         num_features: m, the number of features; even for `favor` with `hyperbolic`. A list gives each layer its own,
-            the last number also to the layers after it: layers that look far for single keys need more.
+            the last number also to the layers after it: layers that look far for single keys need more, and behind
+            a window 0 leaves a layer to the window alone.
         hidden: width of a hidden layer inside the learned map; 0 leaves it linear.
         fade: learned features fade with distance, each at its own learned rate (as in arXiv 2312.06635).
         orthogonal: draw the random projections orthogonal in blocks of D, which lowers the variance.
@@ -63,8 +64,9 @@ class PerformerConfig(MechanismConfig):
 
     def problems(self) -> list[str]:
         problems = []
-        if min(self._numbers, default=0) < 1:
-            problems.append(f"num_features is {self.num_features}; it must be at least 1")
+        least, but = (0, "") if self.window else (1, "; 0 needs a window")
+        if min(self._numbers, default=-1) < least:
+            problems.append(f"num_features is {self.num_features}; it must be at least {least}{but}")
         if self.feature_map == "favor" and self.hyperbolic and any(number % 2 for number in self._numbers):
             problems.append(f"num_features is {self.num_features}; with hyperbolic features it must be even")
         for name in ("hidden", "redraw_every", "window", "seed"):
@@ -283,7 +285,7 @@ def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
 class PerformerAttention(Mechanism):
     """Linear attention, with exact softmax over the last keys where the config has a window.
 
-    Its `config` is the layer's own: `num_features` is one number.
+    Its `config` is the layer's own: `num_features` is one number, and where that is 0, `features` is None.
 
     Works on segments of tokens, each after the state that the segments before left, so a prefill is the same code as
     a block of tokens in decoding. In training, dropout falls on the window's weights; the linear part has no weights
@@ -295,7 +297,10 @@ class PerformerAttention(Mechanism):
     def __init__(self, config: PerformerConfig, layer: LayerShape):
         super().__init__(config, layer)
         self.branches = ("linear", "window") if config.window else ("linear",)
-        self.features: FeatureMap = FEATURE_MAPS[config.feature_map](config, layer)
+        self.features: FeatureMap | None = None
+        if not config.num_features:
+            return
+        self.features = FEATURE_MAPS[config.feature_map](config, layer)
         if config.window:  # log of the linear part's weight beside the window's
             start = 0.0 if self.features.absolute else -math.log(config.num_features)
             self.mix = nn.Parameter(torch.full((layer.num_heads,), start))
@@ -361,7 +366,7 @@ class PerformerAttention(Mechanism):
         keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
         block = min(self.config.chunk_size, max(16, state.window))
         near, near_log, mean = window_attention(q, keys, values, state.window, missing, block, dropout)
-        if isinstance(missing, int) and missing >= length:
+        if self._linear_is_off or (isinstance(missing, int) and missing >= length):
             return near if target is None else target.copy_(near)
         steps = Steps(length, size, missing, lengths)
         far, far_log = self._linear(q, keys[:, :, :length], values[:, :, :length], state, steps)
@@ -383,13 +388,13 @@ class PerformerAttention(Mechanism):
             target: where the output goes; None: into a new tensor.
 
         Returns:
-            (B, H, T, D), zero where there was nothing to read, and, where there is a window, the logs of the
-            normalisers (B, H, T).
+            (B, H, T, D), zero where there was nothing to read, and, beside a window, the logs of the normalisers
+            (B, H, T).
         """
         heads = q.shape[1]
         v = repeat_heads(v, heads)
-        if "linear" in self.disabled:
-            return torch.zeros_like(v), v.new_full(v.shape[:3], -torch.inf)
+        if self._linear_is_off:
+            return torch.zeros_like(v) if target is None else target.zero_(), None
         if state.sums is None:
             self._start(state, v)
         q, k, v = (steps.padded(t) for t in (q, repeat_heads(k, heads), v))
@@ -416,7 +421,8 @@ class PerformerAttention(Mechanism):
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         if not window:
             return self._linear_step(q, k, v, state)[0]
-        ring, place, linear = state.ring(heads), 1 + state.seen % window, state.seen >= window
+        ring, place = state.ring(heads), 1 + state.seen % window
+        linear = state.seen >= window and not self._linear_is_off
         key, value = ring.key[place], ring.value[place]
         if linear:  # the key in place 0 stands for it: its score is the log of its normaliser
             far, logs = self._linear_step(q, key, value, state)
@@ -425,7 +431,8 @@ class PerformerAttention(Mechanism):
         key.copy_(k)
         value.copy_(v)
         if not linear:
-            keys, values = (t[:, :, 1 : place + 1] for t in (state.ring_keys, state.ring_values))
+            seen = slice(1, 1 + min(state.seen + 1, window))
+            keys, values = state.ring_keys[:, :, seen], state.ring_values[:, :, seen]
             return scaled_dot_product_attention(q, keys, values)
         if not self.features.absolute:
             torch.mean(ring.others, 1, keepdim=True, out=ring.linear)
@@ -456,6 +463,10 @@ class PerformerAttention(Mechanism):
         if self.config.feature_map == "favor":
             state.peaks = v.new_full((batch, heads, 1, self.config.num_features), NOTHING)
 
+    @property
+    def _linear_is_off(self) -> bool:
+        return self.features is None or "linear" in self.disabled
+
     def attention_map(self, q: Tensor, k: Tensor, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """What `forward` gives when the value of token j is the j-th unit vector (B, H, T, T)."""
         units = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
@@ -481,12 +492,14 @@ class PerformerAttention(Mechanism):
     def operations(self, length: int) -> int:
         width, num, window = self.layer.head_dim, self.config.num_features, self.config.window
         chunk = min(self.config.chunk_size, length)
-        linear = self.features.operations() + 2 * chunk * (num + width) + 2 * 2 * num * width
+        linear = self.features.operations() + 2 * chunk * (num + width) + 2 * 2 * num * width if num else 0
         exact = 2 * 2 * (window + min(chunk, max(16, window))) * width if window else 0
         return self.layer.num_heads * length * (linear + exact)
 
-    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = "features."
+        if self.features is None:
+            return {name: t for name, t in weights.items() if name != "mix" and not name.startswith(prefix)}
         features = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
         return weights | {prefix + name: t for name, t in self.features.grown(features).items()}
 

@@ -195,7 +195,7 @@ def load_models(
 
 
 def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
-    """A copy of a variant, whose weights are no longer the base's, with the options given; it grows where it can.
+    """A copy of a variant with the options given, its weights no longer the base's; it is resized where it can be.
 
     Raises:
         ValueError: if the weights do not fit them.
@@ -203,7 +203,7 @@ def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTraine
     model = attention.convert(variant, attention.config_from_dict(options))
     try:
         for new, old in zip(model.mechanisms, variant.mechanisms, strict=True):
-            new.load_state_dict(new.grown(old.state_dict()))
+            new.load_state_dict(new.resized(old.state_dict()))
     except RuntimeError as error:
         raise ValueError(f"the variant's weights do not fit the options in attention: {error}") from None
     return model

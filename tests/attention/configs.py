@@ -49,6 +49,22 @@ def nsa_configs(draw: st.DrawFn) -> NSAConfig:
     )
 
 
+@st.composite
+def performer_configs(draw: st.DrawFn) -> PerformerConfig:
+    window = draw(st.sampled_from([0, 0, 1, 3, 8, 20]))
+    return PerformerConfig(
+        feature_map=draw(st.sampled_from(["favor", "relu", "learned"])),
+        num_features=draw(st.sampled_from([2, 8, 12, (4, 2), (2, 6, 12), *([0, (4, 0), (0, 2)] if window else [])])),
+        hidden=draw(st.sampled_from([0, 4])),
+        fade=draw(st.booleans()),
+        orthogonal=draw(st.booleans()),
+        hyperbolic=draw(st.booleans()),
+        window=window,
+        chunk_size=draw(st.sampled_from([1, 4, 7, 64])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
 CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
     "softmax": st.builds(SoftmaxConfig),
     "masks": st.builds(
@@ -62,17 +78,6 @@ CONFIGS: dict[str, SearchStrategy[MechanismConfig]] = {
         scale=st.floats(0, 4),
         seed=st.integers(0, 99),
     ),
-    "performer": st.builds(
-        PerformerConfig,
-        feature_map=st.sampled_from(["favor", "relu", "learned"]),
-        num_features=st.sampled_from([2, 8, 12, (4, 2), (2, 6, 12)]),
-        hidden=st.sampled_from([0, 4]),
-        fade=st.booleans(),
-        orthogonal=st.booleans(),
-        hyperbolic=st.booleans(),
-        window=st.sampled_from([0, 0, 1, 3, 8, 20]),
-        chunk_size=st.sampled_from([1, 4, 7, 64]),
-        seed=st.integers(0, 99),
-    ),
+    "performer": performer_configs(),
     "nsa": nsa_configs(),
 }

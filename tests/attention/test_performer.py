@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from attention import performer
 from attention.feature_maps import KEY_CAP, RELU_EPSILON, random_projections
@@ -59,6 +60,8 @@ def inputs(length: int, shape: LayerShape | None = None, batch: int = 1, seed: i
 def log_features(mechanism: PerformerAttention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """By the reference, of queries and keys (B, H, T, D)."""
     config, features = mechanism.config, mechanism.features
+    if features is None:
+        return tuple(x.new_empty(*x.shape[:3], 0) for x in (q, k))
     if config.feature_map == "favor":
         return tuple(favor_log_features(x, features.omega, config.hyperbolic) for x in (q, k))
     if config.feature_map == "relu":
@@ -71,8 +74,9 @@ def log_features(mechanism: PerformerAttention, q: Tensor, k: Tensor) -> tuple[T
 def reference(mechanism: PerformerAttention, q: Tensor, k: Tensor) -> Tensor:
     """The attention weights by definition (B, H, T, T)."""
     config, k = mechanism.config, repeat_heads(k, q.shape[1])
-    rates = 0.7 * mechanism.features.rate[:, 0].sigmoid() if config.feature_map == "learned" and config.fade else None
-    mix = mechanism.mix if config.window else None
+    fades = config.feature_map == "learned" and config.fade and config.num_features
+    rates = 0.7 * mechanism.features.rate[:, 0].sigmoid() if fades else None
+    mix = mechanism.mix if config.window and config.num_features else None
     absolute = config.feature_map == "favor"
     return performer_weights(q, k, *log_features(mechanism, q, k), config.window, mix, rates, absolute)
 
@@ -458,6 +462,7 @@ def test_all_problems_are_listed_at_once():
         ({"num_features": 6.5}, "num_features"),
         ({"num_features": []}, "num_features"),
         ({"num_features": [8, 0]}, "num_features"),
+        ({"num_features": [8, -1], "window": 8}, "num_features"),
         ({"feature_map": "favor", "num_features": 7}, "num_features"),
         ({"redraw_every": 5}, "redraw_every"),
         ({"window": "8"}, "window"),
@@ -479,11 +484,33 @@ def test_layers_can_have_numbers_of_features_of_their_own():
 def test_a_mechanism_with_more_features_takes_up_what_a_smaller_one_learned(options):
     small, q, k = build(num_features=6, **options), *inputs(20)[:2]
     large = PerformerConfig(num_features=15, **options).build(layer())
-    large.load_state_dict(large.grown(small.state_dict()))
+    large.load_state_dict(large.resized(small.state_dict()))
     x = torch.zeros(1, 20, 16)
     expected, found = small.attention_map(q, k, x), large.attention_map(q, k, x)
     assert 0 < (found - expected).abs().sum(-1).mean() < 0.1
     weight = large.features.weight
     assert torch.equal(weight[..., :6], small.features.weight)
     assert (weight[..., 6:12] - weight[..., :6]).abs().min() > 0
-    assert small.grown(small.state_dict()).keys() == small.state_dict().keys()
+    assert small.resized(small.state_dict()).keys() == small.state_dict().keys()
+    if small.config.window:
+        none = PerformerConfig(num_features=0, window=small.config.window).build(layer())
+        none.load_state_dict(none.resized(small.state_dict()))
+        assert not none.state_dict()
+
+
+def test_a_layer_without_features_is_its_window_alone():
+    mechanism, (q, k, v, x) = PerformerConfig(num_features=0, window=5).build(layer()), inputs(40)
+    distance = torch.arange(40)[:, None] - torch.arange(40)
+    near = (distance >= 0) & (distance < 5)
+    expected = scaled_dot_product_attention(q, *(repeat_heads(t, q.shape[1]) for t in (k, v)), near)
+    torch.testing.assert_close(mechanism(q, k, v, x), expected, **TOLERANCE)
+    assert not list(mechanism.parameters())
+    assert mechanism.keys_read(39) == 5
+
+
+@torch.no_grad()
+def test_a_long_text_without_the_linear_part_is_zero(monkeypatch):
+    monkeypatch.setattr(performer, "CPU_SEGMENT", 16)
+    mechanism, (q, k, v, x) = build(), inputs(50)
+    mechanism.disable("linear")
+    assert not mechanism(q, k, v, x).any()
