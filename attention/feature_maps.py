@@ -19,6 +19,7 @@ MAX_SHIFT = 80.0  # a key of log-feature −80, beside its scale, is still a nor
 HEADROOM = 60.0  # features up to e^60, their products and sums over keys stay far from float32's e^88
 KEY_CAP = 15.0  # learned key features lie between e^−15 and e^15
 MAX_RATE = 0.7  # fastest fading; over half a chunk of 128 tokens it amounts to e^45
+LOG2_E = 1 / math.log(2)
 RELU_EPSILON = 1e-3  # keeps the normaliser of `relu` positive
 
 
@@ -35,6 +36,11 @@ def random_projections(num: int, width: int, orthogonal: bool, generator: torch.
     q, r = torch.linalg.qr(blocks)
     directions = q * torch.diagonal(r, dim1=-2, dim2=-1).sign()[:, None]  # signs that make Q uniform
     return directions.transpose(-1, -2).reshape(-1, width)[:num] * gaussian.norm(dim=1, keepdim=True)
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp of many numbers, in place; by exp2, for which PyTorch has vector code on CPUs where its exp has not."""
+    return x.mul_(LOG2_E).exp2_()
 
 
 class Steps(NamedTuple):
@@ -90,7 +96,7 @@ class Scaled(NamedTuple):
 
     Attributes:
         q: (B, H, N, C, m).
-        top: (B, H, N, C, 1) logs of what the features of each query were divided by, where there is a window.
+        top: (B, H, N, C, 1) logs of what the features of each query were divided by; None where nobody asks.
         k: (B, H, N, C, m).
         entry: (·, H, 1, m) factor of the state's sums before the first chunk, or None for 1.
         factors: (·, H, N, 1, m) factors of the sums after each chunk, or None for 1.
@@ -116,11 +122,16 @@ class FeatureMap(nn.Module, ABC):
     absolute: ClassVar[bool] = False
     config: PerformerConfig
 
-    def _shares(self, logs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _shares(self, logs: Tensor) -> tuple[Tensor, Tensor]:
         """exp of (…, m) over a number for each query, which cancels, and the logs (…, 1) of these numbers."""
+        top = logs.detach().amax(-1, keepdim=True)
+        return exp_(logs - top), top
+
+    def _shares_of_one(self, logs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`_shares` for one token, in the fewest operations."""
         if not self.config.window:
             return logs.softmax(-1), None
-        top = logs.detach().amax(-1, keepdim=True)
+        top = logs.amax(-1, keepdim=True)
         return (logs - top).exp_(), top
 
     @abstractmethod
@@ -138,12 +149,12 @@ class FeatureMap(nn.Module, ABC):
             state: what came before.
         """
         q_log, k_log = (steps.chunked(t) for t in self(q, k))
-        return Scaled(*self._shares(q_log), steps.real(k_log.exp(), 0.0))
+        return Scaled(*self._shares(q_log), steps.real(exp_(k_log), 0.0))
 
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
         """`scale` for one token, q and k (B, H, 1, D) and no dimensions N and C."""
         q_log, k_log = self.forward(q, k)
-        return Scaled(*self._shares(q_log), k_log.exp())
+        return Scaled(*self._shares_of_one(q_log), k_log.exp())
 
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a smaller map as weights of this one, which compute nearly the same; others as they are."""
@@ -247,7 +258,7 @@ class FavorMap(RandomMap):
         if state.settled:
             shift = usual if usual.any() else None
             q_log, k_log = (q_log, k_log) if shift is None else (q_log + shift, k_log - shift)
-            return Scaled(*self._shares(q_log), k_log.exp_())
+            return Scaled(*self._shares(q_log), exp_(k_log))
         with torch.no_grad():
             peaks = torch.cat([state.peaks, k_log.amax(-2)], 2).cummax(2).values
             visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, steps.missing))
@@ -255,7 +266,7 @@ class FavorMap(RandomMap):
             factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp()
             entry = (self._reference(state.peaks, usual) - reference[:, :, 0]).exp()
         self._settle(state, peaks[:, :, -1:], usual)
-        k = (k_log - reference[:, :, :-1]).clamp_(max=HEADROOM).exp_()
+        k = exp_((k_log - reference[:, :, :-1]).clamp_(max=HEADROOM))
         return Scaled(*self._shares(q_log + reference[:, :, :-1]), k, entry, factors)
 
     def _settle(self, state: PerformerState, peaks: Tensor, usual: Tensor) -> None:
@@ -273,11 +284,12 @@ class FavorMap(RandomMap):
             state.kept = [self._usual()]
         usual = state.kept[0]
         if state.settled:
-            return Scaled(*self._shares(q_log + usual), (k_log - usual).exp_())
+            return Scaled(*self._shares_of_one(q_log + usual), (k_log - usual).exp_())
         before = self._reference(state.peaks, usual)
         state.peaks = torch.maximum(state.peaks, k_log)
         reference = self._reference(state.peaks, usual)
-        return Scaled(*self._shares(q_log + reference), (k_log - reference).exp_(), entry=(before - reference).exp_())
+        shares = self._shares_of_one(q_log + reference)
+        return Scaled(*shares, (k_log - reference).exp_(), entry=(before - reference).exp_())
 
     @staticmethod
     def _first_keys(k_log: Tensor, missing: int | Tensor) -> Tensor:
@@ -352,9 +364,9 @@ class LearnedMap(FeatureMap):
         q_log = steps.chunked(self._linear(q, slice(heads)))
         k_log = steps.chunked(self._linear(k, slice(heads, None))).clamp(-KEY_CAP - k_bias, KEY_CAP - k_bias)
         if not self.config.fade:
-            return Scaled(*self._shares(q_log + q_bias), steps.real(k_log.add_(k_bias).exp_(), 0.0))
+            return Scaled(*self._shares(q_log + q_bias), steps.real(exp_(k_log.add_(k_bias)), 0.0))
         fading, shift = self._fading(steps, state)
-        k_features = steps.real(k_log.add_(k_bias + fading).exp_(), 0.0)
+        k_features = steps.real(exp_(k_log.add_(k_bias + fading)), 0.0)
         factors = (-self.rates()[:, None] * steps.counts(q.device)).exp().expand(-1, -1, q_log.shape[2], -1, -1)
         return Scaled(*self._shares(q_log + (q_bias - fading)), k_features, 1 / shift, factors, shift)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .feature_maps import FEATURE_MAPS, FeatureMap, RandomMap, Scaled, Steps
+from .feature_maps import FEATURE_MAPS, FeatureMap, RandomMap, Scaled, Steps, exp_
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, writes_in_place
 from .reference import softmax_weights
 from .state import State
@@ -262,7 +262,7 @@ def window_attention(
     mean = scores.masked_fill(outside, 0.0).sum(-1) / (span - outside.sum(-1))
     scores = scores.masked_fill(outside, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
+    weights = exp_(scores - top)
     total = weights.sum(-1, keepdim=True)
     mixed = F.dropout(weights, dropout) @ values.mT / total
     logs = (top + total.log()).squeeze(-1)
