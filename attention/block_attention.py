@@ -87,9 +87,10 @@ class Workspace:
             self.buffers[name] = self.like.new_empty(size)
         return self.buffers[name][:size].view(shape)
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """The products (n, ·, ·) of two batches of matrices."""
-        return torch.bmm(a, b, out=self.take(name, *a.shape[:2], b.shape[2]))
+    def product(self, name: str, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        """The products (n, ·, ·) of two batches of matrices, times a number."""
+        out = self.take(name, *a.shape[:2], b.shape[2])
+        return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
     def gathered(self, name: str, table: Tensor, runs: Tensor, width: int) -> Tensor:
         """The listed runs (n, R) of a table (·, run·D), as (n, R·run, D)."""
@@ -109,8 +110,7 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def weights(space: Workspace, queries: Tensor, keys: Tensor, bias: Tensor, piece: Piece) -> Tensor:
         """(n, b, K) attention weights, at least in float32."""
-        scaled = torch.mul(queries, queries.shape[-1] ** -0.5, out=space.take("queries", *queries.shape))
-        scores = space.product("scores", scaled, keys.mT)
+        scores = space.product("scores", queries, keys.mT, queries.shape[-1] ** -0.5)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         by_block = scores.unflatten(0, (-1, piece.blocks.stop - piece.blocks.start))
         for blocks, part in piece.each_bias(bias):
