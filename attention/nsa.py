@@ -24,6 +24,7 @@ from .nsa_kernel import (
     selected_mask,
     selection_scores,
     take,
+    token_masks,
     window_branch,
 )
 from .reference import (
@@ -125,8 +126,12 @@ class NSAState(State):
         keys, values: (B, H_kv, capacity, D); the capacity is a multiple of l'.
         compressed_keys, compressed_values: (B, H_kv, capacity, D).
         selected: (B, H_kv, n), the blocks that the group of the next token reads, unless the token begins a group.
-        selected_keys, selected_values: (B, H_kv, n·l', D), their tokens side by side; while the rows agree on their
-            position, and None until the first single token.
+        read_keys, read_values: (B, H_kv, R, D), what the branches read for a single token, side by side: a zero, the
+            tokens of some blocks, the complete compressed blocks. While the rows agree on their position, and None
+            until the first single token.
+        layout: how many blocks: selected ones, further ones of the window, and the latest two, which are both; and
+            whether there are compressed ones.
+        read_masks: `token_masks` for this layout.
     """
 
     def __init__(self, config: NSAConfig):
@@ -135,8 +140,10 @@ class NSAState(State):
         self.compressed_keys: Tensor | None = None
         self.compressed_values: Tensor | None = None
         self.selected: Tensor | None = None
-        self.selected_keys: Tensor | None = None
-        self.selected_values: Tensor | None = None
+        self.read_keys: Tensor | None = None
+        self.read_values: Tensor | None = None
+        self.layout = (0, 0, 0, False)
+        self.read_masks: tuple[Tensor, ...] = ()
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new tokens (B, H_kv, T, D), not counting them yet; returns the buffers."""
@@ -150,10 +157,44 @@ class NSAState(State):
 
         A row's incomplete ones are stored too, where the rows differ: none sees them before they are stored again.
         """
+        if self.compressed_keys is None:
+            self.read_keys = None
+        elif self.read_keys is not None:
+            self.read_keys, self.read_values = torch.cat([self.read_keys, k], 2), torch.cat([self.read_values, v], 2)
         needed = self.config.visible(self.seen - 1) + k.shape[2]
         self.compressed_keys = store(self.compressed_keys, k, start, needed)
         self.compressed_values = store(self.compressed_values, v, start, needed)
         return self.compressed_keys[:, :, :needed], self.compressed_values[:, :, :needed]
+
+    def read(
+        self, k: Tensor, v: Tensor, compressed: tuple[Tensor, Tensor], position: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a token (B, H_kv, 1, D) at `position`, stored already, reads: keys, values, and masks (3, R)."""
+        size = self.config.select_block
+        if self.read_keys is None or position % self.config.select_every == 0:
+            self._collect(compressed, position)
+        else:
+            own = 1 + (sum(self.layout[:3]) - 1) * size + position % size
+            self.read_keys.narrow(2, own, 1).copy_(k)
+            self.read_values.narrow(2, own, 1).copy_(v)
+        whole = self.read_keys.shape[2]
+        if not self.read_masks or self.read_masks[0].shape[1] < whole:
+            self.read_masks = token_masks(self.layout[:3], size, self.config.window, compressed[0].shape[2], k.device)
+        return self.read_keys, self.read_values, self.read_masks[position % size].narrow(1, 0, whole)
+
+    def _collect(self, compressed: tuple[Tensor, Tensor], position: int) -> None:
+        """Lays out what the tokens of a group read, from the one at `position` on."""
+        size, current = self.config.select_block, position // self.config.select_block
+        chosen = self.selected[:, :, -min(current + 1, self.config.num_selected) :]
+        first, stop = (current * size + 1 - self.config.window) // size, max(current - 1, 0)
+        further = torch.arange(min(max(first, 0), stop), stop, device=chosen.device)
+        blocks = chosen[:, :, :-2], further.expand(*chosen.shape[:2], -1), chosen[:, :, -2:]
+        tokens = gather_blocks((self.keys, self.values), torch.cat(blocks, 2), size)
+        zero = torch.zeros_like(tokens[0][:, :, :1])
+        self.read_keys, self.read_values = (torch.cat([zero, *t], 2) for t in zip(tokens, compressed, strict=True))
+        layout = *(part.shape[2] for part in blocks), compressed[0].shape[2] > 0
+        if layout != self.layout:
+            self.layout, self.read_masks = layout, ()
 
 
 class Compression(nn.Module):
@@ -323,7 +364,7 @@ class NativeSparseAttention(Mechanism):
             blocks = self._resume(blocks, state, _column(start, k.device))
             state.advance(length, lengths)
             state.selected = take(blocks, (state.position - first) // config.select_every, 1)[:, :, 0]
-            state.selected_keys = state.selected_values = None
+            state.read_keys = None
         return take(self._segments(queries, gates, blocks, first, keys, values, compressed), shift, length)
 
     def _segments(
@@ -386,37 +427,28 @@ class NativeSparseAttention(Mechanism):
         self._choose_for_token(queries[0], compressed[0], state, start)
         state.advance(1, lengths)
         if isinstance(start, int):
-            outputs = self._token_of_equal_rows(queries, k, v, compressed, state, start)
-        else:
-            outputs = self._token_of_any_rows(queries, keys, values, compressed, state.selected, start)
+            return self._token_of_equal_rows(queries, *state.read(k, v, compressed, start), gates)
+        outputs = self._token_of_any_rows(queries, keys, values, compressed, state.selected, start)
         return self._combine(*outputs, gates)
 
     def _token_of_equal_rows(
-        self,
-        queries: tuple[Tensor, ...],
-        k: Tensor,
-        v: Tensor,
-        compressed: tuple[Tensor, Tensor],
-        state: NSAState,
-        position: int,
-    ) -> tuple[Tensor, ...]:
-        """The branches where all rows stand at one position: what each reads is a slice, so nothing is masked."""
-        config = self.config
-        before, own = (config.num_selected - 1) * config.select_block, position % config.select_block
-        if position % config.select_every == 0 or state.selected_keys is None:
-            state.selected_keys, state.selected_values = gather_blocks(
-                (state.keys, state.values), state.selected, config.select_block
-            )
-        else:
-            state.selected_keys.narrow(2, before + own, 1).copy_(k)
-            state.selected_values.narrow(2, before + own, 1).copy_(v)
-        first, start = max(0, before + own - position), max(0, position + 1 - config.window)
-        chosen, near = (2, first, before + own + 1 - first), (2, start, position + 1 - start)
-        return (
-            self._attend(queries[0], *compressed) if compressed[0].shape[2] else torch.zeros_like(queries[0]),
-            self._attend(queries[1], state.selected_keys.narrow(*chosen), state.selected_values.narrow(*chosen)),
-            self._attend(queries[2], state.keys.narrow(*near), state.values.narrow(*near)),
-        )
+        self, queries: tuple[Tensor, ...], keys: Tensor, values: Tensor, masks: Tensor, gates: Tensor
+    ) -> Tensor:
+        """The output where all rows stand at one position: every branch reads the same keys, through a mask of its own.
+
+        The gates weigh the branches' attention weights, so that one product with the values serves all.
+        """
+        (batch, heads, _, width), kv_heads, separate = queries[0].shape, keys.shape[1], self.config.separate_kv
+        q = torch.cat(queries, 2) if separate else queries[0]
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        scores = torch.bmm(q.reshape(batch * kv_heads, -1, width), keys.mT).view(batch * heads, -1, keys.shape[1])
+        weights = F.dropout(torch.add(masks, scores, alpha=width**-0.5).softmax(-1), self._dropout)
+        if not separate:
+            by_head = gates.view(batch, len(BRANCHES), heads).mT.contiguous()
+            weights = torch.bmm(by_head.view(-1, 1, len(BRANCHES)), weights)
+        weights = weights.view(batch * kv_heads, -1, keys.shape[1]).to(values.dtype)
+        mixed = torch.bmm(weights, values).view(batch, heads, -1, width)
+        return self._combine(*mixed.split(1, 2), gates) if separate else mixed
 
     def _token_of_any_rows(
         self,

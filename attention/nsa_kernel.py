@@ -135,6 +135,32 @@ def selected_mask(positions: Tensor, number: int, size: int) -> Tensor:
     return torch.cat([exists.repeat_interleave(size, dim=-1), own], dim=-1)
 
 
+def token_masks(
+    blocks: tuple[int, int, int], size: int, window: int, summaries: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """For each token of a block, (3, R) what the compressed, selected and window branches read: 0 there, −∞ elsewhere.
+
+    Args:
+        blocks: how many blocks of keys there are: selected ones, further ones of the window, and those that are both,
+            of which the last is the token's own.
+        size: tokens of a block.
+        window: w.
+        summaries: compressed keys after these; there is room for twice as many. Before the blocks there is one key,
+            which the compressed branch reads while there are none.
+    """
+    further, both, stop = (1 + size * sum(blocks[:kinds]) for kinds in (1, 2, 3))
+    place = torch.arange(stop + 2 * summaries + 8, device=device)
+    own = stop - size + torch.arange(size, device=device)[:, None]
+    past = (place >= 1) & (place <= own)
+    reads = (
+        (place >= stop if summaries else place == 0).expand_as(past),
+        past & ((place < further) | (place >= both)),
+        past & (place >= further) & (place > own - window),
+    )
+    hidden = ~torch.stack(reads, 1)
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf).unbind()
+
+
 @torch.no_grad()
 def selection_scores(
     q: Tensor, keys: Tensor, visible: Tensor | None, overlap: int, per_block: int, number: int
