@@ -111,6 +111,22 @@ class Scaled(NamedTuple):
     exit: Tensor | None = None
 
 
+class ScaledOne(NamedTuple):
+    """As `Scaled`, for one token, without dimensions N and C.
+
+    Attributes:
+        q_log: (B, H, 1, m) logs of the query's features; only their differences count where there is no window.
+        k: (B, H, 1, m).
+        entry: (·, H, 1, m) factor of the state's sums before the key is added, or None for 1.
+        exit: (H, 1, m) factor of the sums after the query has read them, or None for 1.
+    """
+
+    q_log: Tensor
+    k: Tensor
+    entry: Tensor | None = None
+    exit: Tensor | None = None
+
+
 class FeatureMap(nn.Module, ABC):
     """φ, by way of its logarithm.
 
@@ -126,13 +142,6 @@ class FeatureMap(nn.Module, ABC):
         """exp of (…, m) over a number for each query, which cancels, and the logs (…, 1) of these numbers."""
         top = logs.detach().amax(-1, keepdim=True)
         return exp_(logs - top), top
-
-    def _shares_of_one(self, logs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`_shares` for one token, in the fewest operations."""
-        if not self.config.window:
-            return logs.softmax(-1), None
-        top = logs.amax(-1, keepdim=True)
-        return (logs - top).exp_(), top
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,10 +160,10 @@ class FeatureMap(nn.Module, ABC):
         q_log, k_log = (steps.chunked(t) for t in self(q, k))
         return Scaled(*self._shares(q_log), steps.real(exp_(k_log), 0.0))
 
-    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
-        """`scale` for one token, q and k (B, H, 1, D) and no dimensions N and C."""
-        q_log, k_log = self.forward(q, k)
-        return Scaled(*self._shares_of_one(q_log), k_log.exp())
+    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> ScaledOne:
+        """`scale` for one token, q and k (B, H, 1, D)."""
+        q_log, k_log = self(q, k)
+        return ScaledOne(q_log, k_log.exp())
 
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a smaller map as weights of this one, which compute nearly the same; others as they are."""
@@ -278,18 +287,17 @@ class FavorMap(RandomMap):
         if peaks.device.type == "cpu" and not torch.compiler.is_compiling():
             state.settled = bool((state.peaks + MAX_SHIFT >= usual).all())
 
-    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
+    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> ScaledOne:
         q_log, k_log = self(q, k)
         if state.kept is None:
             state.kept = [self._usual()]
         usual = state.kept[0]
         if state.settled:
-            return Scaled(*self._shares_of_one(q_log + usual), (k_log - usual).exp_())
+            return ScaledOne(q_log + usual, (k_log - usual).exp_())
         before = self._reference(state.peaks, usual)
         state.peaks = torch.maximum(state.peaks, k_log)
         reference = self._reference(state.peaks, usual)
-        shares = self._shares_of_one(q_log + reference)
-        return Scaled(*shares, (k_log - reference).exp_(), entry=(before - reference).exp_())
+        return ScaledOne(q_log + reference, (k_log - reference).exp_(), entry=(before - reference).exp_())
 
     @staticmethod
     def _first_keys(k_log: Tensor, missing: int | Tensor) -> Tensor:
@@ -337,12 +345,13 @@ class LearnedMap(FeatureMap):
             self.rate = nn.Parameter((rates[order][:, None] / MAX_RATE).logit())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        heads, x = q.shape[1], torch.cat([q, k], 1).transpose(0, 1)
+        x = torch.cat([q, k], 1).transpose(0, 1)
         u = torch.baddbmm(self.bias.float(), x.flatten(1, 2), self.weight.float()).view(*x.shape[:3], -1)
         u = u.transpose(0, 1)
         if self.config.hidden:
             u = u + self._correction(x.transpose(0, 1), slice(None))
-        return u[:, :heads], u[:, heads:].clamp(-KEY_CAP, KEY_CAP)
+        q_log, k_log = u.chunk(2, 1)
+        return q_log, k_log.clamp(-KEY_CAP, KEY_CAP)
 
     def _linear(self, x: Tensor, heads: slice) -> Tensor:
         """W x + V gelu(U x) (B, H, T, m), for the heads of queries, of keys, or of both."""
@@ -376,7 +385,7 @@ class LearnedMap(FeatureMap):
         offsets = torch.arange(steps.size, device=rates.device)[:, None] - middle
         return (rates * offsets)[:, None], (rates * middle).exp()
 
-    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> Scaled:
+    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> ScaledOne:
         scaled = super().scale_one(q, k, state)
         if not self.config.fade:
             return scaled

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .feature_maps import FEATURE_MAPS, FeatureMap, RandomMap, Scaled, Steps, exp_
+from .feature_maps import FEATURE_MAPS, FeatureMap, RandomMap, Scaled, ScaledOne, Steps, exp_
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, writes_in_place
 from .reference import softmax_weights
 from .state import State
@@ -92,22 +92,17 @@ class Ring(NamedTuple):
 
     Attributes:
         source: the `ring_keys` that they are views of.
-        key, value: (B, H, 1, D) by place.
-        keys, values: (B·H, 1 + w, D).
-        linear, others: (B·H, 1, D) and (B·H, w, D), the keys in place 0 and in the others.
-        scores: (B·H, 1, 1 + w).
-        linear_score: (B, H, 1, 1), the one in place 0.
+        key: (B, H, 1, D) by place.
+        row, value: (B, H, 1, D + 1) and (B, H, 1, D) by place.
+        keys, rows: (B·H, D, w) and (B·H, w, D + 1).
     """
 
     source: Tensor
     key: tuple[Tensor, ...]
+    row: tuple[Tensor, ...]
     value: tuple[Tensor, ...]
     keys: Tensor
-    values: Tensor
-    linear: Tensor
-    others: Tensor
-    scores: Tensor
-    linear_score: Tensor
+    rows: Tensor
 
 
 class PerformerState(State):
@@ -120,10 +115,9 @@ class PerformerState(State):
         peaks: largest log-features of those keys (B, H, 1, m); `favor` only, whose sums are on a scale that they set.
         settled: whether that scale is the usual one in all rows; then it stays, and the peaks need not be followed.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
-        ring_keys, ring_values: (B, H, 1 + w, D), the same for single tokens of rows of one length: position p in
-            place 1 + p mod w, and in place 0 one key that stands for the linear part. Either these or the former.
-        ring_scores: (B, H, 1, 1 + w), what is added to the scores of the ring's keys.
-        views: of these three.
+        ring_keys, ring_rows: (B, H, w, D) and (B, H, w, D + 1), the same for single tokens of rows of one length:
+            position p in place p mod w, behind its value a one. Either these or the former.
+        views: of these two.
         kept: what a feature map keeps for single steps; the same for all rows.
     """
 
@@ -137,8 +131,7 @@ class PerformerState(State):
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
         self.ring_keys: Tensor | None = None
-        self.ring_values: Tensor | None = None
-        self.ring_scores: Tensor | None = None
+        self.ring_rows: Tensor | None = None
         self.views: Ring | None = None
         self.kept: list[Tensor] | None = None
 
@@ -160,26 +153,25 @@ class PerformerState(State):
         if self.ring_keys is None:
             self._open_ring(heads)
         if self.views is None or self.views.source is not self.ring_keys:
-            keys, values, scores = self.ring_keys, self.ring_values, self.ring_scores
-            by_place = keys.split(1, 2), values.split(1, 2)
-            flat = [t.flatten(0, 1) for t in (keys, values)]
-            parts = flat[0].split([1, self.window], 1)
-            self.views = Ring(keys, *by_place, *flat, *parts, scores.flatten(0, 1), scores[..., :1])
+            keys, rows = self.ring_keys, self.ring_rows
+            by_place = keys.split(1, 2), rows.split(1, 2), rows[..., :-1].split(1, 2)
+            self.views = Ring(keys, *by_place, keys.flatten(0, 1).mT, rows.flatten(0, 1))
         return self.views
 
     def _open_ring(self, heads: int) -> None:
-        recent = (t.roll(self.seen % self.window, 2) for t in (self.recent_keys, self.recent_values))
-        self.ring_keys, self.ring_values = (F.pad(repeat_heads(t, heads), (0, 0, 1, 0)) for t in recent)
-        self.ring_scores = self.ring_keys.new_zeros(*self.ring_keys.shape[:2], 1, 1 + self.window)
+        recent = (self.recent_keys, self.recent_values)
+        keys, values = (repeat_heads(t.roll(self.seen % self.window, 2), heads) for t in recent)
+        self.ring_keys, self.ring_rows = keys, F.pad(values, (0, 1), value=1.0)
         self.recent_keys = self.recent_values = None
 
     def close_ring(self, kv_heads: int) -> None:
         """Lays the window out in order again."""
         if self.ring_keys is None:
             return
-        ring = (t[:, :: t.shape[1] // kv_heads, 1:] for t in (self.ring_keys, self.ring_values))
+        step = self.ring_keys.shape[1] // kv_heads
+        ring = self.ring_keys[:, ::step], self.ring_rows[:, ::step, :, :-1]
         self.recent_keys, self.recent_values = (t.roll(-(self.seen % self.window), 2) for t in ring)
-        self.ring_keys = self.ring_values = self.ring_scores = self.views = None
+        self.ring_keys = self.ring_rows = self.views = None
 
     def keep_recent(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> None:
         """Keeps the last w real tokens of each row of what `join` returned, of whose new tokens `lengths` are real."""
@@ -417,43 +409,51 @@ class PerformerAttention(Mechanism):
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
         """What `_segment` gives for a single token of rows of one length, in few operations and without gradients."""
-        heads, window, scale = q.shape[1], state.window, q.shape[3] ** -0.5
-        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-        if not window:
-            return self._linear_step(q, k, v, state)[0]
-        ring, place = state.ring(heads), 1 + state.seen % window
-        linear = state.seen >= window and not self._linear_is_off
-        key, value = ring.key[place], ring.value[place]
-        if linear:  # the key in place 0 stands for it: its score is the log of its normaliser
-            far, logs = self._linear_step(q, key, value, state)
-            ring.value[0].copy_(far)
-            torch.add(logs, self.mix.float().view(-1, 1, 1), out=ring.linear_score)
-        key.copy_(k)
-        value.copy_(v)
-        if not linear:
-            seen = slice(1, 1 + min(state.seen + 1, window))
-            keys, values = state.ring_keys[:, :, seen], state.ring_values[:, :, seen]
-            return scaled_dot_product_attention(q, keys, values)
-        if not self.features.absolute:
-            torch.mean(ring.others, 1, keepdim=True, out=ring.linear)
-        weights = torch.baddbmm(ring.scores, q.flatten(0, 1), ring.keys.mT, alpha=scale).softmax(-1)
-        return torch.bmm(weights, ring.values).view(v.shape)
-
-    def _linear_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, Tensor | None]:
-        """What `_linear` gives for one token: (B, H, 1, D) and the logs of the normalisers (B, H, 1, 1)."""
-        if state.sums is None:
-            self._start(state, v)
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        if state.window:
+            return self._window_step(q, k, v, state)
         if state.one is None:
             state.one = torch.ones_like(v[..., :1])
-        scaled, sums = self.features.scale_one(q, k, state), state.sums
+        scaled = self._take_up(q, k, torch.cat([v, state.one], 3), state)
+        out = torch.bmm(scaled.q_log.softmax(-1).flatten(0, 1), state.sums.flatten(0, 1).mT)
+        return self._normalised(out, scaled, state)
+
+    def _window_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
+        """`_step` behind a window: one softmax over the scores of its keys and the logs of the query's features."""
+        ring, window, place = state.ring(q.shape[1]), state.window, state.seen % state.window
+        linear = state.seen >= window and not self._linear_is_off
+        if linear:
+            scaled = self._take_up(q, ring.key[place], ring.row[place], state)
+        ring.key[place].copy_(k)
+        ring.value[place].copy_(v)
+        if not linear:
+            seen = min(state.seen + 1, window)
+            return scaled_dot_product_attention(q, state.ring_keys[:, :, :seen], state.ring_rows[:, :, :seen, :-1])
+        near = torch.bmm(q.flatten(0, 1) * q.shape[3] ** -0.5, ring.keys)
+        shift = self.mix.float().view(-1, 1, 1)
+        if not self.features.absolute:
+            shift = torch.add(shift, near.sum(-1).view(*q.shape[:2], 1, 1), alpha=1 / window)
+        weights = torch.cat([near, (scaled.q_log + shift).flatten(0, 1)], -1).softmax(-1)
+        out = torch.bmm(weights[..., :window], ring.rows).baddbmm_(weights[..., window:], state.sums.flatten(0, 1).mT)
+        return self._normalised(out, scaled, state)
+
+    def _take_up(self, q: Tensor, k: Tensor, row: Tensor, state: PerformerState) -> ScaledOne:
+        """Adds a key (B, H, 1, D), its value and a one (B, H, 1, D + 1) to the sums; the features of q and k."""
+        if state.sums is None:
+            self._start(state, row[..., :-1])
+        scaled = self.features.scale_one(q, k, state)
         if scaled.entry is not None:
-            sums.mul_(scaled.entry)
-        sums.addcmul_(torch.cat([v, state.one], 3).mT, scaled.k)
-        out = torch.bmm(scaled.q.flatten(0, 1), sums.flatten(0, 1).mT).view(*v.shape[:3], -1)
+            state.sums.mul_(scaled.entry)
+        state.sums.addcmul_(row.mT, scaled.k)
+        return scaled
+
+    @staticmethod
+    def _normalised(out: Tensor, scaled: ScaledOne, state: PerformerState) -> Tensor:
+        """(B, H, 1, D) what was read (B·H, 1, D + 1), by its last column; the sums go on to the next token."""
         if scaled.exit is not None:
-            sums.mul_(scaled.exit)
-        mixed, total = out.split([v.shape[3], 1], 3)
-        return mixed / total, total.log().add_(scaled.top) if state.window else None
+            state.sums.mul_(scaled.exit)
+        out = out.view(*state.sums.shape[:2], 1, -1)
+        return out[..., :-1] / out[..., -1:]
 
     def _start(self, state: PerformerState, v: Tensor) -> None:
         """Sums over no keys, for values (B, H, T, D)."""

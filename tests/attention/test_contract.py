@@ -97,13 +97,31 @@ def test_strictly_causal(method, data):
 def test_cached_equals_uncached_in_any_split(method, data):
     case = data.draw(cases(method))
     expected = case.run(case.inputs)
-    state, outputs, start = case.mechanism.new_state(), [], 0
+    state = case.mechanism.new_state()
+    torch.testing.assert_close(run_in_parts(case, state, data), expected, **TOLERANCE)
+    assert state.seen == case.length
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_a_state_starts_anew_after_a_reset(method, data):
+    case = data.draw(cases(method))
+    state = case.mechanism.new_state()
+    first = run_in_parts(case, state, data)
+    state.reset()
+    assert state.seen == 0
+    torch.testing.assert_close(run_in_parts(case, state, data), first, **TOLERANCE)
+
+
+def run_in_parts(case: Case, state: State, data: st.DataObject) -> Tensor:
+    """What a case gives in any split of its tokens."""
+    outputs, start = [], 0
     while start < case.length:
         stop = min(case.length, start + data.draw(st.sampled_from([1, 1, 2, 5, 16, 40])))
         outputs.append(case.run(case.part(start, stop), state))
         start = stop
-    torch.testing.assert_close(torch.cat(outputs, 2), expected, **TOLERANCE)
-    assert state.seen == case.length
+    return torch.cat(outputs, 2)
 
 
 @every_method
