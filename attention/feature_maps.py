@@ -96,7 +96,7 @@ class Scaled(NamedTuple):
 
     Attributes:
         q: (B, H, N, C, m).
-        top: (B, H, N, C, 1) logs of what the features of each query were divided by; None where nobody asks.
+        top: (B, H, N, C, 1) logs of what the features of each query were divided by.
         k: (B, H, N, C, m).
         entry: (·, H, 1, m) factor of the state's sums before the first chunk, or None for 1.
         factors: (·, H, N, 1, m) factors of the sums after each chunk, or None for 1.
@@ -104,7 +104,7 @@ class Scaled(NamedTuple):
     """
 
     q: Tensor
-    top: Tensor | None
+    top: Tensor
     k: Tensor
     entry: Tensor | None = None
     factors: Tensor | None = None

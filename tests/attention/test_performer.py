@@ -508,6 +508,17 @@ def test_a_layer_without_features_is_its_window_alone():
     assert mechanism.keys_read(39) == 5
 
 
+@pytest.mark.parametrize("shift", [-200.0, 200.0])
+@torch.no_grad()
+def test_the_window_and_the_linear_part_may_be_worlds_apart(shift):
+    mechanism, (q, k, v, x) = build(window=4), inputs(30)
+    mechanism.features.bias[:2] += shift  # of the queries
+    state = mechanism.new_state()
+    cached = torch.cat([mechanism(*(t[:, :, i : i + 1] for t in (q, k, v)), x, state) for i in range(30)], 2)
+    torch.testing.assert_close(cached, mechanism(q, k, v, x), **TOLERANCE)
+    assert cached.isfinite().all()
+
+
 @torch.no_grad()
 def test_a_long_text_without_the_linear_part_is_zero(monkeypatch):
     monkeypatch.setattr(performer, "CPU_SEGMENT", 16)
