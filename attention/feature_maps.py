@@ -234,8 +234,14 @@ class FavorMap(RandomMap):
         torch.sub(-x, u, out=second)
         return both
 
+    def _usual(self, state: PerformerState) -> Tensor:
+        """`_usual_scale`, computed once for a state."""
+        if state.kept is None:
+            state.kept = [self._usual_scale()]
+        return state.kept[0]
+
     @torch.no_grad()
-    def _usual(self) -> Tensor:
+    def _usual_scale(self) -> Tensor:
         """The scale (m,) on which the features of all possible keys are at most e^HEADROOM.
 
         A log-feature is at most |ω|²/2 (where x = ω), less log(m)/2.
@@ -256,7 +262,7 @@ class FavorMap(RandomMap):
         from its first key. Exact unless a key exceeds all before it by more than MAX_SHIFT + HEADROOM in the same
         chunk.
         """
-        usual = self._usual()
+        usual = self._usual(state)
         if self.config.window:  # absolute: |q|²/2 counts
             q_log = steps.chunked(self._log_features(q))
         else:
@@ -265,8 +271,8 @@ class FavorMap(RandomMap):
         if not state.settled and steps.lengths is None and isinstance(steps.missing, int):
             self._settle(state, self._first_keys(k_log.detach(), steps.missing)[:, :, :1], usual)
         if state.settled:
-            shift = usual if usual.any() else None
-            q_log, k_log = (q_log, k_log) if shift is None else (q_log + shift, k_log - shift)
+            if usual.any():
+                q_log, k_log = q_log + usual, k_log - usual
             return Scaled(*self._shares(q_log), exp_(k_log))
         with torch.no_grad():
             peaks = torch.cat([state.peaks, k_log.amax(-2)], 2).cummax(2).values
@@ -289,9 +295,7 @@ class FavorMap(RandomMap):
 
     def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> ScaledOne:
         q_log, k_log = self(q, k)
-        if state.kept is None:
-            state.kept = [self._usual()]
-        usual = state.kept[0]
+        usual = self._usual(state)
         if state.settled:
             return ScaledOne(q_log + usual, (k_log - usual).exp_())
         before = self._reference(state.peaks, usual)
