@@ -81,8 +81,7 @@ class GPT2VariantAttention(GPT2Attention):
         state = None if cache is None else cache.layers[self.layer_idx]
         mixed = self.mechanism(q, k, v, hidden_states, state, lengths, tokens).to(dtype)
         mixed = mixed.transpose(1, 2).reshape(batch, length, self.embed_dim).contiguous()  # Conv1D views its input
-        mixed = self.c_proj(mixed)
-        return self.resid_dropout(mixed) if self.training else mixed, None
+        return self.resid_dropout(self.c_proj(mixed)), None
 
 
 def fuse_activations(model: nn.Module) -> None:
