@@ -7,14 +7,16 @@ from typing import Any
 
 import gradio as gr
 
-from .attention_tab import build_attention_tab
 from .components.notices import Notices
 from .context import App, Session
-from .generate_tab import build_generate_tab
 from .models import ModelStore
-from .models_tab import build_models_tab
-from .speed_tab import build_speed_tab
-from .training_tab import build_training_tab
+from .tabs import (
+    build_attention_tab,
+    build_generate_tab,
+    build_models_tab,
+    build_speed_tab,
+    build_training_tab,
+)
 
 TITLE = "Efficient attention, side by side"
 STYLE = Path(__file__).with_name("page.css")

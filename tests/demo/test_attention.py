@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import attention
 from attention.reference import effective_mask, softmax_weights
 from demo.attention import AttentionViews, Passage, ViewError, encode_text, passage
-from demo.attention_tab import Chosen, Handlers
 from demo.parts import explain, total_variation, weight_tables
 from demo.runs import Column, Run, Settings
+from demo.tabs.attention import Chosen, Handlers
 
 from .zoo import SMALL, load_zoo
 

@@ -5,10 +5,11 @@ import queue
 
 import pytest
 
-from demo import generate_tab, gpu
+from demo import gpu
 from demo.example import FirstRun
-from demo.generate_tab import Handlers
 from demo.models import ModelStore
+from demo.tabs import generate as generate_tab
+from demo.tabs.generate import Handlers
 
 
 class Spaces:

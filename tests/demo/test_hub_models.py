@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants
 import attention
 from demo.limits import Limits
 from demo.models import Access, LoadError, ModelStore
-from demo.models_tab import Handlers
+from demo.tabs.models import Handlers
 
 from ..hub_server import HubServer
 

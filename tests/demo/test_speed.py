@@ -22,7 +22,7 @@ from demo.speed import (
     round_length,
     verdicts,
 )
-from demo.speed_tab import Handlers
+from demo.tabs.speed import Handlers
 
 from .zoo import SMALL, load_zoo
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demo.models import Entry
+from demo.tabs.training import Handlers
 from demo.training import curves, facts, learned, read_card, read_history, samples, thin
-from demo.training_tab import Handlers
 
 ROWS = [
     {"kind": "eval", "step": 0, "stage": "transfer", "kl": 2.5, "perplexity": 90.0, "base_perplexity": 20.0,

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import attention
-from trainer import study
-from trainer.study import MEASURED, Cell, Result, grid, main, parse, plan
-from trainer.study_report import UNANSWERED, conclusions, most_dropped
+from trainer.study import grid as study
+from trainer.study.grid import grid, main, parse, plan
+from trainer.study.report import UNANSWERED, conclusions, most_dropped
+from trainer.study.results import MEASURED, Cell, Result
 
 PLACES = {
     **{"base": "base", "data.train": "train.txt", "data.valid": "valid.txt", "eval.text": "valid.txt"},

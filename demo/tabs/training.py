@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from .components import Curves, Facts, Samples
-from .context import App, Session
-from .models import ModelStore
-from .training import curves, facts, learned, read_card, read_history, samples
+from ..components import Curves, Facts, Samples
+from ..context import App, Session
+from ..models import ModelStore
+from ..training import curves, facts, learned, read_card, read_history, samples
 
 
 def build_training_tab(app: App, session: Session) -> gr.Tab:

@@ -15,86 +15,26 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import attention
 from attention.files import write_json
 
-from . import evaluate
-from .config import RunConfig, load_config, share_steps
-from .data import DataError, read_files
-from .fidelity import Reader, measure_each
-from .study_report import write_report
-from .train import run
+from .. import evaluate
+from ..config import RunConfig, load_config, share_steps
+from ..data import DataError, read_files
+from ..fidelity import Reader, measure_each
+from ..train import run
+from .report import write_report
+from .results import MEASURED, Cell, Result
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = ("masks", "performer", "performer-window", "nsa")
 OBJECTIVES = ("kl", "kl+ce", "kl+l1")
 TEXTS = ("corpus", "sampled")
 TRANSFER = 0.2  # share of a cell's steps; in long recipes it is less, too little for a short run
 PRUNE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)  # shares of a layer's largest weight; lighter masks are dropped
-MEASURED = "measured.json"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One fit of the grid.
-
-    Attributes:
-        method: name of a recipe.
-        objective: terms of the loss; "kl+l1", which masks alone have, also weighs the masks' weights.
-        text: what is trained on: the corpus, or text sampled from the base itself.
-    """
-
-    method: str
-    objective: str
-    text: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.objective}-{self.text}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished cell.
-
-    Attributes:
-        cell: which.
-        folder: of the run.
-        row: what `trainer/evaluate.py` measured.
-        pruning: for masks, what dropping light masks costs; see `prune_sweep`.
-    """
-
-    cell: Cell
-    folder: Path
-    row: dict[str, Any]
-    pruning: list[dict[str, float]]
-
-    @cached_property
-    def config(self) -> RunConfig:
-        return load_config(self.folder / "config.yaml")
-
-    @cached_property
-    def environment(self) -> dict[str, Any]:
-        return json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
-
-    @cached_property
-    def history(self) -> list[dict[str, Any]]:
-        lines = (self.folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-
-    def rows(self, kind: str) -> list[dict[str, Any]]:
-        """The rows of the history that are of a kind; see `History`."""
-        return [row for row in self.history if row["kind"] == kind]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on."""
-        return self.rows("train")[-1]["tokens"]
 
 
 class StudyError(Exception):
@@ -330,7 +270,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     sys.stderr.write(f"{page}\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from .attention import AttentionViews, Passage, ViewError, encode_text, passage
-from .components import AttentionMaps, HeadGrid
-from .context import VIEW, App, Session
-from .models import LoadedModel, LoadError, ModelStore
-from .runs import Run
+from ..attention import AttentionViews, Passage, ViewError, encode_text, passage
+from ..components import AttentionMaps, HeadGrid
+from ..context import VIEW, App, Session
+from ..models import LoadedModel, LoadError, ModelStore
+from ..runs import Run
 
 SHORTEST = 8
 # Tells as the last value whether the tab is the one that is seen.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ import torch
 from attention.masks_plan import CONTENT, Candidate
 from attention.reference import effective_mask
 
-if TYPE_CHECKING:
-    from .study import Result
+from .results import Result
 
 COLOURS = {"kl": "tab:blue", "kl+ce": "tab:orange", "kl+l1": "tab:green"}
 LINES = {"corpus": "-", "sampled": "--"}

@@ -10,16 +10,16 @@ from typing import Any
 import gradio as gr
 from pydantic import TypeAdapter
 
-from .components.costs import CostTable
-from .components.tokens import TokenColumns
-from .context import GENERATE, App, Session
-from .engine import Generation, RemoteGeneration
-from .example import EXAMPLE_PROMPT, PROMPTS, FirstRun
-from .gpu import IS_LENT, with_gpu
-from .models import ModelStore
-from .request import OPTIONS, RequestError, from_query, read_settings
-from .runs import Run, Settings, newest
-from .views import columns_view, cost_table, distinction, history_label, settings_line
+from ..components.costs import CostTable
+from ..components.tokens import TokenColumns
+from ..context import GENERATE, App, Session
+from ..engine import Generation, RemoteGeneration
+from ..example import EXAMPLE_PROMPT, PROMPTS, FirstRun
+from ..gpu import IS_LENT, with_gpu
+from ..models import ModelStore
+from ..request import OPTIONS, RequestError, from_query, read_settings
+from ..runs import Run, Settings, newest
+from ..views import columns_view, cost_table, distinction, history_label, settings_line
 
 FRAME_SECONDS = 0.07  # the page is not sent more often than it can be read
 FIELDS = ("prompt", "models", *OPTIONS)

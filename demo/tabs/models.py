@@ -10,11 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from .components.notices import Notices
-from .components.table import TextTable
-from .context import App, Session
-from .models import LONGEST_SOURCE, Entry, LoadError, ModelStore, is_local
-from .views import option_text
+from ..components.notices import Notices
+from ..components.table import TextTable
+from ..context import App, Session
+from ..models import LONGEST_SOURCE, Entry, LoadError, ModelStore, is_local
+from ..views import option_text
 
 LANE = "models"
 HEADERS = ["Name", "Method", "Made from", "Weights", "In memory", "Where", "Options"]

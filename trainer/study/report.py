@@ -6,12 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .study_figures import draw_curves, draw_masks, draw_pruning, draw_weights
-
-if TYPE_CHECKING:
-    from .study import Result
+from .figures import draw_curves, draw_masks, draw_pruning, draw_weights
+from .results import Result
 
 SAME = {"kl": 0.05, "perplexity": 0.005}  # a difference of less than this share of the larger figure is called none
 COHERENT = 0.10  # texts are called as coherent as the base's if their perplexity under it differs by less than this

@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from .components import Curves, Meter
-from .components.notices import Notices
-from .context import MEASURE, App, Session
-from .models import LoadError, ModelStore
-from .speed import COUNTED, LONGEST, MEASURED, Level, SpeedError, SpeedRun, charts, report, verdicts
+from ..components import Curves, Meter
+from ..components.notices import Notices
+from ..context import MEASURE, App, Session
+from ..models import LoadError, ModelStore
+from ..speed import COUNTED, LONGEST, MEASURED, Level, SpeedError, SpeedRun, charts, report, verdicts
 
 LEVELS: list[tuple[str, Level]] = [("One layer's attention alone", "layer"), ("The whole model", "model")]
 CHART_HEIGHT = 330  # about what the charts take
