@@ -115,6 +115,8 @@ class MasksState(State):
         bias: (B, 1 or H, 1, K) log M for a query that has all of its keys, once one came.
     """
 
+    batched = ("keys", "values", "bias")
+
     def __init__(self, plan: Plan):
         super().__init__()
         self.plan = plan
@@ -474,7 +476,7 @@ class MasksAttention(Mechanism):
 
     @property
     def _dropout(self) -> float:
-        return self.layer.dropout if self.training else 0.0
+        return self.dropout if self.training else 0.0
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, lengths: Tensor | None) -> Tensor:
         """Softmax over all keys with log M added to the scores."""

@@ -73,9 +73,10 @@ class ContentState(State):
         best_scores, best_positions: (B, H, n) of `Best`; None at the start, and where no head reads by score.
         least: tokens that every row is known to have.
         logs: log M for a query that has all of its keys, by kind of key, once one came.
-        _firsts: batch, heads and capacity, and the first row of each head in a flat `pairs`; in a tuple, for its rows
-            are not the batch's.
+        _firsts: batch, heads and capacity, and the first row of each head in a flat `pairs`.
     """
+
+    batched = ("pairs", "tokens", "best_scores", "best_positions")
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ class LayerShape:
         hidden_size: width E of the layer's input.
         max_length: positions that the model can hold.
         layer_idx: place of the layer in the model, from 0.
-        dropout: probability with which an attention weight is dropped in training.
+        dropout: probability with which an attention weight is dropped in training, at the start.
     """
 
     num_heads: int
@@ -102,6 +102,7 @@ class Mechanism(nn.Module, ABC):
         branches: names of the parts that can be switched off, for ablation.
         choosing: names of the parameters that do nothing but choose keys, see `choosing_parameters`.
         disabled: the branches that are off; see `disable`.
+        dropout: probability with which an attention weight is dropped in training.
     """
 
     branches: tuple[str, ...] = ()
@@ -111,6 +112,7 @@ class Mechanism(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.dropout = layer.dropout
         self.disabled: frozenset[str] = frozenset()
 
     @abstractmethod
@@ -174,6 +176,9 @@ class Mechanism(nn.Module, ABC):
     def operations(self, length: int) -> int:
         """Floating-point operations of `forward` on one row of `length` tokens, all heads; a multiply-add is two."""
 
+    def after_step(self, step: int) -> None:
+        """What the trainer calls after optimiser step `step`, counted from 1; most methods have nothing to do."""
+
     def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a mechanism of this method as weights of this one, which keeps what it has room for.
 
@@ -199,6 +204,11 @@ class Mechanism(nn.Module, ABC):
     def summary(self) -> dict[str, list[float] | list[list[float]]]:
         """Learned quantities worth recording in a training history, by name, as plain numbers."""
         return {}
+
+
+def is_mechanism(name: str) -> bool:
+    """Whether a parameter's or a tensor's name is one of a mechanism's own."""
+    return ".mechanism." in f".{name}"
 
 
 def _as_tuple(value: Any) -> Any:

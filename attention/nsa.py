@@ -134,6 +134,8 @@ class NSAState(State):
         read_masks: `token_masks` for this layout.
     """
 
+    batched = ("keys", "values", "compressed_keys", "compressed_values", "selected", "read_keys", "read_values")
+
     def __init__(self, config: NSAConfig):
         super().__init__()
         self.config = config
@@ -336,7 +338,7 @@ class NativeSparseAttention(Mechanism):
 
     @property
     def _dropout(self) -> float:
-        return self.layer.dropout if self.training else 0.0
+        return self.dropout if self.training else 0.0
 
     def _block(
         self,

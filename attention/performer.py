@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .feature_maps import FEATURE_MAPS, FeatureMap, RandomMap, Scaled, ScaledOne, Steps, exp_
 from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, writes_in_place
+from .performer_features import FEATURE_MAPS, FeatureMap, FeatureState, RandomMap
+from .performer_kernel import ScaledOne, Steps, linear_chunks, rescaled, window_attention
 from .reference import softmax_weights
-from .state import State
 
 CPU_SEGMENT, SEGMENT = 512, 8192  # tokens worked on at a time: on a CPU what is temporary must fit its cache
 NOTHING = -1e30  # log of a feature that no key has; finite, so that differences of two are not NaN
@@ -105,35 +105,31 @@ class Ring(NamedTuple):
     rows: Tensor
 
 
-class PerformerState(State):
+class PerformerState(FeatureState):
     """The past as sums over its keys, and the last w keys and values where there is a window; all float32.
 
     Attributes:
         sums: Σ [v_j, 1] φ(k_j)ᵀ (B, H, D + 1, m) over the keys that have left the window; the last row adds up to the
             normaliser.
         one: (B, H, 1, 1), what a token's value is extended by; kept from the first single token on.
-        peaks: largest log-features of those keys (B, H, 1, m); `favor` only, whose sums are on a scale that they set.
-        settled: whether that scale is the usual one in all rows; then it stays, and the peaks need not be followed.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
         ring_keys, ring_rows: (B, H, w, D) and (B, H, w, D + 1), the same for single tokens of rows of one length:
             position p in place p mod w, behind its value a one. Either these or the former.
         views: of these two.
-        kept: what a feature map keeps for single steps; the same for all rows.
     """
+
+    batched = ("sums", "one", "peaks", "recent_keys", "recent_values", "ring_keys", "ring_rows")
 
     def __init__(self, window: int):
         super().__init__()
         self.window = window
         self.sums: Tensor | None = None
         self.one: Tensor | None = None
-        self.peaks: Tensor | None = None
-        self.settled = False
         self.recent_keys: Tensor | None = None
         self.recent_values: Tensor | None = None
         self.ring_keys: Tensor | None = None
         self.ring_rows: Tensor | None = None
         self.views: Ring | None = None
-        self.kept: list[Tensor] | None = None
 
     def missing(self) -> int | Tensor:
         """How many slots of the window are still empty; (B,) where the rows differ."""
@@ -184,96 +180,6 @@ class PerformerState(State):
         self.recent_values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
 
 
-def _rescaled(sums: Tensor, factor: Tensor | None) -> Tensor:
-    """Sums (..., D, m), feature by feature times a factor (..., 1, m), None for 1."""
-    return sums if factor is None else sums * factor
-
-
-def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal sums in chunks: O_c = tril(Q_c K_cᵀ) V_c + Q_c Sᵀ, then S ← (S + V_cᵀ K_c) · factor_c.
-
-    Args:
-        scaled: features.
-        v: (B, H, N, C, D).
-        sums: S (B, H, D, m) before the first chunk.
-
-    Returns:
-        (B, H, N, C, D), and `sums` after the last chunk.
-    """
-    shape, factors = v.shape[:3], scaled.factors
-    q, k, v = (t.flatten(0, 2) for t in (scaled.q, scaled.k, v))
-    added = _rescaled((v.mT @ k).unflatten(0, shape), factors).unbind(2)
-    before, after = _running_sums(added, sums, factors)
-    inside = (q @ k.mT).tril_()
-    out = (q @ before.flatten(0, 2).mT).baddbmm_(inside, v)
-    return out.unflatten(0, shape), after
-
-
-def _running_sums(added: tuple[Tensor, ...], sums: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S before each chunk (B, H, N, D, m) and after the last, where S ← S · factor + added; all (B, H, D, m)."""
-    if not writes_in_place():
-        before = []
-        for chunk, new in enumerate(added):
-            before.append(sums)
-            sums = sums + new if factors is None else torch.addcmul(new, sums, factors[:, :, chunk])
-        return torch.stack(before, 2), sums
-    before, after = sums.new_empty(*sums.shape[:2], len(added), *sums.shape[2:]), torch.empty_like(sums)
-    slots = [*before.unbind(2), after]
-    slots[0].copy_(sums)
-    for chunk, new in enumerate(added):
-        old, target = slots[chunk : chunk + 2]
-        if factors is None:
-            torch.add(old, new, out=target)
-        else:
-            torch.addcmul(new, old, factors[:, :, chunk], out=target)
-    return before, after
-
-
-def window_attention(
-    q: Tensor, keys: Tensor, values: Tensor, window: int, missing: int | Tensor, block: int, dropout: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax attention of query t over keys t + 1 to t + w, in blocks of queries.
-
-    Args:
-        q: (B, H, T, D).
-        keys, values: (B, H, w + T, D), the w before the first query in front.
-        window: w.
-        missing: how many of a row's first keys are empty, one number or (B,).
-        block: queries in a block.
-        dropout: of the weights.
-
-    Returns:
-        (B, H, T, D), the logs of the normalisers (B, H, T), and the mean scores (B, H, T).
-    """
-    steps = Steps(q.shape[2], min(block, q.shape[2]))
-    q = steps.chunked(steps.padded(q * q.shape[-1] ** -0.5))
-    span = window + steps.size
-    keys, values = (steps.padded(t).unfold(2, span, steps.size) for t in (keys, values))  # (B, H, N, D, span)
-    outside = ~_in_window(q, window, missing)
-    scores = q @ keys
-    mean = scores.masked_fill(outside, 0.0).sum(-1) / (span - outside.sum(-1))
-    scores = scores.masked_fill(outside, -torch.inf)
-    top = scores.detach().amax(-1, keepdim=True)
-    weights = exp_(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    mixed = F.dropout(weights, dropout) @ values.mT / total
-    logs = (top + total.log()).squeeze(-1)
-    return steps.joined(mixed), steps.joined(logs), steps.joined(mean)
-
-
-def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
-    """(·, 1, N or 1, block, span) which of its block's keys a query may read, for q (B, H, N, block, D)."""
-    number, block = q.shape[2:4]
-    slots, rows = torch.arange(window + block, device=q.device), torch.arange(block, device=q.device)[:, None]
-    near = (slots > rows) & (slots <= rows + window)
-    if isinstance(missing, int):
-        if not missing:
-            return near[None, None, None]
-        missing = torch.full((1,), missing, device=q.device)
-    position = slots + block * torch.arange(number, device=q.device)[:, None]
-    return near & (position >= missing[:, None, None])[:, None, :, None]
-
-
 class PerformerAttention(Mechanism):
     """Linear attention, with exact softmax over the last keys where the config has a window.
 
@@ -307,7 +213,7 @@ class PerformerAttention(Mechanism):
         lengths: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        dropout = self.layer.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         state = self.new_state() if state is None else state
         if not torch.is_autocast_enabled(q.device.type):
             return self._mix(q, k, v, state, lengths, dropout).to(v.dtype)
@@ -391,9 +297,9 @@ class PerformerAttention(Mechanism):
             self._start(state, v)
         q, k, v = (steps.padded(t) for t in (q, repeat_heads(k, heads), v))
         scaled = self.features.scale(q, k, steps, state)
-        sums = _rescaled(state.sums, scaled.entry)
+        sums = rescaled(state.sums, scaled.entry)
         out, sums = linear_chunks(scaled, steps.chunked(F.pad(v, (0, 1), value=1.0)), sums)
-        state.sums = _rescaled(sums, scaled.exit)
+        state.sums = rescaled(sums, scaled.exit)
         mixed, total = out[..., :-1], out[..., -1:]
         bounded = total.clamp_min(torch.finfo(total.dtype).tiny)
         if target is not None and steps.length % steps.size == 0:

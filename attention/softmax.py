@@ -38,7 +38,7 @@ class SoftmaxAttention(Mechanism):
         lengths: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        dropout = self.layer.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         grouped = k.shape[1] != q.shape[1]
         if state is None or state.seen == 0:
             if state is not None:

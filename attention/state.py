@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,12 +11,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class State(CacheLayerMixin):
-    """A layer's decode state. Subclasses keep tensors as attributes, each with the batch as its first dimension.
+    """A layer's decode state.
 
     Attributes:
+        batched: names of the attributes that hold a tensor, or None, with the batch as its first dimension; `lengths`
+            is always one. They are what beams, repeats and selections of rows move about.
         seen: columns seen so far, padding included; no row has more tokens than that.
         lengths: (B,) tokens seen in each row, or None while every row has `seen` of them.
     """
+
+    batched: ClassVar[tuple[str, ...]] = ("keys", "values")
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +51,8 @@ class State(CacheLayerMixin):
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: getattr(self, name) for name in (*self.batched, "lengths")}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in self._tensors().items():
@@ -57,13 +63,9 @@ class State(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: a mechanism allocates what it needs on the first call."""
 
-    def update(self, *args, **kwargs):
-        """Not how this state grows.
-
-        Raises:
-            TypeError: always; the mechanism that owns the state updates it.
-        """
-        raise TypeError(f"{type(self).__name__} is updated by its own mechanism; use it with the model that made it")
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values as they are: the mechanism that owns the state takes them up itself."""
+        return key_states, value_states
 
     def get_seq_length(self) -> int:
         return self.seen

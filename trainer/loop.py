@@ -159,8 +159,7 @@ class Loop:
             optimizer.zero_grad()
         self.step += 1
         for mechanism in getattr(self.setup.model, "mechanisms", []):
-            if hasattr(mechanism, "after_step"):
-                mechanism.after_step(self.step)
+            mechanism.after_step(self.step)
         self.observer.count(values, batch.numel())
 
     def _own_part(self, stage: StageConfig, batch: Tensor) -> list[Tensor]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from attention.mechanism import is_mechanism
+
 from .config import PretrainConfig, ScheduleConfig, StageConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -68,11 +70,6 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide is matrices else x.mT
-
-
-def is_mechanism(name: str) -> bool:
-    """Whether a parameter's name is one of a mechanism's own."""
-    return ".mechanism." in f".{name}"
 
 
 def build_optimizers(stage: StageConfig, model: nn.Module) -> list[Optimizer]:

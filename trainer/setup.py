@@ -26,11 +26,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedM
 import attention
 from attention.files import fingerprint, write_json
 from attention.gpt2 import fuse_activations
+from attention.mechanism import is_mechanism
 
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
 from .data import load_test_tokens, load_tokens, sampled_tokens
-from .optim import is_mechanism
 from .signals import launcher_arguments
 from .stages import trains
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from transformers import PreTrainedModel
 
 from attention import Mechanism, SoftmaxConfig, convert
 from attention.gpt2 import GPT2VariantLMHeadModel
-from attention.mechanism import repeat_heads
+from attention.mechanism import is_mechanism, repeat_heads
 
 from .config import DistilConfig, PretrainConfig, StageConfig, TransferConfig
 from .losses import vocabulary_loss
-from .optim import is_mechanism
 
 TRANSFER_TERMS = ("output", "weights", "selection")
 
@@ -226,4 +224,4 @@ def without_dropout(model: GPT2VariantLMHeadModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(module, Mechanism):
-            module.layer = dataclasses.replace(module.layer, dropout=0.0)
+            module.dropout = 0.0

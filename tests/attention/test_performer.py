@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention import performer
-from attention.feature_maps import KEY_CAP, RELU_EPSILON, random_projections
 from attention.mechanism import ConfigError, LayerShape, repeat_heads
 from attention.performer import PerformerAttention, PerformerConfig
+from attention.performer_features import KEY_CAP, RELU_EPSILON, random_projections
 from attention.reference import (
     favor_log_features,
     learned_log_features,

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mechanism import LayerShape, seeded_generator, writes_in_place
-
-if TYPE_CHECKING:
-    from .performer import PerformerConfig, PerformerState
+from .performer_kernel import Scaled, ScaledOne, Steps, exp_
+from .state import State
 
 MAX_SHIFT = 80.0  # a key of log-feature −80, beside its scale, is still a normal number
 HEADROOM = 60.0  # features up to e^60, their products and sums over keys stay far from float32's e^88
 KEY_CAP = 15.0  # learned key features lie between e^−15 and e^15
 MAX_RATE = 0.7  # fastest fading; over half a chunk of 128 tokens it amounts to e^45
-LOG2_E = 1 / math.log(2)
 RELU_EPSILON = 1e-3  # keeps the normaliser of `relu` positive
 
 
@@ -38,93 +36,34 @@ def random_projections(num: int, width: int, orthogonal: bool, generator: torch.
     return directions.transpose(-1, -2).reshape(-1, width)[:num] * gaussian.norm(dim=1, keepdim=True)
 
 
-def exp_(x: Tensor) -> Tensor:
-    """exp of many numbers, in place; by exp2, for which PyTorch has vector code on CPUs where its exp has not."""
-    return x.mul_(LOG2_E).exp2_()
+class FeatureOptions(Protocol):
+    """The options of `PerformerConfig` that a layer's feature map reads; `num_features` is the layer's own number."""
+
+    num_features: int
+    hidden: int
+    fade: bool
+    orthogonal: bool
+    hyperbolic: bool
+    window: int
+    seed: int
 
 
-class Steps(NamedTuple):
-    """Which of a segment's T steps are real, and how they are cut into N chunks of C.
-
-    Attributes:
-        length: T.
-        size: C.
-        missing: how many of a row's first keys are empty, one number or (B,).
-        lengths: (B,) how many steps of each row are real, the first ones; None: all.
-    """
-
-    length: int
-    size: int
-    missing: int | Tensor = 0
-    lengths: Tensor | None = None
-
-    def padded(self, x: Tensor) -> Tensor:
-        """(B, H, T, ·) as (B, H, N C, ·), with zeros at the end."""
-        padding = -self.length % self.size
-        return F.pad(x, (0, 0, 0, padding)) if padding else x
-
-    def chunked(self, x: Tensor) -> Tensor:
-        """(B, H, N C, ·) as (B, H, N, C, ·)."""
-        return x.unflatten(2, (-1, self.size))
-
-    def joined(self, x: Tensor) -> Tensor:
-        """(B, H, N, C, ...) as (B, H, T, ...)."""
-        x = x.flatten(2, 3)
-        return x if x.shape[2] == self.length else x[:, :, : self.length]
-
-    def real(self, k: Tensor, fill: float) -> Tensor:
-        """(B, H, N, C, m) with `fill` in place of what belongs to keys that do not count."""
-        start, stop = self.missing, self.length if self.lengths is None else self.lengths
-        if isinstance(start, int) and not start and isinstance(stop, int) and not stop % self.size:
-            return k
-        start, stop = (t if isinstance(t, int) else t[:, None] for t in (start, stop))
-        slots = torch.arange(k.shape[2] * self.size, device=k.device)
-        hidden = (slots < start) | (slots >= stop)
-        return k.masked_fill(hidden.view(-1, 1, k.shape[2], self.size, 1), fill)
-
-    def counts(self, device: torch.device) -> Tensor:
-        """(1 or B, 1, N or 1, 1, 1) how many steps are real in each chunk; one number where all are full."""
-        if self.lengths is None and not self.length % self.size:
-            return torch.full((1, 1, 1, 1, 1), float(self.size), device=device)
-        starts = torch.arange(0, self.length, self.size, device=device)[:, None, None]
-        lengths = self.length if self.lengths is None else self.lengths[:, None, None, None, None]
-        return (lengths - starts).clamp(0, self.size).float().view(-1, 1, len(starts), 1, 1)
-
-
-class Scaled(NamedTuple):
-    """Features in chunks, each on the scale of its chunk, and how the sums over keys change scale between chunks.
+class FeatureState(State):
+    """What feature maps remember of the keys before.
 
     Attributes:
-        q: (B, H, N, C, m).
-        top: (B, H, N, C, 1) logs of what the features of each query were divided by.
-        k: (B, H, N, C, m).
-        entry: (·, H, 1, m) factor of the state's sums before the first chunk, or None for 1.
-        factors: (·, H, N, 1, m) factors of the sums after each chunk, or None for 1.
-        exit: (H, 1, m) factor of the sums that go into the state, or None for 1.
+        peaks: largest log-features of those keys (B, H, 1, m); `favor` only, whose sums are on a scale that they set.
+        settled: whether that scale is the usual one in all rows; then it stays, and the peaks need not be followed.
+        kept: what a feature map keeps for single steps; the same for all rows.
     """
 
-    q: Tensor
-    top: Tensor
-    k: Tensor
-    entry: Tensor | None = None
-    factors: Tensor | None = None
-    exit: Tensor | None = None
+    batched = ("peaks",)
 
-
-class ScaledOne(NamedTuple):
-    """As `Scaled`, for one token, without dimensions N and C.
-
-    Attributes:
-        q_log: (B, H, 1, m) logs of the query's features; only their differences count where there is no window.
-        k: (B, H, 1, m).
-        entry: (·, H, 1, m) factor of the state's sums before the key is added, or None for 1.
-        exit: (H, 1, m) factor of the sums after the query has read them, or None for 1.
-    """
-
-    q_log: Tensor
-    k: Tensor
-    entry: Tensor | None = None
-    exit: Tensor | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks: Tensor | None = None
+        self.settled = False
+        self.kept: list[Tensor] | None = None
 
 
 class FeatureMap(nn.Module, ABC):
@@ -136,7 +75,7 @@ class FeatureMap(nn.Module, ABC):
     """
 
     absolute: ClassVar[bool] = False
-    config: PerformerConfig
+    config: FeatureOptions
 
     def _shares(self, logs: Tensor) -> tuple[Tensor, Tensor]:
         """exp of (…, m) over a number for each query, which cancels, and the logs (…, 1) of these numbers."""
@@ -147,7 +86,7 @@ class FeatureMap(nn.Module, ABC):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """log φ (B, H, T, m) of queries and of keys (B, H, T, D)."""
 
-    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: PerformerState) -> Scaled:
+    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: FeatureState) -> Scaled:
         """φ in chunks, on a scale that float32 can hold.
 
         What a query is divided by depends on no later key, so that no result does, to the last bit.
@@ -160,7 +99,7 @@ class FeatureMap(nn.Module, ABC):
         q_log, k_log = (steps.chunked(t) for t in self(q, k))
         return Scaled(*self._shares(q_log), steps.real(exp_(k_log), 0.0))
 
-    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> ScaledOne:
+    def scale_one(self, q: Tensor, k: Tensor, state: FeatureState) -> ScaledOne:
         """`scale` for one token, q and k (B, H, 1, D)."""
         q_log, k_log = self(q, k)
         return ScaledOne(q_log, k_log.exp())
@@ -177,7 +116,7 @@ class FeatureMap(nn.Module, ABC):
 class RandomMap(FeatureMap):
     """Random features of `relu` (arXiv 2009.14794, Section 2.2); ω (projections, D) is one for all heads."""
 
-    def __init__(self, config: PerformerConfig, layer: LayerShape, projections: int | None = None):
+    def __init__(self, config: FeatureOptions, layer: LayerShape, projections: int | None = None):
         super().__init__()
         self.config = config
         self.layer = layer
@@ -211,7 +150,7 @@ class FavorMap(RandomMap):
 
     absolute = True
 
-    def __init__(self, config: PerformerConfig, layer: LayerShape):
+    def __init__(self, config: FeatureOptions, layer: LayerShape):
         super().__init__(config, layer, config.num_features // 2 if config.hyperbolic else config.num_features)
 
     def _log_features(self, x: Tensor) -> Tensor:
@@ -234,7 +173,7 @@ class FavorMap(RandomMap):
         torch.sub(-x, u, out=second)
         return both
 
-    def _usual(self, state: PerformerState) -> Tensor:
+    def _usual(self, state: FeatureState) -> Tensor:
         """`_usual_scale`, computed once for a state."""
         if state.kept is None:
             state.kept = [self._usual_scale()]
@@ -255,7 +194,7 @@ class FavorMap(RandomMap):
         """The scale for keys whose largest log-features are `peaks` (…, m) so far: lower where all are tiny."""
         return torch.minimum(peaks + MAX_SHIFT, usual)
 
-    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: PerformerState) -> Scaled:
+    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: FeatureState) -> Scaled:
         """On the usual scale, once a key of every row is not tiny on it; before that, on lower ones.
 
         These come from a running maximum of each log-feature of the keys: a chunk's from the maximum before it and
@@ -284,7 +223,7 @@ class FavorMap(RandomMap):
         k = exp_((k_log - reference[:, :, :-1]).clamp_(max=HEADROOM))
         return Scaled(*self._shares(q_log + reference[:, :, :-1]), k, entry, factors)
 
-    def _settle(self, state: PerformerState, peaks: Tensor, usual: Tensor) -> None:
+    def _settle(self, state: FeatureState, peaks: Tensor, usual: Tensor) -> None:
         """Takes up peaks (B, H, 1, m), and whether they have reached the usual scale in all rows, for good.
 
         Never on an accelerator, which would have to be waited for, nor in a compiled graph.
@@ -293,7 +232,7 @@ class FavorMap(RandomMap):
         if peaks.device.type == "cpu" and not torch.compiler.is_compiling():
             state.settled = bool((state.peaks + MAX_SHIFT >= usual).all())
 
-    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> ScaledOne:
+    def scale_one(self, q: Tensor, k: Tensor, state: FeatureState) -> ScaledOne:
         q_log, k_log = self(q, k)
         usual = self._usual(state)
         if state.settled:
@@ -328,7 +267,7 @@ class LearnedMap(FeatureMap):
         rate: (H, 1, m), by which r = 0.7 σ(rate).
     """
 
-    def __init__(self, config: PerformerConfig, layer: LayerShape):
+    def __init__(self, config: FeatureOptions, layer: LayerShape):
         super().__init__()
         self.config = config
         self.layer = layer
@@ -370,7 +309,7 @@ class LearnedMap(FeatureMap):
         """r (H, 1, m), what the logarithm of each feature loses a token."""
         return MAX_RATE * self.rate.float().sigmoid()
 
-    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: PerformerState) -> Scaled:
+    def scale(self, q: Tensor, k: Tensor, steps: Steps, state: FeatureState) -> Scaled:
         """Fading: e^−r(i−j) = e^−r(i−h) e^r(j−h), with h the middle of the chunk, so that neither factor is large."""
         heads = q.shape[1]
         q_bias, k_bias = self.bias.float()[:, :, None].split(heads)  # (H, 1, 1, m)
@@ -383,13 +322,13 @@ class LearnedMap(FeatureMap):
         factors = (-self.rates()[:, None] * steps.counts(q.device)).exp().expand(-1, -1, q_log.shape[2], -1, -1)
         return Scaled(*self._shares(q_log + (q_bias - fading)), k_features, 1 / shift, factors, shift)
 
-    def _fading(self, steps: Steps, state: PerformerState) -> tuple[Tensor, Tensor]:
+    def _fading(self, steps: Steps, state: FeatureState) -> tuple[Tensor, Tensor]:
         """r (p − h) (H, 1, C, m) for the positions p in a chunk, and e^(r h) (H, 1, m)."""
         rates, middle = self.rates(), (steps.size - 1) / 2
         offsets = torch.arange(steps.size, device=rates.device)[:, None] - middle
         return (rates * offsets)[:, None], (rates * middle).exp()
 
-    def scale_one(self, q: Tensor, k: Tensor, state: PerformerState) -> ScaledOne:
+    def scale_one(self, q: Tensor, k: Tensor, state: FeatureState) -> ScaledOne:
         scaled = super().scale_one(q, k, state)
         if not self.config.fade:
             return scaled
