@@ -1,29 +1,28 @@
 """Efficient attention for pretrained causal language models: swap it, load it, look at it."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from .convert import attention_maps, convert, mechanism_inputs
-from .errors import CheckpointError, PushError
-from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
+from .convert import convert
+from .errors import CheckpointError, PushError, UnsupportedModelError
 from .hub import HubOptions
-from .loading import Checkpoint, describe, hub_size, load, locate
+from .loading import Checkpoint, describe, hub_size, load
 from .masks import MasksConfig
 from .mechanism import ConfigError, Mechanism, MechanismConfig
 from .nsa import NSAConfig
 from .performer import PerformerConfig
 from .pushing import Push, push
-from .registry import METHODS, config_from_dict
+from .recording import attention_maps, mechanism_inputs
+from .registry import METHODS, LayersConfig, config_from_dict
 from .saving import save
 from .softmax import SoftmaxConfig
+from .stored import locate
+from .variant import Variant, VariantConfig, is_variant
 
 __all__ = [
     "METHODS",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
-    "GPT2VariantConfig",
-    "GPT2VariantLMHeadModel",
     "HubOptions",
+    "LayersConfig",
     "MasksConfig",
     "Mechanism",
     "MechanismConfig",
@@ -32,17 +31,18 @@ __all__ = [
     "Push",
     "PushError",
     "SoftmaxConfig",
+    "UnsupportedModelError",
+    "Variant",
+    "VariantConfig",
     "attention_maps",
     "config_from_dict",
     "convert",
     "describe",
     "hub_size",
+    "is_variant",
     "load",
     "locate",
     "mechanism_inputs",
     "push",
     "save",
 ]
-
-AutoConfig.register(GPT2VariantConfig.model_type, GPT2VariantConfig)
-AutoModelForCausalLM.register(GPT2VariantConfig, GPT2VariantLMHeadModel)

@@ -43,6 +43,18 @@ class NetworkError(CheckpointError):
     """The Hub did not answer as it should, and the cache does not hold what was asked for."""
 
 
+class UnsupportedModelError(ValueError):
+    """A model whose attention cannot be swapped.
+
+    Attributes:
+        reasons: what stands in the way, a sentence each.
+    """
+
+    def __init__(self, model: object, reasons: list[str]):
+        self.reasons = reasons
+        super().__init__(f"the attention of a {type(model).__name__} cannot be swapped: {'; '.join(reasons)}")
+
+
 class PushError(CheckpointError):
     """A variant did not reach the Hub; the local folder is as it was.
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .errors import BrokenCheckpointError, CheckpointError, NotAModelError
@@ -68,6 +68,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def parse_weights(path: Path, content: bytes) -> dict[str, Tensor]:
+    """The tensors in the content of a safetensors file.
+
+    Raises:
+        BrokenCheckpointError: if it is not one.
+    """
+    try:
+        return load(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
+
+
 def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str = SHARD_SIZE) -> None:
     """Writes tensors as transformers would: one file, or shards with an index.
 
@@ -99,7 +111,11 @@ def write_manifest(folder: Path, files: Mapping[str, Path] | None = None) -> Non
     """
     if files is None:
         files = {path.name: path for path in folder.iterdir() if path.is_file()}
-    entries = {name: _measure(files[name]) if _is_checked(name) else None for name in sorted(files) if name != MANIFEST}
+    entries = {
+        name: _measure(files[name].read_bytes()) if _is_checked(name) else None
+        for name in sorted(files)
+        if name != MANIFEST
+    }
     (folder / MANIFEST).write_bytes(_dump_manifest(entries))
 
 
@@ -124,8 +140,11 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any] | None]:
     return files
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, take: Callable[[str, bytes], None] | None = None) -> None:
     """Compares every file of a variant with its manifest.
+
+    Args:
+        take: called with the name and the content of every file that is right.
 
     Raises:
         BrokenCheckpointError: naming all files that are missing, cut short or changed.
@@ -139,8 +158,10 @@ def check(folder: Path) -> None:
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes instead of {expected['size']}")
-        elif _measure(path) != expected:
+        elif _measure(content := path.read_bytes()) != expected:
             problems.append(f"{name} has other content than when it was written (SHA-256 differs)")
+        elif take is not None:
+            take(name, content)
     if problems:
         raise BrokenCheckpointError(folder, problems)
 
@@ -152,8 +173,21 @@ def read_json(path: Path) -> dict[str, Any]:
         BrokenCheckpointError: if it is not one.
     """
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
+    return parse_json(path, content)
+
+
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object in the content of a file.
+
+    Raises:
+        BrokenCheckpointError: if it is not one.
+    """
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
     if not isinstance(data, dict):
         raise BrokenCheckpointError(path.parent, [f"{path.name} holds no JSON object"])
@@ -263,10 +297,8 @@ def _is_checked(name: str) -> bool:
     return name != CARD and any(fnmatch(name, pattern) for pattern in PATTERNS)  # people may edit the card
 
 
-def _measure(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+def _measure(content: bytes) -> dict[str, Any]:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _is_entry(entry: object) -> bool:

@@ -87,6 +87,14 @@ class MechanismConfig(ABC):
     def build(self, layer: LayerShape) -> Mechanism:
         """A new mechanism for one layer, its parameters at their starting values."""
 
+    def by_layer(self, count: int) -> list[MechanismConfig]:
+        """The config of each of a model's `count` layers.
+
+        Raises:
+            ConfigError: if it names other layers than these.
+        """
+        return [self] * count
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, `method` included, from which `config_from_dict` rebuilds the config."""
         return {"method": self.method, **dataclasses.asdict(self)}

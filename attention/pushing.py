@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import posixpath
 import re
@@ -18,6 +17,7 @@ from typing import Any
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .errors import CheckpointError, PushError
@@ -33,10 +33,9 @@ from .files import (
     write_manifest,
     write_weights,
 )
-from .gpt2 import GPT2VariantConfig, GPT2VariantLMHeadModel
 from .hub import HUB, HubOptions, HubSpec, reason
-from .loading import full_weights, locate, resolve_base
 from .saving import save_model
+from .stored import Stored, locate, open_stored, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ def push(
 
 
 def push_model(
-    model: GPT2VariantLMHeadModel,
+    model: PreTrainedModel,
     to: str,
     message: str | None,
     private: bool,
@@ -146,19 +145,15 @@ def publish(folder: Path, work: Path, spec: HubSpec, include_base: bool | None, 
     check(work)
     config = read_json(work / "config.json")
     if _includes_base(config.get("base"), spec, include_base):
-        config["base"] = resolve_base(folder, config["base"])
-        _write_all_weights(work, config, hub)
+        _write_all_weights(work, open_stored(folder), config, hub)
     config["auto_map"] = _copy_code(work, spec)
     write_json(work / "config.json", config)
     write_manifest(work)
 
 
-def _write_all_weights(work: Path, config: dict[str, Any], hub: HubOptions) -> None:
+def _write_all_weights(work: Path, stored: Stored, config: dict[str, Any], hub: HubOptions) -> None:
     """Puts the base's tensors beside the variant's, and takes the base out of the config."""
-    write_json(work / "config.json", config)
-    weights = {name: tensor.clone() for name, tensor in full_weights(work, hub).items()}
-    if config.get("tie_word_embeddings", True):
-        del weights["lm_head.weight"]
+    weights = {name: tensor.clone() for name, tensor in whole_weights(stored, hub).items()}
     for path in weight_files(work):
         path.unlink()
     write_weights(work, weights)
@@ -167,14 +162,11 @@ def _write_all_weights(work: Path, config: dict[str, Any], hub: HubOptions) -> N
 
 def _copy_code(work: Path, spec: HubSpec) -> dict[str, str]:
     """Copies the modules that the model needs; returns the `auto_map` that names its classes."""
-    module = Path(inspect.getfile(GPT2VariantLMHeadModel))
+    module = Path(__file__).with_name("variant.py")
     for source in {module, *map(Path, get_relative_import_files(module))}:
         shutil.copyfile(source, work / source.name)
     prefix = spec.path(module.stem)
-    return {
-        "AutoConfig": f"{prefix}.{GPT2VariantConfig.__name__}",
-        "AutoModelForCausalLM": f"{prefix}.{GPT2VariantLMHeadModel.__name__}",
-    }
+    return {"AutoConfig": f"{prefix}.VariantConfig", "AutoModelForCausalLM": f"{prefix}.Variant"}
 
 
 def commit(api: HfApi, spec: HubSpec, files: dict[str, Path], message: str, *, private: bool) -> CommitInfo:

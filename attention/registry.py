@@ -1,12 +1,15 @@
-"""The methods that exist, by name."""
+"""The methods that exist, by name, and a choice among them layer by layer."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from .masks import MasksConfig
-from .mechanism import ConfigError, MechanismConfig
+from .mechanism import ConfigError, LayerShape, Mechanism, MechanismConfig
 from .nsa import NSAConfig
 from .performer import PerformerConfig
 from .softmax import SoftmaxConfig
@@ -16,7 +19,69 @@ METHODS: dict[str, type[MechanismConfig]] = {
 }
 
 
-def config_from_dict(data: dict[str, Any]) -> MechanismConfig:
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig(MechanismConfig):
+    """A method for each layer.
+
+    Attributes:
+        layers: each {"layers": numbers of layers, from 0, "method": ..., and the method's options}; together they name
+            every layer of the model once.
+    """
+
+    method: ClassVar[str] = "layers"
+    description: ClassVar[str] = "Each layer has the method that serves it best."
+
+    layers: tuple[dict[str, Any], ...]
+
+    def problems(self) -> list[str]:
+        problems = [] if self.layers else ["layers is empty; name every layer of the model once"]
+        for place, choice in enumerate(self.layers):
+            numbers = choice.get("layers")
+            if not isinstance(numbers, list | tuple) or not numbers or not all(_is_number(n) for n in numbers):
+                problems.append(f"layers.{place}.layers is {numbers!r}; it must be a list of numbers of layers, from 0")
+            try:
+                _choice(choice)
+            except ConfigError as error:
+                problems += [f"layers.{place}: {problem}" for problem in error.problems]
+        if not problems:
+            counts = Counter(number for choice in self.layers for number in choice["layers"])
+            twice = sorted(number for number, count in counts.items() if count > 1)
+            problems += [f"layers {twice} are named more than once"] if twice else []
+        return problems
+
+    def by_layer(self, count: int) -> list[MechanismConfig]:
+        found = {number: _choice(choice) for choice in self.layers for number in choice["layers"]}
+        problems = []
+        if missing := sorted(set(range(count)) - found.keys()):
+            problems.append(f"layers {missing} are not named; the model has layers 0 to {count - 1}")
+        if outside := sorted(found.keys() - set(range(count))):
+            problems.append(f"layers {outside} do not exist; the model has layers 0 to {count - 1}")
+        if problems:
+            raise ConfigError(self.method, problems)
+        return [found[number] for number in range(count)]
+
+    def build(self, layer: LayerShape) -> Mechanism:
+        (choice,) = (choice for choice in self.layers if layer.layer_idx in choice["layers"])
+        return _choice(choice).build(layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `MechanismConfig`; the layers' own defaults are written out."""
+        layers = [{"layers": list(choice["layers"]), **_choice(choice).to_dict()} for choice in self.layers]
+        return {"method": self.method, "layers": layers}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _choice(choice: Mapping[str, Any]) -> MechanismConfig:
+    options = {name: value for name, value in choice.items() if name != "layers"}
+    if options.get("method") not in METHODS:
+        raise ConfigError("attention", [f"method {options.get('method')!r} does not exist; choose one of {[*METHODS]}"])
+    return config_from_dict(options)
+
+
+def config_from_dict(data: Mapping[str, Any]) -> MechanismConfig:
     """Rebuilds a config from `MechanismConfig.to_dict`, or from a recipe's options.
 
     Raises:
@@ -24,13 +89,21 @@ def config_from_dict(data: dict[str, Any]) -> MechanismConfig:
     """
     options = dict(data)
     method = options.pop("method", None)
-    if method not in METHODS:
-        raise ConfigError("attention", [f"method {method!r} does not exist; choose one of {list(METHODS)}"])
-    config_class = METHODS[method]
-    known = [field.name for field in dataclasses.fields(config_class)]
-    unknown = [f"{name!r} is not an option; {method} has {known or 'none'}" for name in options if name not in known]
+    known = METHODS | {LayersConfig.method: LayersConfig}
+    if not isinstance(method, str) or method not in known:
+        raise ConfigError("attention", [f"method {method!r} does not exist; choose one of {list(known)}"])
+    config_class = known[method]
+    names = [field.name for field in dataclasses.fields(config_class)]
+    unknown = [f"{name!r} is not an option; {method} has {names or 'none'}" for name in options if name not in names]
+    missing = [
+        f"{field.name} is missing"
+        for field in dataclasses.fields(config_class)
+        if field.name not in options and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(method, unknown + missing)
     try:
-        config = config_class(**{name: value for name, value in options.items() if name in known})
+        config = config_class(**{name: value for name, value in options.items() if name in names})
     except ConfigError as error:
         raise ConfigError(method, unknown + error.problems) from None
     if unknown:

@@ -16,28 +16,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .convert import origin
 from .errors import CheckpointError
 from .files import (
     CARD,
     HISTORY,
     SHARD_SIZE,
-    fingerprint,
-    read_weights,
     replaced,
     write_json,
     write_manifest,
     write_weights,
 )
-from .gpt2 import GPT2VariantLMHeadModel
 from .hub import HUB, HubOptions, cached_origin
-from .loading import gpt2_names, locate, read_tokenizer, spec_of
+from .stored import Stored, is_tied, open_stored, origin, spec_of, without_copies
 
 logger = logging.getLogger(__name__)
 
 
 def save(
-    variant: GPT2VariantLMHeadModel,
+    variant: PreTrainedModel,
     folder: str | Path,
     *,
     base: PreTrainedModel | str | Path | None = None,
@@ -74,8 +70,12 @@ def save(
     """
     folder = Path(folder).expanduser().absolute()
     source = _find_base(variant, base, hub)
+    if source is not None and source.folder == folder.resolve():
+        raise CheckpointError(
+            f"{folder} is the variant's base, which saving there would destroy; choose another folder"
+        )
     if tokenizer is None and source is not None:
-        tokenizer = read_tokenizer(source)
+        tokenizer = source.tokenizer()
     with replaced(folder) as new:
         write_model(new, variant, None if self_contained else source, folder, dtype, state_dict, max_shard_size)
         if tokenizer is not None:
@@ -88,7 +88,7 @@ def save(
 
 
 def save_model(
-    variant: GPT2VariantLMHeadModel,
+    variant: PreTrainedModel,
     folder: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = SHARD_SIZE,
@@ -102,25 +102,23 @@ def save_model(
 
 def write_model(
     target: Path,
-    variant: GPT2VariantLMHeadModel,
-    source: Path | None,
+    variant: PreTrainedModel,
+    source: Stored | None,
     home: Path,
     dtype: torch.dtype | None,
     state_dict: Mapping[str, Tensor] | None,
     max_shard_size: int | str,
 ) -> None:
-    """Writes weights and configs into `target`, as a folder that will lie at `home`; `source` is the base's folder."""
-    weights = dict(variant.state_dict() if state_dict is None else state_dict)
-    if variant.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+    """Writes weights and configs into `target`, as a folder that will lie at `home`; `source` is the base."""
+    weights = without_copies(variant, variant.state_dict() if state_dict is None else state_dict)
     config = copy.deepcopy(variant.config)
     config.base = None
+    config.tie_word_embeddings = is_tied(variant)
     if not variant.is_remote_code():
         config.__dict__.pop("auto_map", None)  # names code that `push` adds
     if source is not None:
-        stored = read_weights(source)
-        config.base = {**_base_name(source, home), "sha256": fingerprint(stored)}
-        weights = difference(weights, gpt2_names(stored))
+        config.base = {**_base_name(source.folder, home), "sha256": source.fingerprint}
+        weights = difference(weights, source.plain(variant.dtype).state_dict())
     write_weights(target, {name: _stored(tensor, dtype) for name, tensor in weights.items()}, max_shard_size)
     config.architectures = [type(variant).__name__]
     config.dtype = str(variant.dtype).removeprefix("torch.")
@@ -138,10 +136,8 @@ def difference(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dic
     }
 
 
-def _find_base(
-    variant: GPT2VariantLMHeadModel, base: PreTrainedModel | str | Path | None, hub: HubOptions
-) -> Path | None:
-    """The folder with the base's files; None, with a warning where one was expected, if there is none."""
+def _find_base(variant: PreTrainedModel, base: PreTrainedModel | str | Path | None, hub: HubOptions) -> Stored | None:
+    """The base as stored; None, with a warning where one was expected, if there is none."""
     if isinstance(base, PreTrainedModel):
         place = origin(base)
         spec = None if place is None else spec_of(place)
@@ -152,7 +148,7 @@ def _find_base(
     if spec is None:
         return None
     try:
-        return locate(spec, hub)
+        return open_stored(spec, hub)
     except CheckpointError as error:
         logger.warning("the base of the variant cannot be read, so all weights are saved: %s", error)
         return None

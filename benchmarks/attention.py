@@ -26,10 +26,12 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from attention.gpt2 import GPT2VariantAttention, GPT2VariantConfig
+import attention
 from attention.mechanism import LayerShape
 from attention.registry import config_from_dict
+from attention.variant import attention_modules
 from benchmarks import measure
 
 HEADS, WIDTH, VOCABULARY = 12, 64, 50_257
@@ -82,11 +84,13 @@ def _mechanism(name: str, x: Tensor, tokens: Tensor) -> Callable[[Tensor, Tensor
     return lambda q, k, v: mechanism(q, k, v, x, tokens=tokens)
 
 
-def _layer(options: dict[str, Any]) -> torch.nn.Module:
-    config = GPT2VariantConfig(
-        n_embd=SHAPE.hidden_size, n_head=HEADS, n_positions=SHAPE.max_length, attention=options, resid_pdrop=0.0
-    )
-    return GPT2VariantAttention(config, layer_idx=0).eval()
+def _layer(options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A layer of a one-layer model with the sizes of `SHAPE`, from hidden states to hidden states."""
+    sizes = {"n_embd": SHAPE.hidden_size, "n_head": HEADS, "n_positions": SHAPE.max_length, "n_layer": 1}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=2, resid_pdrop=0.0))
+    variant = attention.convert(base, config_from_dict(options)).eval()
+    (layer,) = attention_modules(variant).values()
+    return layer
 
 
 def _peer_nsa() -> torch.nn.Module:

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from attention.gpt2 import GPT2VariantLMHeadModel
+import attention
 from attention.state import State
 
 from .compare import mark_parting, score
@@ -48,8 +48,8 @@ def warpers(settings: Settings) -> LogitsProcessorList:
 
 def new_cache(loaded: LoadedModel) -> Cache:
     """An empty cache: the mechanisms' own states, or for a base the one that transformers gives it."""
-    if isinstance(loaded.model, GPT2VariantLMHeadModel):
-        return loaded.model.transformer.new_cache()
+    if attention.is_variant(loaded.model):
+        return loaded.model.new_cache()
     return DynamicCache(config=loaded.model.config)
 
 
@@ -66,7 +66,7 @@ def _layer_bytes(layer: object) -> int:
 
 def keys_read(loaded: LoadedModel, position: int) -> int:
     """Keys that a query at `position` reads in a layer, mean over layers."""
-    if not isinstance(loaded.model, GPT2VariantLMHeadModel):
+    if not attention.is_variant(loaded.model):
         return position + 1
     return round(statistics.mean(mechanism.keys_read(position) for mechanism in loaded.model.mechanisms))
 

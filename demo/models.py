@@ -91,7 +91,7 @@ class LoadedModel:
     @property
     def context(self) -> int:
         """Tokens that the model can hold."""
-        return self.model.config.n_positions
+        return self.model.config.max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,6 @@ class ModelStore:
         base = None
         if found.base is not None:
             base = self._known(found.base) or self._register_base(found.base, report, visitor)
-        elif not found.is_variant and found.config["model_type"] != "gpt2":
-            raise LoadError(
-                f"{source} is a {found.config['model_type']!r} model; the app shows GPT-2 and its variants."
-            )
         with self._lock:
             if (known := self._known(str(found.folder))) is not None:
                 return known

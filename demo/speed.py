@@ -20,7 +20,6 @@ from transformers.cache_utils import Cache
 
 import attention
 from attention import Mechanism
-from attention.gpt2 import GPT2VariantLMHeadModel
 from attention.state import State
 from benchmarks.measure import seconds_of
 
@@ -167,10 +166,10 @@ def mechanisms_of(loaded: LoadedModel) -> list[Mechanism]:
         SpeedError: if the model is of a family whose attention cannot be taken apart.
     """
     model = loaded.model
-    if not isinstance(model, GPT2VariantLMHeadModel):
+    if not attention.is_variant(model):
         try:
             model = attention.convert(model, attention.SoftmaxConfig(), share=True)
-        except TypeError as error:
+        except attention.UnsupportedModelError as error:
             raise SpeedError(f"{loaded.name} cannot be measured: {error}.") from error
     return model.eval().mechanisms
 

@@ -313,10 +313,12 @@ class NewModel(Section):
 
     Attributes:
         tokenizer: a folder or Hub id that has the tokenizer.
-        config: options of `transformers.GPT2Config`; the vocabulary is the tokenizer's.
+        family: the `model_type` of a causal language model of transformers.
+        config: options of that type's config; the vocabulary is the tokenizer's.
     """
 
     tokenizer: str
+    family: str = "gpt2"
     config: dict[str, Any] = {}
 
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 import attention
 from attention import CheckpointError
 from attention.files import replaced, write_manifest
-from attention.gpt2 import GPT2VariantLMHeadModel
 from attention.registry import config_from_dict
 
 from .card import Making, write_card
@@ -36,7 +35,7 @@ def save_base(setup: Setup, model: PreTrainedModel, place: Path) -> None:
 def save_variant(
     setup: Setup,
     observer: Observer,
-    model: GPT2VariantLMHeadModel,
+    model: attention.Variant,
     step: int,
     test: tuple[str, Fidelity] | None = None,
 ) -> Path:

@@ -21,18 +21,19 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, LoggerType, get_available_
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
 from attention.files import fingerprint, write_json
-from attention.gpt2 import fuse_activations
 from attention.mechanism import is_mechanism
+from attention.stored import without_copies
+from attention.variant import causal_models, fuse_activations, position_limit
 
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
 from .data import load_test_tokens, load_tokens, sampled_tokens
 from .signals import launcher_arguments
-from .stages import trains
+from .stages import trained_names
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -66,12 +67,11 @@ class Setup:
 
     def trained_tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The tensors of a model that the run changes, whole, by name; all processes must call it."""
-        tied = model.config.tie_word_embeddings
+        trained = set().union(*(trained_names(stage, self.model) for stage in self.config.stages))
         return {
             name: whole(tensor).detach()
-            for name, tensor in model.state_dict().items()
-            if (is_mechanism(name) or any(trains(stage, name) for stage in self.config.stages))
-            and not (tied and name == "lm_head.weight")
+            for name, tensor in without_copies(model, model.state_dict()).items()
+            if is_mechanism(name) or name in trained
         }
 
     def whole_model(self) -> PreTrainedModel | None:
@@ -180,7 +180,8 @@ def load_models(
         tokenizer = AutoTokenizer.from_pretrained(config.new.tokenizer)
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         options = {"vocab_size": len(tokenizer), **special, **config.new.config}
-        return GPT2LMHeadModel(GPT2Config(**options)).to(device), None, tokenizer
+        model = causal_models(config.new.family)[0]
+        return model(CONFIG_MAPPING[config.new.family](**options)).to(device), None, tokenizer
     base, tokenizer = attention.load(config.base, device=device, dtype=torch.float32)
     if tokenizer is None:
         raise ValueError(f"{config.base} has no tokenizer, which is needed to read text")
@@ -215,13 +216,13 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
     Raises:
         ValueError: naming all that are too long, and all layers that it has not.
     """
-    limit, count, problems = model.config.max_position_embeddings, model.config.num_hidden_layers, []
+    limit, count, problems = position_limit(model), model.config.num_hidden_layers, []
     contexts, layers = {"eval.context": config.eval.context}, {}
     for place, stage in enumerate(config.stages):
         contexts[f"stages.{place}.context"] = stage.context
         contexts[f"stages.{place}.final_context"] = stage.final_context or stage.context
         layers[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
-    if long := [f"{name} is {value}" for name, value in contexts.items() if value > limit]:
+    if long := [f"{name} is {value}" for name, value in contexts.items() if limit is not None and value > limit]:
         problems.append(f"the model holds {limit} tokens, but {', '.join(long)}")
     if missing := [f"{name} has {n}" for name, numbers in layers.items() for n in numbers if n >= count]:
         problems.append(f"the model's layers are 0 to {count - 1}, but {', '.join(missing)}")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attention import Mechanism, SoftmaxConfig, convert
-from attention.gpt2 import GPT2VariantLMHeadModel
+from attention import Mechanism, SoftmaxConfig, Variant, convert
 from attention.mechanism import is_mechanism, repeat_heads
+from attention.recording import Call, recorded
+from attention.variant import attention_modules, mechanisms_of
 
 from .config import DistilConfig, PretrainConfig, StageConfig, TransferConfig
 from .losses import vocabulary_loss
@@ -38,6 +37,7 @@ class Learner(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # which layers FSDP wraps
 
     def forward(self, input_ids: Tensor) -> Losses:
         """Losses of (B, T) tokens, over B · (T − 1) predicted ones."""
@@ -68,7 +68,7 @@ class Pretrain(Learner):
 class Distil(Learner):
     """The base's distributions of the next token, and what else the objective asks for."""
 
-    def __init__(self, model: GPT2VariantLMHeadModel, base: PreTrainedModel, stage: DistilConfig):
+    def __init__(self, model: Variant, base: PreTrainedModel, stage: DistilConfig):
         super().__init__(model)
         self.objective = stage.objective
         self.base = (base,)  # in a tuple, so that it is neither trained, nor saved, nor moved
@@ -109,17 +109,17 @@ class Distil(Learner):
 class Transfer(Learner):
     """Each mechanism on the queries, keys, values and inputs that the base itself computes in that layer."""
 
-    def __init__(self, model: GPT2VariantLMHeadModel, base: PreTrainedModel, stage: TransferConfig):
-        super().__init__(model.transformer)
+    def __init__(self, model: Variant, base: PreTrainedModel, stage: TransferConfig):
+        super().__init__(model.base_model)
         self.stage = stage
         self.teacher = (convert(base, SoftmaxConfig(), share=True).eval(),)
 
     def forward(self, input_ids: Tensor) -> Losses:
         teacher = self.teacher[0]
         with torch.no_grad(), recorded(teacher.mechanisms) as calls:
-            teacher.transformer(input_ids, use_cache=False)
+            teacher.base_model(input_ids, use_cache=False)
         tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
-        students = zip(self.model.mechanisms, teacher.mechanisms, calls, strict=True)
+        students = zip(mechanisms_of(self.model), teacher.mechanisms, calls, strict=True)
         wanted = self.stage.layers
         layers = [
             self._layer(*student, input_ids)
@@ -148,32 +148,6 @@ class Transfer(Learner):
         return terms
 
 
-@dataclass
-class Call:
-    """What a mechanism was called with, and what it gave; see `Mechanism.forward`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    x: Tensor
-    mixed: Tensor
-
-
-@contextmanager
-def recorded(mechanisms: list[Mechanism]) -> Iterator[list[Call]]:
-    """Collects the calls of mechanisms, in the order in which they are made."""
-    calls: list[Call] = []
-    hooks = [
-        mechanism.register_forward_hook(lambda _, inputs, mixed: calls.append(Call(*inputs[:4], mixed)))
-        for mechanism in mechanisms
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _labels(input_ids: Tensor) -> Tensor:
     return input_ids[:, 1:].flatten()
 
@@ -184,8 +158,9 @@ def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedMo
     Raises:
         ValueError: if the stage would train nothing.
     """
+    trained = trained_names(stage, model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(stage, name))
+        parameter.requires_grad_(name in trained)
     for mechanism in getattr(model, "mechanisms", []):
         _only_used(stage, mechanism)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -207,18 +182,23 @@ def _only_used(stage: StageConfig, mechanism: Mechanism) -> None:
             parameter.requires_grad_(False)
 
 
-def trains(stage: StageConfig, name: str) -> bool:
-    """Whether a stage trains the parameter of that name."""
+def trained_names(stage: StageConfig, model: PreTrainedModel) -> set[str]:
+    """The names of the parameters that a stage trains."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if isinstance(stage, PretrainConfig):
-        return True
-    if stage.layers is not None and not any(f".h.{number}." in name for number in stage.layers):
-        return False
+        return names
+    places = list(attention_modules(model))
+    if stage.layers is not None:
+        places = [places[number] for number in stage.layers]
+        layers = tuple(place.rpartition(".")[0] + "." for place in places)
+        names = {name for name in names if name.startswith(layers)}
     if isinstance(stage, TransferConfig) or stage.train == "mechanism":
-        return is_mechanism(name)
-    return stage.train == "all" or ".attn." in name
+        return {name for name in names if is_mechanism(name)}
+    inside = tuple(place + "." for place in places)
+    return names if stage.train == "all" else {name for name in names if name.startswith(inside)}
 
 
-def without_dropout(model: GPT2VariantLMHeadModel) -> None:
+def without_dropout(model: Variant) -> None:
     """Switches dropout off for good: a student that drops what its teacher keeps learns something else."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -41,7 +41,7 @@ def damage(folder: Path, seed: int, spared: str | None = None) -> Path:
     return path
 
 
-def make_variant(base: Path, method: str = "masks", *, train: bool = True) -> attention.GPT2VariantLMHeadModel:
+def make_variant(base: Path, method: str = "masks", *, train: bool = True) -> attention.Variant:
     """A variant of the base in a folder; with `train`, its first layer's projections and mechanism are changed."""
     variant = attention.convert(attention.load(base)[0], small_config(method))
     if train:
