@@ -31,8 +31,6 @@ def obstacles(model: PreTrainedModel) -> list[str]:
         found.append("its weights are quantized; load it without quantization")
     if getattr(config, "add_cross_attention", False):
         found.append("it has cross-attention (add_cross_attention), which only decoders of pairs use")
-    if getattr(config, "is_decoder", True) is False and hasattr(config, "is_decoder"):
-        found.append("it is an encoder, whose tokens look at later ones (is_decoder is False)")
     modules = attention_modules(model)
     found += _layers_without(model, modules)
     if modules:
@@ -66,6 +64,8 @@ def _peculiarity(model: PreTrainedModel, module: nn.Module) -> str | None:
         return f"layer {layer} looks at the last {window} tokens alone (sliding_window), and the model holds {limit}"
     if kinds and kinds[layer] not in ("full_attention", "attention", "no_rope_attention"):
         return f"layer {layer} is of the kind {kinds[layer]!r}"
+    if getattr(module, "is_causal", True) is False:
+        return "it is an encoder, whose tokens look at later ones"
     if getattr(module, "sinks", None) is not None:
         return f"layer {layer} has attention sinks of its own (weights that take a share of every row)"
     if getattr(module, "kv_lora_rank", None) or getattr(config, "kv_lora_rank", None):

@@ -114,6 +114,8 @@ def config_class(family: str) -> type[VariantConfig]:
         attention.errors.NotAModelError: if the installed transformers has no causal language model of that type.
     """
     models = causal_models(family)
+    if CONFIG_MAPPING[family].model_type != family:  # another name for a family, as gpt-sw3 is for gpt2
+        return config_class(CONFIG_MAPPING[family].model_type)
     fields = {"family": str | None, "attention": dict | None, "base": dict | None, "versions": dict | None}
     content = {
         "__module__": __name__,
@@ -193,7 +195,7 @@ class Variant(PreTrainedModel):
 
     def new_cache(self) -> Cache:
         """An empty cache: one decode state a layer."""
-        return new_cache(self.base_model)
+        return new_cache(self)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refuses another attention than the mechanisms'.
@@ -231,11 +233,6 @@ class Variant(PreTrainedModel):
         if kwargs.get("generation_config") is None:
             read_generation_config(model, stored.folder)
         return loaded
-
-    @classmethod
-    def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
-        # On the meta device a mechanism could not compute its starting values.
-        return [context for context in super().get_init_context(*args, **kwargs) if context != torch.device("meta")]
 
     def save_pretrained(
         self,
@@ -287,7 +284,7 @@ class Variant(PreTrainedModel):
         given = take_cache(model_kwargs)
         if given is None and not generation_config.use_cache:
             return
-        model_kwargs[cache_name(type(self.base_model))] = own_cache(self.base_model, given)
+        model_kwargs[cache_name(type(self))] = own_cache(self, given)
 
 
 def is_variant(model: object) -> bool:
@@ -329,6 +326,12 @@ def mechanisms_of(model: nn.Module) -> list[Mechanism]:
     return sorted(found, key=lambda mechanism: mechanism.layer.layer_idx)
 
 
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that holds the list of its layers."""
+    place = next(iter(attention_modules(model)))  # "model.layers.0.self_attn" for one
+    return model.get_submodule(place.rsplit(".", 3)[0])
+
+
 def layer_shape(module: nn.Module, config: Any, layer_idx: int) -> LayerShape:
     """What a mechanism must know of an attention module.
 
@@ -353,13 +356,14 @@ def layer_shape(module: nn.Module, config: Any, layer_idx: int) -> LayerShape:
 
 def attach(model: Variant) -> None:
     """Puts mechanisms and hooks on a model that was just built from a `VariantConfig`."""
-    modules = attention_modules(model.base_model)
+    modules = attention_modules(model)
     for module, config in zip(modules.values(), model.config.mechanisms(), strict=True):
-        module.mechanism = config.build(layer_shape(module, model.config, module.layer_idx))
+        with torch.device("cpu"):  # on the meta device a mechanism could not compute its starting values
+            module.mechanism = config.build(layer_shape(module, model.config, module.layer_idx))
         for part in module.mechanism.modules():
             part._is_hf_initialized = True  # a mechanism starts itself; transformers must not start it again
         module.register_forward_pre_hook(_enter_attention, with_kwargs=True)
-    body = model.base_model
+    body = body_of(model)
     body.variant_limit = position_limit(body)
     body.register_forward_pre_hook(_enter_body, with_kwargs=True)
     body.register_forward_hook(_leave_body, with_kwargs=True)
@@ -508,7 +512,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def new_cache(body: nn.Module) -> Cache:
-    """An empty cache for a variant's body: one decode state a layer."""
+    """An empty cache for a variant or its body: one decode state a layer."""
     return Cache(layers=[mechanism.new_state() for mechanism in mechanisms_of(body)])
 
 
