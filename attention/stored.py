@@ -149,7 +149,8 @@ class Stored:
         config = self.plain_config()
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-        weights = {name: tensor for name, tensor in self.weights.items() if not is_mechanism(name)}
+        # Copies: what is stored is kept for the next model of this folder, and whoever trains this one changes it.
+        weights = {name: tensor.clone() for name, tensor in self.weights.items() if not is_mechanism(name)}
         try:
             with building, _without_bars():
                 model, report = model_class.from_pretrained(

@@ -427,7 +427,7 @@ def test_other_things_are_not_overwritten(tmp_path, base):
     (tmp_path / "file").write_text("text")
     before = tree(tmp_path)
     for folder in (base, tmp_path / "work", tmp_path / "file"):
-        with pytest.raises(CheckpointError, match="not a variant|is the variant.s base"):
+        with pytest.raises(CheckpointError, match=r"not a variant|is the variant.s base"):
             attention.save(variant, folder)
     assert tree(tmp_path) == before
 

@@ -136,7 +136,8 @@ def test_every_parameter_has_a_finite_gradient_also_when_recomputed(family, meth
         chosen = {id(p) for mechanism in student.mechanisms for p in mechanism.choosing_parameters()}
         for name, parameter in student.named_parameters():
             if id(parameter) not in chosen and not name.endswith(("to_scores", "alpha")):
-                assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all(), name
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)
@@ -152,7 +153,8 @@ def test_half_precision_is_near_full(family, method, dtype):
     expected = attention.convert(base, config)(tokens(1, 20)).logits
     half = attention.convert(tiny(family, dtype), config)
     found = half(tokens(1, 20)).logits
-    assert found.dtype == dtype and found.isfinite().all()
+    assert found.dtype == dtype
+    assert found.isfinite().all()
     if method not in ("nsa", "layers", "masks"):  # their choices of keys may differ
         assert (found.float() - expected).abs().mean() < 0.15 * expected.abs().mean()
 
@@ -232,7 +234,8 @@ def test_decoding_to_4096_keeps_the_state_small(config):
         output = student(tokens(1, 1, seed=position), **{cache_name(type(student)): cache}, use_cache=True)
         if position > 100:
             sizes.add(sum(layer.nbytes() for layer in cache.layers))
-    assert output.logits.isfinite().all() and len(sizes) == 1
+    assert output.logits.isfinite().all()
+    assert len(sizes) == 1
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def test_a_variant_can_be_converted_again():
 
 
 def test_other_families_are_refused():
-    with pytest.raises(attention.UnsupportedModelError, match="GPT2Model.*no causal language model"):
+    with pytest.raises(attention.UnsupportedModelError, match=r"GPT2Model.*no causal language model"):
         attention.convert(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=5)), small_config("masks"))
     with pytest.raises(attention.UnsupportedModelError, match="cross-attention"):
         attention.convert(tiny_gpt2(add_cross_attention=True), small_config("masks"))

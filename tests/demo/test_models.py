@@ -53,7 +53,7 @@ def test_what_cannot_be_loaded_is_named_and_the_rest_works(checkpoints, tmp_path
     (broken / "model.safetensors").write_bytes(b"no tensors")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (foreign / "config.json").write_text(json.dumps({"model_type": "vit"}))
     sources = [checkpoints / "base", tmp_path / "nowhere", tmp_path / "empty", broken, foreign]
     store = ModelStore(sources, access=Access())
     assert store.names() == ["base"]

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import attention
+from attention.recording import recorded
+from attention.variant import mechanisms_of
 from trainer.config import DistilConfig, Objective, PretrainConfig, TransferConfig
-from trainer.stages import build_learner, recorded
+from trainer.stages import build_learner
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_transfer_output_is_the_relative_error_of_mixed_values(base, ids):
         teacher(ids, use_cache=False)
     errors = [
         ((student(call.q, call.k, call.v, call.x) - call.mixed) ** 2).mean((1, 2, 3)) / (call.mixed**2).mean((1, 2, 3))
-        for student, call in zip(learner.model.mechanisms, calls, strict=True)
+        for student, call in zip(mechanisms_of(learner.model), calls, strict=True)
     ]
     torch.testing.assert_close(learner(ids).loss.detach(), 3 * 19 * torch.stack(errors).mean().detach())
 
