@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import torch
 
+from demo.timing import seconds_of
+
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # names of mallopt's parameters, as in malloc.h
 
 
@@ -32,21 +34,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, -1)
         mallopt(MMAP_MAX, 0)
-
-
-def synchronize() -> None:
-    """Waits for the accelerator, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds_of(function: Callable[[], Any]) -> float:
-    """How long one call takes, in seconds."""
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def times_in_turn(

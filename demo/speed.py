@@ -21,12 +21,12 @@ from transformers.cache_utils import Cache
 import attention
 from attention import Mechanism
 from attention.state import State
-from benchmarks.measure import seconds_of
 
 from .components.curves import Axis, Chart, Event, Series
 from .engine import cache_bytes, new_cache
 from .memory import PeakMemory
 from .models import LoadedModel
+from .timing import seconds_of
 
 Level = Literal["layer", "model"]
 SHORTEST = 64
