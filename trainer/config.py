@@ -170,12 +170,21 @@ class StageConfig(Section):
 
 
 class PretrainConfig(StageConfig):
-    """Cross-entropy on text. With `muon`, the blocks' matrices are trained by Muon at `muon_lr`, the rest by AdamW."""
+    """Cross-entropy on text.
+
+    Attributes:
+        muon: train the blocks' matrices by Muon at `muon_lr`, and only the rest by AdamW.
+        position_lr: learning rate of the learned position embeddings; None: `lr`.
+        skip_positions: let positions skip inside each sequence, up to the model's last; see
+            `positions.skipping_positions`. Needs a learned table of positions.
+    """
 
     stage: Literal["pretrain"] = "pretrain"
     muon: bool = False
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
     muon_momentum: Fraction = 0.95
+    position_lr: Annotated[float, Field(gt=0)] | None = None
+    skip_positions: bool = False
 
 
 class FitConfig(StageConfig):
@@ -326,6 +335,9 @@ class RunConfig(Section):
     Attributes:
         base: folder or Hub id of the pretrained model: teacher of transfer and distil, start of pretrain.
         new: a model to pretrain from random weights instead.
+        positions: how many positions the base is given before it is pretrained further; None: those that it has.
+        positions_start: where the new position embeddings start: the old ones stretched over them ("interpolate"), or
+            kept and repeated ("repeat"); see `positions.extend_positions`.
         variant: a variant to continue with, instead of a fresh one.
         attention: method and its options; see `attention.METHODS`. With `variant`, in place of the variant's own, whose
             weights must fit it; None: the variant's own.
@@ -348,6 +360,8 @@ class RunConfig(Section):
 
     base: str | None = None
     new: NewModel | None = None
+    positions: Annotated[int, Field(ge=2)] | None = None
+    positions_start: Literal["interpolate", "repeat"] = "interpolate"
     variant: str | None = None
     attention: dict[str, Any] | None = None
     data: DataConfig = DataConfig()
@@ -440,6 +454,11 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
             problems.append("transfer and distil need base, a pretrained model, and no new")
         if not has["attention"] and not has["variant"]:
             problems.append("give attention (method and options), or variant (a folder to continue with), or both")
+    if values.get("positions") is not None and ("pretrain" not in kinds or has["new"]):
+        problems.append(
+            "positions gives a base more of them before it is pretrained further; a new model is told by "
+            "new.config.n_positions, a variant has its base's"
+        )
     steps = values.get("max_steps")
     if isinstance(steps, int) and steps < len(kinds):
         problems.append(f"max_steps: {len(kinds)} stages need at least as many steps; got {steps}")

@@ -31,6 +31,7 @@ from .checkpointing import restore_weights, whole
 from .config import RunConfig
 from .data import load_test_tokens, load_tokens, sampled_tokens
 from .optim import is_mechanism
+from .positions import extend_positions, position_table
 from .signals import launcher_arguments
 from .stages import trains
 
@@ -185,6 +186,8 @@ def load_models(
     if tokenizer is None:
         raise ValueError(f"{config.base} has no tokenizer, which is needed to read text")
     if config.pretrains:
+        if config.positions is not None:
+            extend_positions(base, config.positions, config.positions_start)
         return base, None, tokenizer
     base.requires_grad_(False)
     if config.variant is None:
@@ -223,6 +226,9 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
         layers[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
     if long := [f"{name} is {value}" for name, value in contexts.items() if value > limit]:
         problems.append(f"the model holds {limit} tokens, but {', '.join(long)}")
+    skipping = [f"stages.{place}" for place, stage in enumerate(config.stages) if getattr(stage, "skip_positions", False)]
+    if skipping and position_table(model) is None:
+        problems.append(f"skip_positions needs a model with a learned table of positions: {', '.join(skipping)}")
     if missing := [f"{name} has {n}" for name, numbers in layers.items() for n in numbers if n >= count]:
         problems.append(f"the model's layers are 0 to {count - 1}, but {', '.join(missing)}")
     if problems:

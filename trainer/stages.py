@@ -18,6 +18,7 @@ from attention.mechanism import repeat_heads
 from .config import DistilConfig, PretrainConfig, StageConfig, TransferConfig
 from .losses import vocabulary_loss
 from .optim import is_mechanism
+from .positions import skipping_positions
 
 TRANSFER_TERMS = ("output", "weights", "selection")
 
@@ -49,9 +50,9 @@ class Learner(nn.Module):
         """Leaves the model as it would be without the learner."""
 
 
-def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+def last_hidden(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """(B, T, E) what the output matrix is applied to."""
-    return model.base_model(input_ids, use_cache=False).last_hidden_state
+    return model.base_model(input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 def output_matrix(model: PreTrainedModel) -> Tensor:
@@ -62,8 +63,17 @@ def output_matrix(model: PreTrainedModel) -> Tensor:
 class Pretrain(Learner):
     """Cross-entropy of the next token."""
 
+    def __init__(self, model: PreTrainedModel, stage: PretrainConfig):
+        super().__init__(model)
+        self.skips = stage.skip_positions
+
     def forward(self, input_ids: Tensor) -> Losses:
-        hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
+        inputs = {}
+        if self.skips:
+            # With a mask, as transformers takes positions that skip without one for several sequences side by side.
+            positions = skipping_positions(input_ids, self.model.config.max_position_embeddings)
+            inputs = {"position_ids": positions, "attention_mask": torch.ones_like(input_ids)}
+        hidden = last_hidden(self.model, input_ids, **inputs)[:, :-1].flatten(0, 1)
         return Losses(*vocabulary_loss(hidden, output_matrix(self.model), {"ce": 1.0}, labels=_labels(input_ids)))
 
 
@@ -193,7 +203,7 @@ def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedMo
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"stage {stage.stage} has nothing to train: no parameter of the mechanisms is in its loss")
     if isinstance(stage, PretrainConfig):
-        return Pretrain(model)
+        return Pretrain(model, stage)
     without_dropout(model)
     return Distil(model, base, stage) if isinstance(stage, DistilConfig) else Transfer(model, base, stage)
 
