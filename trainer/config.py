@@ -168,6 +168,10 @@ class StageConfig(Section):
             raise ValueError(f"final_context must divide the {tokens} tokens of a step (batch_size × context)")
         return self
 
+    def predicted(self, context: int) -> int:
+        """How many tokens of a sequence of `context` the loss is a mean over."""
+        return context - 1
+
 
 class PretrainConfig(StageConfig):
     """Cross-entropy on text.
@@ -256,8 +260,37 @@ class DistilConfig(FitConfig):
     objective: Objective = Objective()
 
 
-KINDS = ("pretrain", "transfer", "distil")
-AnyStage = Annotated[PretrainConfig | TransferConfig | DistilConfig, Field(discriminator="stage")]
+class OnPolicyConfig(FitConfig):
+    """Base and variant are compared in texts that the variant itself writes, against drift in what it writes.
+
+    The divergence is the generalised Jensen–Shannon one, β KL(base ‖ mix) + (1 − β) KL(variant ‖ mix) with the mix
+    β base + (1 − β) variant (arXiv 2306.13649), and at the ends of β, where that is 0, what its gradient comes near.
+
+    Attributes:
+        prompt: tokens at the beginning of each sequence that are the text's; the variant writes the others, and the
+            loss is a mean over these.
+        beta: from 0, KL(base ‖ variant), over 0.5, the Jensen–Shannon divergence, to 1, KL(variant ‖ base).
+        train: as in distil.
+    """
+
+    stage: Literal["on_policy"] = "on_policy"
+    prompt: Annotated[int, Field(ge=1)] = 64
+    beta: Fraction = 1.0
+    train: Literal["mechanism", "attention", "all"] = "attention"
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> OnPolicyConfig:
+        shortest = min(self.context, self.final_context or self.context)
+        if self.prompt >= shortest:
+            raise ValueError(f"prompt must leave the variant something to write in {shortest} tokens")
+        return self
+
+    def predicted(self, context: int) -> int:
+        return context - self.prompt
+
+
+KINDS = ("pretrain", "transfer", "distil", "on_policy")
+AnyStage = Annotated[PretrainConfig | TransferConfig | DistilConfig | OnPolicyConfig, Field(discriminator="stage")]
 
 
 class EvalConfig(Section):
@@ -333,7 +366,7 @@ class RunConfig(Section):
     """A whole run.
 
     Attributes:
-        base: folder or Hub id of the pretrained model: teacher of transfer and distil, start of pretrain.
+        base: folder or Hub id of the pretrained model: teacher of variants, start of pretrain.
         new: a model to pretrain from random weights instead.
         positions: how many positions the base is given before it is pretrained further; None: those that it has.
         positions_start: where the new position embeddings start: the old ones stretched over them ("interpolate"), or
@@ -440,7 +473,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if "pretrain" in kinds:
         if set(kinds) != {"pretrain"}:
-            problems.append("stages: pretrain cannot be mixed with transfer and distil; make two runs")
+            problems.append("stages: pretrain cannot be mixed with stages that fit a variant; make two runs")
         if has["base"] == has["new"]:
             problems.append("pretrain starts either from base or from new: give one of the two")
         if has["attention"] or has["variant"]:
@@ -451,7 +484,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
             problems.append("push_to is for variants; push a base with `hf upload`")
     elif kinds:
         if not has["base"] or has["new"]:
-            problems.append("transfer and distil need base, a pretrained model, and no new")
+            problems.append("stages that fit a variant need base, a pretrained model, and no new")
         if not has["attention"] and not has["variant"]:
             problems.append("give attention (method and options), or variant (a folder to continue with), or both")
     if values.get("positions") is not None and ("pretrain" not in kinds or has["new"]):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 TERMS = ("kl", "ce", "reverse_kl", "jsd")
 CHUNK_TOKENS = 512  # fewer make narrow products, which are slow; more do not fit a CPU's caches
 CHUNK_LOGITS = 1 << 25  # of a chunk on an accelerator, where small kernels cost more than memory
+
+
+def last_hidden(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """(B, T, E) what the output matrix is applied to."""
+    return model.base_model(input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def output_matrix(model: PreTrainedModel) -> Tensor:
+    """(V, E)."""
+    return model.get_output_embeddings().weight
 
 
 def vocabulary_loss(
@@ -22,6 +34,7 @@ def vocabulary_loss(
     labels: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
+    beta: float = 0.5,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sums, over tokens, a weighted sum of losses between the student's distribution q and the teacher's p.
@@ -31,7 +44,8 @@ def vocabulary_loss(
     - kl, KL(p ‖ q): q − p
     - ce, −log q[label]: q − onehot(label)
     - reverse_kl, KL(q ‖ p): q · (log(q/p) − KL(q ‖ p))
-    - jsd, ½ KL(p ‖ m) + ½ KL(q ‖ m) with m = ½ (p + q): ½ q · (log(q/m) − KL(q ‖ m))
+    - jsd, β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q (arXiv 2306.13649, eq. 1):
+      (1 − β) q · (log(q/m) − KL(q ‖ m))
 
     and are carried to `hidden` and `weight` chunk by chunk while the value is computed, so that the logits are made
     once and at most `chunk_tokens` × V of them exist. Differentiable once.
@@ -43,13 +57,14 @@ def vocabulary_loss(
         labels: (N,) next tokens, for ce.
         teacher_hidden: (N, E'), for all other terms; no gradient flows to the teacher.
         teacher_weight: (V, E').
+        beta: β of jsd, above 0 and below 1: near 0 it pulls like kl, near 1 like reverse_kl.
         chunk_tokens: tokens whose logits exist at a time; None: `chunk_size`.
 
     Returns:
         The loss (a scalar), and each term without its weight, summed over tokens, without gradient.
 
     Raises:
-        ValueError: for unknown terms, none, or missing inputs.
+        ValueError: for unknown terms, none, missing inputs, or a β out of range.
     """
     active = {name: factor for name, factor in terms.items() if factor}
     needs_teacher = any(name != "ce" for name in active)
@@ -59,9 +74,11 @@ def vocabulary_loss(
         raise ValueError("ce needs labels")
     if needs_teacher and (teacher_hidden is None or teacher_weight is None):
         raise ValueError(f"{sorted(set(active) - {'ce'})} need teacher_hidden and teacher_weight")
+    if "jsd" in active and not 0 < beta < 1:
+        raise ValueError(f"beta must lie between 0 and 1, where jsd is 0 for any q; got {beta}")
     chunk = chunk_tokens or chunk_size(weight)
     loss, sums = _VocabularyLoss.apply(
-        hidden, weight, labels, teacher_hidden if needs_teacher else None, teacher_weight, active, chunk
+        hidden, weight, labels, teacher_hidden if needs_teacher else None, teacher_weight, active, beta, chunk
     )
     return loss, dict(zip(active, sums, strict=True))
 
@@ -81,6 +98,7 @@ class _VocabularyLoss(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         terms: dict[str, float],
+        beta: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -92,7 +110,7 @@ class _VocabularyLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             student = (hidden[part] @ weight.t()).to(dtype)
             teacher = None if teacher_hidden is None else (teacher_hidden[part] @ teacher_weight.t()).to(dtype)
-            values, grad = _chunk_terms(student, teacher, None if labels is None else labels[part], terms)
+            values, grad = _chunk_terms(student, teacher, None if labels is None else labels[part], terms, beta)
             sums += values
             if needs_hidden:
                 grad_hidden[part] = grad.to(weight.dtype) @ weight
@@ -111,11 +129,11 @@ class _VocabularyLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def _chunk_terms(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, terms: dict[str, float]
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, terms: dict[str, float], beta: float
 ) -> tuple[Tensor, Tensor]:
     """Sums (len(terms),) over a chunk's tokens, and the gradient (C, V) of the weighted sum. Overwrites its logits."""
     log_q = student.sub_(student.logsumexp(-1, keepdim=True))
@@ -139,13 +157,11 @@ def _chunk_terms(
             values.append(each.sum())
             term_grad = log_ratio.sub_(each).mul_(q)
         else:
-            log_m = torch.logaddexp(log_p, log_q).sub_(_LOG_2)
+            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
             log_ratio = log_q - log_m
             each = (q * log_ratio).sum(-1, keepdim=True)
-            values.append(0.5 * (torch.dot(p.flatten(), (log_p - log_m).flatten()) + each.sum()))
-            term_grad = log_ratio.sub_(each).mul_(q).mul_(0.5)
+            forward = torch.dot(p.flatten(), (log_p - log_m).flatten())
+            values.append(beta * forward + (1 - beta) * each.sum())
+            term_grad = log_ratio.sub_(each).mul_(q).mul_(1 - beta)
         grad = term_grad.mul_(factor) if grad is None else grad.add_(term_grad, alpha=factor)
     return torch.stack(values), grad
-
-
-_LOG_2 = 0.6931471805599453

@@ -1,4 +1,4 @@
-"""Learned position embeddings: a table with more rows, and positions that skip, to learn far ones on short sequences."""
+"""Learned position embeddings: a table of more rows, and positions that skip, to learn far ones on short texts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def extend_positions(model: PreTrainedModel, positions: int, start: str) -> None
     """
     table = position_table(model)
     if table is None:
-        raise ValueError(f"positions needs a model with a learned table of positions; {model.config.model_type} has none")
+        raise ValueError(f"positions needs a learned table of positions, which {model.config.model_type} has not")
     if positions < table.num_embeddings:
-        raise ValueError(f"the model has {table.num_embeddings} positions: positions must not be fewer, got {positions}")
+        raise ValueError(f"positions must not be fewer than the model's {table.num_embeddings}; got {positions}")
     with torch.no_grad():
         rows = (interpolated if start == "interpolate" else repeated)(table.weight, positions)
     table.weight = nn.Parameter(rows)

@@ -15,10 +15,11 @@ from attention import Mechanism, SoftmaxConfig, convert
 from attention.gpt2 import GPT2VariantLMHeadModel
 from attention.mechanism import repeat_heads
 
-from .config import DistilConfig, PretrainConfig, StageConfig, TransferConfig
-from .losses import vocabulary_loss
+from .config import DistilConfig, OnPolicyConfig, PretrainConfig, StageConfig, TransferConfig
+from .losses import last_hidden, output_matrix, vocabulary_loss
 from .optim import is_mechanism
 from .positions import skipping_positions
+from .samples import continue_texts
 
 TRANSFER_TERMS = ("output", "weights", "selection")
 
@@ -43,21 +44,11 @@ class Learner(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Losses:
-        """Losses of (B, T) tokens, over B · (T − 1) predicted ones."""
+        """Losses of (B, T) tokens, over B · `stage.predicted(T)` predicted ones."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Leaves the model as it would be without the learner."""
-
-
-def last_hidden(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-    """(B, T, E) what the output matrix is applied to."""
-    return model.base_model(input_ids, use_cache=False, **inputs).last_hidden_state
-
-
-def output_matrix(model: PreTrainedModel) -> Tensor:
-    """(V, E)."""
-    return model.get_output_embeddings().weight
 
 
 class Pretrain(Learner):
@@ -160,6 +151,45 @@ class Transfer(Learner):
         return terms
 
 
+class OnPolicy(Learner):
+    """What base and variant expect in texts that the variant itself writes (arXiv 2306.13649).
+
+    Each sequence's first tokens are the text's, a prompt; the rest the variant writes, at temperature 1 from the whole
+    distribution, with random numbers from torch's global generator. No gradient flows through the choice of tokens,
+    and the prompt's own tokens are not in the loss.
+    """
+
+    def __init__(self, model: GPT2VariantLMHeadModel, base: PreTrainedModel, stage: OnPolicyConfig):
+        super().__init__(model)
+        self.base = (base,)  # as in `Distil`
+        self.prompt, self.beta = stage.prompt, stage.beta
+        self.term = {0.0: "kl", 1.0: "reverse_kl"}.get(stage.beta, "jsd")
+
+    def write(self, input_ids: Tensor) -> Tensor:
+        """(B, T) the first tokens of (B, T) sequences, and what the variant writes after them."""
+        training = self.model.training
+        self.model.eval()  # in training it would keep no cache with recomputed activations
+        written = continue_texts(self.model, input_ids[:, : self.prompt], input_ids.shape[1] - self.prompt)
+        self.model.train(training)
+        torch.clear_autocast_cache()  # its copies of weights were made without gradients, and would be used again
+        return written
+
+    def forward(self, input_ids: Tensor) -> Losses:
+        base, texts = self.base[0], self.write(input_ids)
+        counted = slice(self.prompt - 1, -1)  # what predicts the tokens after the prompt
+        with torch.no_grad():
+            teacher = last_hidden(base, texts)[:, counted].flatten(0, 1)
+        loss, sums = vocabulary_loss(
+            last_hidden(self.model, texts)[:, counted].flatten(0, 1),
+            output_matrix(self.model),
+            {self.term: 1.0},
+            teacher_hidden=teacher,
+            teacher_weight=output_matrix(base),
+            beta=self.beta,
+        )
+        return Losses(loss, sums)
+
+
 @dataclass
 class Call:
     """What a mechanism was called with, and what it gave; see `Mechanism.forward`."""
@@ -205,7 +235,10 @@ def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedMo
     if isinstance(stage, PretrainConfig):
         return Pretrain(model, stage)
     without_dropout(model)
-    return Distil(model, base, stage) if isinstance(stage, DistilConfig) else Transfer(model, base, stage)
+    return LEARNERS[type(stage)](model, base, stage)
+
+
+LEARNERS = {TransferConfig: Transfer, DistilConfig: Distil, OnPolicyConfig: OnPolicy}
 
 
 def _only_used(stage: StageConfig, mechanism: Mechanism) -> None:
