@@ -201,6 +201,11 @@ class FitConfig(StageConfig):
 
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
 
+    @property
+    def terms(self) -> dict[str, float]:
+        """The weight of each term of the loss."""
+        raise NotImplementedError
+
 
 class TransferConfig(FitConfig):
     """Each layer's mechanism learns that layer's softmax attention, on what the base itself computes.
@@ -221,6 +226,10 @@ class TransferConfig(FitConfig):
         if not (self.output or self.weights or self.selection):
             raise ValueError("output, weights and selection are all 0: there is nothing to learn")
         return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("output", "weights", "selection")}
 
 
 class Objective(Section):
@@ -259,6 +268,10 @@ class DistilConfig(FitConfig):
     train: Literal["mechanism", "attention", "all"] = "attention"
     objective: Objective = Objective()
 
+    @property
+    def terms(self) -> dict[str, float]:
+        return self.objective.model_dump()
+
 
 class OnPolicyConfig(FitConfig):
     """Base and variant are compared in texts that the variant itself writes, against drift in what it writes.
@@ -284,6 +297,10 @@ class OnPolicyConfig(FitConfig):
         if self.prompt >= shortest:
             raise ValueError(f"prompt must leave the variant something to write in {shortest} tokens")
         return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {{0.0: "kl", 1.0: "reverse_kl"}.get(self.beta, "jsd"): 1.0}
 
     def predicted(self, context: int) -> int:
         return context - self.prompt

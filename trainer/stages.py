@@ -21,8 +21,6 @@ from .optim import is_mechanism
 from .positions import skipping_positions
 from .samples import continue_texts
 
-TRANSFER_TERMS = ("output", "weights", "selection")
-
 
 @dataclass
 class Losses:
@@ -129,9 +127,9 @@ class Transfer(Learner):
             for number, student in enumerate(students)
             if wanted is None or number in wanted
         ]
-        terms = {name: [layer[name] for layer in layers if name in layer] for name in TRANSFER_TERMS}
+        terms = {name: [layer[name] for layer in layers if name in layer] for name in self.stage.terms}
         sums = {name: tokens * torch.stack(values).mean() for name, values in terms.items() if values}
-        loss = sum(getattr(self.stage, name) * value for name, value in sums.items())
+        loss = sum(self.stage.terms[name] * value for name, value in sums.items())
         return Losses(loss, {name: value.detach() for name, value in sums.items()})
 
     def _layer(self, student: Mechanism, teacher: Mechanism, call: Call, input_ids: Tensor) -> dict[str, Tensor]:
@@ -162,30 +160,29 @@ class OnPolicy(Learner):
     def __init__(self, model: GPT2VariantLMHeadModel, base: PreTrainedModel, stage: OnPolicyConfig):
         super().__init__(model)
         self.base = (base,)  # as in `Distil`
-        self.prompt, self.beta = stage.prompt, stage.beta
-        self.term = {0.0: "kl", 1.0: "reverse_kl"}.get(stage.beta, "jsd")
+        self.stage = stage
 
     def write(self, input_ids: Tensor) -> Tensor:
         """(B, T) the first tokens of (B, T) sequences, and what the variant writes after them."""
-        training = self.model.training
+        prompt, training = self.stage.prompt, self.model.training
         self.model.eval()  # in training it would keep no cache with recomputed activations
-        written = continue_texts(self.model, input_ids[:, : self.prompt], input_ids.shape[1] - self.prompt)
+        written = continue_texts(self.model, input_ids[:, :prompt], input_ids.shape[1] - prompt)
         self.model.train(training)
         torch.clear_autocast_cache()  # its copies of weights were made without gradients, and would be used again
         return written
 
     def forward(self, input_ids: Tensor) -> Losses:
         base, texts = self.base[0], self.write(input_ids)
-        counted = slice(self.prompt - 1, -1)  # what predicts the tokens after the prompt
+        counted = slice(self.stage.prompt - 1, -1)  # what predicts the tokens after the prompt
         with torch.no_grad():
             teacher = last_hidden(base, texts)[:, counted].flatten(0, 1)
         loss, sums = vocabulary_loss(
             last_hidden(self.model, texts)[:, counted].flatten(0, 1),
             output_matrix(self.model),
-            {self.term: 1.0},
+            self.stage.terms,
             teacher_hidden=teacher,
             teacher_weight=output_matrix(base),
-            beta=self.beta,
+            beta=self.stage.beta,
         )
         return Losses(loss, sums)
 
