@@ -70,7 +70,10 @@ class DataConfig(Section):
         sampled_tokens: how much text to sample from the base.
         sample_batch: how many texts to sample at a time.
         valid_fraction: share of the training tokens kept for validation where there is no other text for it.
-        cache: folder for sampled text.
+        cache: folder for sampled text, and for what the base expects.
+        teacher_cache: keep what the base expects of the training text, its likeliest tokens at each place, so that
+            further fits to it need not compute it; for stages distil with kl and ce alone.
+        teacher_error: about the largest share of KL that is lost by that; see `teacher_cache.open_cache`.
     """
 
     train: list[str] | None = None
@@ -88,6 +91,8 @@ class DataConfig(Section):
     sample_batch: Annotated[int, Field(ge=1)] = 64
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     cache: str = "runs/cache"
+    teacher_cache: bool = False
+    teacher_error: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
     @model_validator(mode="before")
     @classmethod
@@ -509,10 +514,27 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
             "positions gives a base more of them before it is pretrained further; a new model is told by "
             "new.config.n_positions, a variant has its base's"
         )
+    if data.get("teacher_cache"):
+        problems += _teacher_cache_problems(stages if isinstance(stages, list) else [])
     steps = values.get("max_steps")
     if isinstance(steps, int) and steps < len(kinds):
         problems.append(f"max_steps: {len(kinds)} stages need at least as many steps; got {steps}")
     return problems
+
+
+def _teacher_cache_problems(stages: list[Any]) -> list[str]:
+    distils = [stage for stage in stages if isinstance(stage, Mapping) and stage.get("stage") == "distil"]
+    if not distils:
+        return ["data.teacher_cache keeps what the base expects for a stage distil, and there is none"]
+    objectives = [stage.get("objective") for stage in distils]
+    whole = {
+        name for goal in objectives if isinstance(goal, Mapping) for name in ("reverse_kl", "jsd") if goal.get(name)
+    }
+    if whole:
+        return [
+            f"data.teacher_cache keeps the likeliest tokens, and {', '.join(sorted(whole))} need all: leave one out"
+        ]
+    return []
 
 
 def share_steps(steps: Sequence[float], total: int) -> list[int]:

@@ -123,7 +123,7 @@ class Loop:
 
     def _run_stage(self, index: int, snapshot: Snapshot | None) -> None:
         stage = self.config.stages[index]
-        built = build_learner(stage, self.setup.model, self.setup.base).train()
+        built = build_learner(stage, self.setup.model, self.setup.base, self.setup.teacher_cache).train()
         learner, *optimizers = self.accelerator.prepare(built, *build_optimizers(stage, built))
         batches = StageBatches(self.setup.train, stage, (self.config.seed, index))
         done = 0

@@ -34,6 +34,7 @@ from .optim import is_mechanism
 from .positions import extend_positions, position_table
 from .signals import launcher_arguments
 from .stages import trains
+from .teacher_cache import TeacherCache, open_cache
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -49,6 +50,7 @@ class Setup:
         base: the frozen teacher; None in pretraining.
         train, valid: streams of tokens, int32.
         test: name and tokens of a text to measure on once, at the end, if there is one.
+        teacher_cache: what the base expects of the training text, if the config says that it is kept.
     """
 
     config: RunConfig
@@ -59,6 +61,7 @@ class Setup:
     train: np.ndarray
     valid: np.ndarray
     test: tuple[str, np.ndarray] | None
+    teacher_cache: TeacherCache | None = None
 
     @property
     def is_main(self) -> bool:
@@ -122,9 +125,11 @@ def build(config: RunConfig) -> Setup:
             show_progress=is_main,
         )
         test = load_test_tokens(config, tokenizer)
+        with accelerator.autocast():
+            cache = None if base is None else _teacher_cache(config, base, train, accelerator.mixed_precision)
     if config.trackers:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
-    return Setup(config, accelerator, model, base, tokenizer, train, valid, test)
+    return Setup(config, accelerator, model, base, tokenizer, train, valid, test, cache)
 
 
 def _precision(config: RunConfig) -> str | None:
@@ -234,10 +239,21 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
         raise ValueError("\n".join(problems))
 
 
+def _teacher_cache(config: RunConfig, base: PreTrainedModel, text: np.ndarray, precision: str) -> TeacherCache | None:
+    if not config.data.teacher_cache:
+        return None
+    folder = f"teacher-{_identity(base)[:16]}-{precision}-{config.data.teacher_error:g}"
+    return open_cache(Path(config.data.cache) / folder, base, text, config.data.teacher_error)
+
+
+def _identity(model: PreTrainedModel) -> str:
+    return fingerprint({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+
+
 def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:
     return sampled_tokens(
         base,
-        fingerprint({name: tensor.cpu() for name, tensor in base.state_dict().items()}),
+        _identity(base),
         config.data.sampled_tokens,
         length=max(stage.context for stage in config.stages),
         batch_size=config.data.sample_batch,

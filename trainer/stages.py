@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from .losses import last_hidden, output_matrix, vocabulary_loss
 from .optim import is_mechanism
 from .positions import skipping_positions
 from .samples import continue_texts
+from .teacher_cache import TeacherCache
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,10 +74,17 @@ class Pretrain(Learner):
 class Distil(Learner):
     """The base's distributions of the next token, and what else the objective asks for."""
 
-    def __init__(self, model: GPT2VariantLMHeadModel, base: PreTrainedModel, stage: DistilConfig):
+    def __init__(
+        self,
+        model: GPT2VariantLMHeadModel,
+        base: PreTrainedModel,
+        stage: DistilConfig,
+        cache: TeacherCache | None = None,
+    ):
         super().__init__(model)
         self.objective = stage.objective
         self.base = (base,)  # in a tuple, so that it is neither trained, nor saved, nor moved
+        self.cache = cache
         # Taken while the mechanisms run: then FSDP has their parameters whole, and recomputed activations fit.
         self.penalties: list[Tensor] = []
         self.hooks = [mechanism.register_forward_hook(self._collect) for mechanism in model.mechanisms]
@@ -84,12 +96,21 @@ class Distil(Learner):
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        if self.cache is not None:
+            self.cache.store()
+            logger.info("%s", self.cache.describe())
+
+    def _teacher(self, input_ids: Tensor) -> dict[str, Any]:
+        """What the base expects, as `vocabulary_loss` takes it."""
+        if self.cache is not None:
+            return {"teacher_top": self.cache(input_ids)}
+        base = self.base[0]
+        with torch.no_grad():
+            hidden = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
+        return {"teacher_hidden": hidden, "teacher_weight": output_matrix(base)}
 
     def forward(self, input_ids: Tensor) -> Losses:
-        base = self.base[0]
         terms = self.objective.model_dump(exclude={"l1"})
-        with torch.no_grad():
-            teacher = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
         self.penalties.clear()
         hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
         loss, sums = vocabulary_loss(
@@ -97,8 +118,7 @@ class Distil(Learner):
             output_matrix(self.model),
             terms,
             labels=_labels(input_ids),
-            teacher_hidden=teacher,
-            teacher_weight=output_matrix(base),
+            **self._teacher(input_ids),
         )
         if self.penalties:
             penalty = len(hidden) * torch.stack(self.penalties).sum()
@@ -168,7 +188,7 @@ class OnPolicy(Learner):
         self.model.eval()  # in training it would keep no cache with recomputed activations
         written = continue_texts(self.model, input_ids[:, :prompt], input_ids.shape[1] - prompt)
         self.model.train(training)
-        torch.clear_autocast_cache()  # its copies of weights were made without gradients, and would be used again
+        torch.clear_autocast_cache()  # its copies of weights have no gradients; older torch trains with them (#165068)
         return written
 
     def forward(self, input_ids: Tensor) -> Losses:
@@ -217,8 +237,13 @@ def _labels(input_ids: Tensor) -> Tensor:
     return input_ids[:, 1:].flatten()
 
 
-def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedModel | None) -> Learner:
+def build_learner(
+    stage: StageConfig, model: PreTrainedModel, base: PreTrainedModel | None, cache: TeacherCache | None = None
+) -> Learner:
     """The learner of a stage; only what the stage trains requires gradients afterwards.
+
+    Args:
+        cache: what the base expects, for a stage that can take it from there.
 
     Raises:
         ValueError: if the stage would train nothing.
@@ -232,10 +257,9 @@ def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedMo
     if isinstance(stage, PretrainConfig):
         return Pretrain(model, stage)
     without_dropout(model)
-    return LEARNERS[type(stage)](model, base, stage)
-
-
-LEARNERS = {TransferConfig: Transfer, DistilConfig: Distil, OnPolicyConfig: OnPolicy}
+    if isinstance(stage, DistilConfig):
+        return Distil(model, base, stage, cache)
+    return (OnPolicy if isinstance(stage, OnPolicyConfig) else Transfer)(model, base, stage)
 
 
 def _only_used(stage: StageConfig, mechanism: Mechanism) -> None:
