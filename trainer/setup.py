@@ -231,8 +231,13 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
         layers[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
     if long := [f"{name} is {value}" for name, value in contexts.items() if value > limit]:
         problems.append(f"the model holds {limit} tokens, but {', '.join(long)}")
-    if position_table(model) is None and any(getattr(stage, "skip_positions", False) for stage in config.stages):
-        problems.append(f"skip_positions needs a learned table of positions, which {model.config.model_type} has not")
+    if position_table(model) is None:
+        problems += [
+            f"stages.{place}.{option} needs a learned table of positions, which {model.config.model_type} has not"
+            for place, stage in enumerate(config.stages)
+            for option in ("position_lr", "skip_positions")
+            if getattr(stage, option, None)
+        ]
     if missing := [f"{name} has {n}" for name, numbers in layers.items() for n in numbers if n >= count]:
         problems.append(f"the model's layers are 0 to {count - 1}, but {', '.join(missing)}")
     if problems:
