@@ -176,12 +176,12 @@ def _how(making: Making) -> str:
 
 
 def _stage(stage: Any) -> str:
-    transfers = stage.stage == "transfer"
-    trained = "mechanism" if transfers else stage.train
+    trained = "mechanism" if stage.stage == "transfer" else stage.train
     if stage.layers:
         trained += f" of layers {', '.join(map(str, stage.layers))}"
-    goal = {"output": stage.output, "weights": stage.weights} if transfers else stage.objective.model_dump()
-    terms = " + ".join(f"{weight:g} {name}" for name, weight in goal.items() if weight)
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in stage.terms.items() if weight)
+    if stage.stage == "on_policy":
+        terms += f" (β {stage.beta:g}) in what the variant writes after {stage.prompt} tokens"
     return (
         f"**{stage.stage}**: {stage.steps:,} steps of {stage.batch_size} × {stage.context} tokens, objective {terms}, "
         f"training {trained}, learning rates {stage.lr:g} (base's weights) and {stage.mechanism_lr:g} (mechanism's)"

@@ -70,7 +70,10 @@ class DataConfig(Section):
         sampled_tokens: how much text to sample from the base.
         sample_batch: how many texts to sample at a time.
         valid_fraction: share of the training tokens kept for validation where there is no other text for it.
-        cache: folder for sampled text.
+        cache: folder for sampled text, and for what the base expects.
+        teacher_cache: keep what the base expects of the training text, its likeliest tokens at each place, so that
+            further fits to it need not compute it; for stages distil with kl and ce alone.
+        teacher_error: about the largest share of KL that is lost by that; see `teacher_cache.open_cache`.
     """
 
     train: list[str] | None = None
@@ -88,6 +91,8 @@ class DataConfig(Section):
     sample_batch: Annotated[int, Field(ge=1)] = 64
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     cache: str = "runs/cache"
+    teacher_cache: bool = False
+    teacher_error: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
     @model_validator(mode="before")
     @classmethod
@@ -168,14 +173,27 @@ class StageConfig(Section):
             raise ValueError(f"final_context must divide the {tokens} tokens of a step (batch_size × context)")
         return self
 
+    def predicted(self, context: int) -> int:
+        """How many tokens of a sequence of `context` the loss is a mean over."""
+        return context - 1
+
 
 class PretrainConfig(StageConfig):
-    """Cross-entropy on text. With `muon`, the blocks' matrices are trained by Muon at `muon_lr`, the rest by AdamW."""
+    """Cross-entropy on text.
+
+    Attributes:
+        muon: train the blocks' matrices by Muon at `muon_lr`, and only the rest by AdamW.
+        position_lr: learning rate of the learned position embeddings; None: `lr`.
+        skip_positions: let positions skip inside each sequence, up to the model's last; see
+            `positions.skipping_positions`. Needs a learned table of positions.
+    """
 
     stage: Literal["pretrain"] = "pretrain"
     muon: bool = False
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
     muon_momentum: Fraction = 0.95
+    position_lr: Annotated[float, Field(gt=0)] | None = None
+    skip_positions: bool = False
 
 
 class FitConfig(StageConfig):
@@ -187,6 +205,11 @@ class FitConfig(StageConfig):
     """
 
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The weight of each term of the loss."""
+        raise NotImplementedError
 
 
 class TransferConfig(FitConfig):
@@ -208,6 +231,10 @@ class TransferConfig(FitConfig):
         if not (self.output or self.weights or self.selection):
             raise ValueError("output, weights and selection are all 0: there is nothing to learn")
         return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("output", "weights", "selection")}
 
 
 class Objective(Section):
@@ -246,9 +273,46 @@ class DistilConfig(FitConfig):
     train: Literal["mechanism", "attention", "all"] = "attention"
     objective: Objective = Objective()
 
+    @property
+    def terms(self) -> dict[str, float]:
+        return self.objective.model_dump()
 
-KINDS = ("pretrain", "transfer", "distil")
-AnyStage = Annotated[PretrainConfig | TransferConfig | DistilConfig, Field(discriminator="stage")]
+
+class OnPolicyConfig(FitConfig):
+    """Base and variant are compared in texts that the variant itself writes, against drift in what it writes.
+
+    The divergence is the generalised Jensen–Shannon one, β KL(base ‖ mix) + (1 − β) KL(variant ‖ mix) with the mix
+    β base + (1 − β) variant (arXiv 2306.13649), and at the ends of β, where that is 0, what its gradient comes near.
+
+    Attributes:
+        prompt: tokens at the beginning of each sequence that are the text's; the variant writes the others, and the
+            loss is a mean over these.
+        beta: from 0, KL(base ‖ variant), over 0.5, the Jensen–Shannon divergence, to 1, KL(variant ‖ base).
+        train: as in distil.
+    """
+
+    stage: Literal["on_policy"] = "on_policy"
+    prompt: Annotated[int, Field(ge=1)] = 64
+    beta: Fraction = 1.0
+    train: Literal["mechanism", "attention", "all"] = "attention"
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> OnPolicyConfig:
+        shortest = min(self.context, self.final_context or self.context)
+        if self.prompt >= shortest:
+            raise ValueError(f"prompt must leave the variant something to write in {shortest} tokens")
+        return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {{0.0: "kl", 1.0: "reverse_kl"}.get(self.beta, "jsd"): 1.0}
+
+    def predicted(self, context: int) -> int:
+        return context - self.prompt
+
+
+KINDS = ("pretrain", "transfer", "distil", "on_policy")
+AnyStage = Annotated[PretrainConfig | TransferConfig | DistilConfig | OnPolicyConfig, Field(discriminator="stage")]
 
 
 class EvalConfig(Section):
@@ -326,8 +390,11 @@ class RunConfig(Section):
     """A whole run.
 
     Attributes:
-        base: folder or Hub id of the pretrained model: teacher of transfer and distil, start of pretrain.
+        base: folder or Hub id of the pretrained model: teacher of variants, start of pretrain.
         new: a model to pretrain from random weights instead.
+        positions: how many positions the base is given before it is pretrained further; None: those that it has.
+        positions_start: where the new position embeddings start: the old ones stretched over them ("interpolate"), or
+            kept and repeated ("repeat"); see `positions.extend_positions`.
         variant: a variant to continue with, instead of a fresh one.
         attention: method and its options; see `attention.METHODS`. With `variant`, in place of the variant's own, whose
             weights must fit it; None: the variant's own.
@@ -350,6 +417,8 @@ class RunConfig(Section):
 
     base: str | None = None
     new: NewModel | None = None
+    positions: Annotated[int, Field(ge=2)] | None = None
+    positions_start: Literal["interpolate", "repeat"] = "interpolate"
     variant: str | None = None
     attention: dict[str, Any] | None = None
     data: DataConfig = DataConfig()
@@ -428,7 +497,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if "pretrain" in kinds:
         if set(kinds) != {"pretrain"}:
-            problems.append("stages: pretrain cannot be mixed with transfer and distil; make two runs")
+            problems.append("stages: pretrain cannot be mixed with stages that fit a variant; make two runs")
         if has["base"] == has["new"]:
             problems.append("pretrain starts either from base or from new: give one of the two")
         if has["attention"] or has["variant"]:
@@ -439,13 +508,35 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
             problems.append("push_to is for variants; push a base with `hf upload`")
     elif kinds:
         if not has["base"] or has["new"]:
-            problems.append("transfer and distil need base, a pretrained model, and no new")
+            problems.append("stages that fit a variant need base, a pretrained model, and no new")
         if not has["attention"] and not has["variant"]:
             problems.append("give attention (method and options), or variant (a folder to continue with), or both")
+    if values.get("positions") is not None and ("pretrain" not in kinds or has["new"]):
+        problems.append(
+            "positions gives a base more of them before it is pretrained further; a new model is told by "
+            "new.config.n_positions, a variant has its base's"
+        )
+    if data.get("teacher_cache"):
+        problems += _teacher_cache_problems(stages if isinstance(stages, list) else [])
     steps = values.get("max_steps")
     if isinstance(steps, int) and steps < len(kinds):
         problems.append(f"max_steps: {len(kinds)} stages need at least as many steps; got {steps}")
     return problems
+
+
+def _teacher_cache_problems(stages: list[Any]) -> list[str]:
+    distils = [stage for stage in stages if isinstance(stage, Mapping) and stage.get("stage") == "distil"]
+    if not distils:
+        return ["data.teacher_cache keeps what the base expects for a stage distil, and there is none"]
+    objectives = [stage.get("objective") for stage in distils]
+    whole = {
+        name for goal in objectives if isinstance(goal, Mapping) for name in ("reverse_kl", "jsd") if goal.get(name)
+    }
+    if whole:
+        return [
+            f"data.teacher_cache keeps the likeliest tokens, and {', '.join(sorted(whole))} need all: leave one out"
+        ]
+    return []
 
 
 def share_steps(steps: Sequence[float], total: int) -> list[int]:

@@ -12,8 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .losses import chunk_size
-from .stages import last_hidden, output_matrix
+from .losses import chunk_size, last_hidden, output_matrix
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Loop:
 
     def _run_stage(self, index: int, snapshot: Snapshot | None) -> None:
         stage = self.config.stages[index]
-        built = build_learner(stage, self.setup.model, self.setup.base).train()
+        built = build_learner(stage, self.setup.model, self.setup.base, self.setup.teacher_cache).train()
         learner, *optimizers = self.accelerator.prepare(built, *build_optimizers(stage, built))
         batches = StageBatches(self.setup.train, stage, (self.config.seed, index))
         done = 0
@@ -148,7 +148,7 @@ class Loop:
         self, stage: StageConfig, learner: nn.Module, optimizers: list[Optimizer], batch: Tensor, first: int
     ) -> None:
         """One optimiser step on a batch (B, T), whose first sequence is block `first` of the text."""
-        predicted = len(batch) * (batch.shape[1] - 1)
+        predicted = len(batch) * stage.predicted(batch.shape[1])
         sums = self._accumulate(learner, self._own_part(stage, batch), predicted)
         values = {name: value / predicted for name, value in sums.items()}
         trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]

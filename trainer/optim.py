@@ -89,12 +89,15 @@ def build_optimizers(stage: StageConfig, model: nn.Module) -> list[Optimizer]:
 
 
 def _adamw(stage: StageConfig, named: list[tuple[str, Tensor]]) -> AdamW:
+    position_lr = getattr(stage, "position_lr", None)
     mechanism = [p for name, p in named if is_mechanism(name)]
-    matrices = [p for name, p in named if not is_mechanism(name) and p.ndim >= 2]
+    positions = [p for name, p in named if position_lr and name.endswith("wpe.weight")]
+    matrices = [p for name, p in named if not is_mechanism(name) and p.ndim >= 2 and not any(p is q for q in positions)]
     vectors = [p for name, p in named if not is_mechanism(name) and p.ndim < 2]
     groups = [
         {"name": "mechanism_lr", "params": mechanism, "lr": stage.mechanism_lr, "weight_decay": 0.0},
         {"name": "lr", "params": matrices, "lr": stage.lr, "weight_decay": stage.weight_decay},
+        {"name": "position_lr", "params": positions, "lr": position_lr, "weight_decay": 0.0},
         {"name": "lr", "params": vectors, "lr": stage.lr, "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], betas=stage.betas, fused=True)

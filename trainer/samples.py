@@ -13,8 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import SampleConfig
-from .losses import vocabulary_loss
-from .stages import last_hidden, output_matrix
+from .losses import last_hidden, output_matrix, vocabulary_loss
 
 BATCH = 16  # texts written at a time
 

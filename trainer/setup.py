@@ -32,8 +32,10 @@ from attention.variant import causal_models, fuse_activations, position_limit
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
 from .data import load_test_tokens, load_tokens, sampled_tokens
+from .positions import extend_positions, position_table
 from .signals import launcher_arguments
 from .stages import trained_names
+from .teacher_cache import TeacherCache, open_cache
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -49,6 +51,7 @@ class Setup:
         base: the frozen teacher; None in pretraining.
         train, valid: streams of tokens, int32.
         test: name and tokens of a text to measure on once, at the end, if there is one.
+        teacher_cache: what the base expects of the training text, if the config says that it is kept.
     """
 
     config: RunConfig
@@ -59,6 +62,7 @@ class Setup:
     train: np.ndarray
     valid: np.ndarray
     test: tuple[str, np.ndarray] | None
+    teacher_cache: TeacherCache | None = None
 
     @property
     def is_main(self) -> bool:
@@ -121,9 +125,11 @@ def build(config: RunConfig) -> Setup:
             show_progress=is_main,
         )
         test = load_test_tokens(config, tokenizer)
+        with accelerator.autocast():
+            cache = None if base is None else _teacher_cache(config, base, train, accelerator.mixed_precision)
     if config.trackers:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
-    return Setup(config, accelerator, model, base, tokenizer, train, valid, test)
+    return Setup(config, accelerator, model, base, tokenizer, train, valid, test, cache)
 
 
 def _precision(config: RunConfig) -> str | None:
@@ -186,6 +192,8 @@ def load_models(
     if tokenizer is None:
         raise ValueError(f"{config.base} has no tokenizer, which is needed to read text")
     if config.pretrains:
+        if config.positions is not None:
+            extend_positions(base, config.positions, config.positions_start)
         return base, None, tokenizer
     base.requires_grad_(False)
     if config.variant is None:
@@ -224,16 +232,34 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
         layers[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
     if long := [f"{name} is {value}" for name, value in contexts.items() if limit is not None and value > limit]:
         problems.append(f"the model holds {limit} tokens, but {', '.join(long)}")
+    if position_table(model) is None:
+        problems += [
+            f"stages.{place}.{option} needs a learned table of positions, which {model.config.model_type} has not"
+            for place, stage in enumerate(config.stages)
+            for option in ("position_lr", "skip_positions")
+            if getattr(stage, option, None)
+        ]
     if missing := [f"{name} has {n}" for name, numbers in layers.items() for n in numbers if n >= count]:
         problems.append(f"the model's layers are 0 to {count - 1}, but {', '.join(missing)}")
     if problems:
         raise ValueError("\n".join(problems))
 
 
+def _teacher_cache(config: RunConfig, base: PreTrainedModel, text: np.ndarray, precision: str) -> TeacherCache | None:
+    if not config.data.teacher_cache:
+        return None
+    folder = f"teacher-{_identity(base)[:16]}-{precision}-{config.data.teacher_error:g}"
+    return open_cache(Path(config.data.cache) / folder, base, text, config.data.teacher_error)
+
+
+def _identity(model: PreTrainedModel) -> str:
+    return fingerprint({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+
+
 def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:
     return sampled_tokens(
         base,
-        fingerprint({name: tensor.cpu() for name, tensor in base.state_dict().items()}),
+        _identity(base),
         config.data.sampled_tokens,
         length=max(stage.context for stage in config.stages),
         batch_size=config.data.sample_batch,

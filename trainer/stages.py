@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,13 @@ from attention.mechanism import is_mechanism, repeat_heads
 from attention.recording import Call, recorded
 from attention.variant import attention_modules, mechanisms_of
 
-from .config import DistilConfig, PretrainConfig, StageConfig, TransferConfig
-from .losses import vocabulary_loss
+from .config import DistilConfig, OnPolicyConfig, PretrainConfig, StageConfig, TransferConfig
+from .losses import last_hidden, output_matrix, vocabulary_loss
+from .positions import skipping_positions
+from .samples import continue_texts
+from .teacher_cache import TeacherCache
 
-TRANSFER_TERMS = ("output", "weights", "selection")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,38 +45,44 @@ class Learner(nn.Module):
         self._no_split_modules = model._no_split_modules  # which layers FSDP wraps
 
     def forward(self, input_ids: Tensor) -> Losses:
-        """Losses of (B, T) tokens, over B · (T − 1) predicted ones."""
+        """Losses of (B, T) tokens, over B · `stage.predicted(T)` predicted ones."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Leaves the model as it would be without the learner."""
 
 
-def last_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """(B, T, E) what the output matrix is applied to."""
-    return model.base_model(input_ids, use_cache=False).last_hidden_state
-
-
-def output_matrix(model: PreTrainedModel) -> Tensor:
-    """(V, E)."""
-    return model.get_output_embeddings().weight
-
-
 class Pretrain(Learner):
     """Cross-entropy of the next token."""
 
+    def __init__(self, model: PreTrainedModel, stage: PretrainConfig):
+        super().__init__(model)
+        self.skips = stage.skip_positions
+
     def forward(self, input_ids: Tensor) -> Losses:
-        hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
+        inputs = {}
+        if self.skips:
+            # With a mask, as transformers takes positions that skip without one for several sequences side by side.
+            positions = skipping_positions(input_ids, self.model.config.max_position_embeddings)
+            inputs = {"position_ids": positions, "attention_mask": torch.ones_like(input_ids)}
+        hidden = last_hidden(self.model, input_ids, **inputs)[:, :-1].flatten(0, 1)
         return Losses(*vocabulary_loss(hidden, output_matrix(self.model), {"ce": 1.0}, labels=_labels(input_ids)))
 
 
 class Distil(Learner):
     """The base's distributions of the next token, and what else the objective asks for."""
 
-    def __init__(self, model: Variant, base: PreTrainedModel, stage: DistilConfig):
+    def __init__(
+        self,
+        model: Variant,
+        base: PreTrainedModel,
+        stage: DistilConfig,
+        cache: TeacherCache | None = None,
+    ):
         super().__init__(model)
         self.objective = stage.objective
         self.base = (base,)  # in a tuple, so that it is neither trained, nor saved, nor moved
+        self.cache = cache
         # Taken while the mechanisms run: then FSDP has their parameters whole, and recomputed activations fit.
         self.penalties: list[Tensor] = []
         self.hooks = [mechanism.register_forward_hook(self._collect) for mechanism in model.mechanisms]
@@ -83,12 +94,21 @@ class Distil(Learner):
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        if self.cache is not None:
+            self.cache.store()
+            logger.info("%s", self.cache.describe())
+
+    def _teacher(self, input_ids: Tensor) -> dict[str, Any]:
+        """What the base expects, as `vocabulary_loss` takes it."""
+        if self.cache is not None:
+            return {"teacher_top": self.cache(input_ids)}
+        base = self.base[0]
+        with torch.no_grad():
+            hidden = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
+        return {"teacher_hidden": hidden, "teacher_weight": output_matrix(base)}
 
     def forward(self, input_ids: Tensor) -> Losses:
-        base = self.base[0]
         terms = self.objective.model_dump(exclude={"l1"})
-        with torch.no_grad():
-            teacher = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
         self.penalties.clear()
         hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)
         loss, sums = vocabulary_loss(
@@ -96,8 +116,7 @@ class Distil(Learner):
             output_matrix(self.model),
             terms,
             labels=_labels(input_ids),
-            teacher_hidden=teacher,
-            teacher_weight=output_matrix(base),
+            **self._teacher(input_ids),
         )
         if self.penalties:
             penalty = len(hidden) * torch.stack(self.penalties).sum()
@@ -126,9 +145,9 @@ class Transfer(Learner):
             for number, student in enumerate(students)
             if wanted is None or number in wanted
         ]
-        terms = {name: [layer[name] for layer in layers if name in layer] for name in TRANSFER_TERMS}
+        terms = {name: [layer[name] for layer in layers if name in layer] for name in self.stage.terms}
         sums = {name: tokens * torch.stack(values).mean() for name, values in terms.items() if values}
-        loss = sum(getattr(self.stage, name) * value for name, value in sums.items())
+        loss = sum(self.stage.terms[name] * value for name, value in sums.items())
         return Losses(loss, {name: value.detach() for name, value in sums.items()})
 
     def _layer(self, student: Mechanism, teacher: Mechanism, call: Call, input_ids: Tensor) -> dict[str, Tensor]:
@@ -148,12 +167,55 @@ class Transfer(Learner):
         return terms
 
 
+class OnPolicy(Learner):
+    """What base and variant expect in texts that the variant itself writes (arXiv 2306.13649).
+
+    Each sequence's first tokens are the text's, a prompt; the rest the variant writes, at temperature 1 from the whole
+    distribution, with random numbers from torch's global generator. No gradient flows through the choice of tokens,
+    and the prompt's own tokens are not in the loss.
+    """
+
+    def __init__(self, model: Variant, base: PreTrainedModel, stage: OnPolicyConfig):
+        super().__init__(model)
+        self.base = (base,)  # as in `Distil`
+        self.stage = stage
+
+    def write(self, input_ids: Tensor) -> Tensor:
+        """(B, T) the first tokens of (B, T) sequences, and what the variant writes after them."""
+        prompt, training = self.stage.prompt, self.model.training
+        self.model.eval()  # in training it would keep no cache with recomputed activations
+        written = continue_texts(self.model, input_ids[:, :prompt], input_ids.shape[1] - prompt)
+        self.model.train(training)
+        torch.clear_autocast_cache()  # its copies of weights have no gradients; older torch trains with them (#165068)
+        return written
+
+    def forward(self, input_ids: Tensor) -> Losses:
+        base, texts = self.base[0], self.write(input_ids)
+        counted = slice(self.stage.prompt - 1, -1)  # what predicts the tokens after the prompt
+        with torch.no_grad():
+            teacher = last_hidden(base, texts)[:, counted].flatten(0, 1)
+        loss, sums = vocabulary_loss(
+            last_hidden(self.model, texts)[:, counted].flatten(0, 1),
+            output_matrix(self.model),
+            self.stage.terms,
+            teacher_hidden=teacher,
+            teacher_weight=output_matrix(base),
+            beta=self.stage.beta,
+        )
+        return Losses(loss, sums)
+
+
 def _labels(input_ids: Tensor) -> Tensor:
     return input_ids[:, 1:].flatten()
 
 
-def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedModel | None) -> Learner:
+def build_learner(
+    stage: StageConfig, model: PreTrainedModel, base: PreTrainedModel | None, cache: TeacherCache | None = None
+) -> Learner:
     """The learner of a stage; only what the stage trains requires gradients afterwards.
+
+    Args:
+        cache: what the base expects, for a stage that can take it from there.
 
     Raises:
         ValueError: if the stage would train nothing.
@@ -166,9 +228,11 @@ def build_learner(stage: StageConfig, model: PreTrainedModel, base: PreTrainedMo
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"stage {stage.stage} has nothing to train: no parameter of the mechanisms is in its loss")
     if isinstance(stage, PretrainConfig):
-        return Pretrain(model)
+        return Pretrain(model, stage)
     without_dropout(model)
-    return Distil(model, base, stage) if isinstance(stage, DistilConfig) else Transfer(model, base, stage)
+    if isinstance(stage, DistilConfig):
+        return Distil(model, base, stage, cache)
+    return (OnPolicy if isinstance(stage, OnPolicyConfig) else Transfer)(model, base, stage)
 
 
 def _only_used(stage: StageConfig, mechanism: Mechanism) -> None:

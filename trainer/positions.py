@@ -1,0 +1,65 @@
+"""Learned position embeddings: a table of more rows, and positions that skip, to learn far ones on short texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+KEPT = 0.5  # share of the old table, its last rows, that `repeat` goes on with
+
+
+def position_table(model: PreTrainedModel) -> nn.Embedding | None:
+    """The learned table (P, E) of absolute positions, by the name that GPT-2 and its kin give it; None without one."""
+    table = getattr(model.base_model, "wpe", None)
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def extend_positions(model: PreTrainedModel, positions: int, start: str) -> None:
+    """Gives a model `positions` learned position embeddings in place of its P, in place.
+
+    Args:
+        start: "interpolate" stretches the old rows over the new range, linearly (arXiv 2306.15595): distances shrink by
+            P / positions. "repeat" keeps them and repeats the last `KEPT` of them beyond: distances stay, and far keys
+            look like near ones.
+
+    Raises:
+        ValueError: if the model has no such table, or one of more rows.
+    """
+    table = position_table(model)
+    if table is None:
+        raise ValueError(f"positions needs a learned table of positions, which {model.config.model_type} has not")
+    if positions < table.num_embeddings:
+        raise ValueError(f"positions must not be fewer than the model's {table.num_embeddings}; got {positions}")
+    with torch.no_grad():
+        rows = (interpolated if start == "interpolate" else repeated)(table.weight, positions)
+    table.weight = nn.Parameter(rows)
+    table.num_embeddings = positions
+    model.config.max_position_embeddings = positions
+
+
+def interpolated(rows: Tensor, count: int) -> Tensor:
+    """(P, E) rows, as `count` rows on the straight lines between them; the first and the last stay."""
+    return F.interpolate(rows.t()[None], size=count, mode="linear", align_corners=True)[0].t().contiguous()
+
+
+def repeated(rows: Tensor, count: int) -> Tensor:
+    """(P, E) rows, and beyond them the last `KEPT` of them again and again, up to `count` rows."""
+    old = rows.shape[0]
+    first = old - max(1, round(KEPT * old))
+    places = torch.arange(count, device=rows.device)
+    return rows[torch.where(places < old, places, first + (places - first) % (old - first))]
+
+
+def skipping_positions(input_ids: Tensor, positions: int) -> Tensor:
+    """(B, T) positions below `positions` that skip once in each sequence, as PoSE draws them (arXiv 2309.10400).
+
+    A sequence's first part, of a random length, starts at 0; the rest goes on after a random number of positions. So
+    a model sees far positions, and far distances, at the cost of T tokens. Drawn from torch's CPU generator.
+    """
+    batch, length = input_ids.shape
+    cut = torch.randint(1, length, (batch, 1))
+    skipped = torch.randint(0, positions - length + 1, (batch, 1))
+    places = torch.arange(length).expand(batch, -1)
+    return (places + skipped * (places >= cut)).to(input_ids.device)
