@@ -27,10 +27,12 @@ import attention
 from attention.files import fingerprint, write_json
 from attention.gpt2 import fuse_activations
 
+from . import resume
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
 from .data import load_test_tokens, load_tokens, sampled_tokens
 from .optim import is_mechanism
+from .samples import prompt_ids
 from .signals import launcher_arguments
 from .stages import trains
 
@@ -48,6 +50,7 @@ class Setup:
         base: the frozen teacher; None in pretraining.
         train, valid: streams of tokens, int32.
         test: name and tokens of a text to measure on once, at the end, if there is one.
+        record: what a run that goes on is compared with; see `resume.record`.
     """
 
     config: RunConfig
@@ -58,6 +61,7 @@ class Setup:
     train: np.ndarray
     valid: np.ndarray
     test: tuple[str, np.ndarray] | None
+    record: resume.Record
 
     @property
     def is_main(self) -> bool:
@@ -108,8 +112,11 @@ def build(config: RunConfig) -> Setup:
     set_seed(config.seed)
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
-        check_sizes(config, model)
         source, is_main = model if base is None else base, accelerator.is_main_process
+        check_finite(source, config.base or "the new model")
+        check_finite(model, config.variant or "the fresh variant")
+        check_sizes(config, model)
+        check_prompts(config, model, tokenizer)
         fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -123,7 +130,9 @@ def build(config: RunConfig) -> Setup:
         test = load_test_tokens(config, tokenizer)
     if config.trackers:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
-    return Setup(config, accelerator, model, base, tokenizer, train, valid, test)
+    texts = {"train": train, "valid": valid, **({} if test is None else {"test": test[1]})}
+    record = resume.record(config, model, base, texts)
+    return Setup(config, accelerator, model, base, tokenizer, train, valid, test, record)
 
 
 def _precision(config: RunConfig) -> str | None:
@@ -227,6 +236,31 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
         problems.append(f"the model's layers are 0 to {count - 1}, but {', '.join(missing)}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def check_finite(model: PreTrainedModel, place: str) -> None:
+    """Checks that no weight of a model, loaded from a place, is NaN or infinite.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    if wrong := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        named = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise ValueError(f"{place} has weights that are NaN or infinite, from which nothing can be learnt: {named}")
+
+
+def check_prompts(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that every prompt leaves the model room to write.
+
+    Raises:
+        ValueError: naming all that do not.
+    """
+    limit = model.config.max_position_embeddings
+    lengths = {place: prompt_ids(tokenizer, prompt).shape[1] for place, prompt in enumerate(config.samples.prompts)}
+    if long := [f"samples.prompts.{place} has {length}" for place, length in lengths.items() if length >= limit]:
+        raise ValueError(
+            f"the model holds {limit} tokens, prompt and continuation together, but {', '.join(long)}: shorten them"
+        )
 
 
 def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:
