@@ -139,10 +139,10 @@ class Loop:
         """
         snapshot, self.snapshot = self.snapshot, None
         first = snapshot.state["stage"] if snapshot else 0
-        total = sum(map(self._steps, self.config.stages))
+        left = sum(map(self._steps, self.config.stages[first:])) - (snapshot.state["stage_step"] if snapshot else 0)
         self.stop = StopRequest()
         try:
-            with tqdm(total=total, initial=self.step, unit="step", disable=not self.setup.is_main) as self.bar:
+            with tqdm(total=self.step + left, initial=self.step, unit="step", disable=not self.setup.is_main) as self.bar:
                 if snapshot is None:
                     self.observer.validate(0, self.config.stages[0])
                 for index in range(first, len(self.config.stages)):
