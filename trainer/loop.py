@@ -96,7 +96,7 @@ class Loop:
                 "made from: finish it with that version, or choose another --output"
             )
         verdict = resume.compare(state["record"], now, resume.Place(state["stage"], state["stage_step"]))
-        if not verdict.refused and state["stage_step"] < self._steps(self.config.stages[state["stage"]]):
+        if not verdict.refused:
             verdict.refused = resume.compare_trained(state["trained"], self._trained(state["stage"]))
         if verdict.refused:
             raise ValueError(
@@ -138,11 +138,11 @@ class Loop:
             attention.CheckpointError: if a checkpoint could not be written.
         """
         snapshot, self.snapshot = self.snapshot, None
-        first = snapshot.state["stage"] if snapshot else 0
-        left = sum(map(self._steps, self.config.stages[first:])) - (snapshot.state["stage_step"] if snapshot else 0)
+        first, done = (snapshot.state["stage"], snapshot.state["stage_step"]) if snapshot else (0, 0)
+        total = self.step + sum(map(self._steps, self.config.stages[first:])) - done
         self.stop = StopRequest()
         try:
-            with tqdm(total=self.step + left, initial=self.step, unit="step", disable=not self.setup.is_main) as self.bar:
+            with tqdm(initial=self.step, total=total, unit="step", disable=not self.setup.is_main) as self.bar:
                 if snapshot is None:
                     self.observer.validate(0, self.config.stages[0])
                 for index in range(first, len(self.config.stages)):
@@ -178,7 +178,7 @@ class Loop:
                 checkpointing.restore_optimizers(optimizers, self.setup.model, snapshot.optimizers)
             self._restore_rng(snapshot.rng)
             if not snapshot.state["finished"]:
-                self._measure(index, done)
+                self._measure(index, done, optimizers)
         while done < self._steps(stage):
             started = time.monotonic()
             set_lr(optimizers, lr_factor(stage.schedule, done, stage.steps))
@@ -268,24 +268,29 @@ class Loop:
         if stopped and not run_ends:
             raise StoppedError
         try:
-            self._measure(index, done)
+            self._measure(index, done, optimizers)
         except Exception:
             if not saves and self.accelerator.num_processes == 1:  # several would have to fail together
                 self._save_checkpoint(index, done, optimizers)
             raise
         if self._due(config.push_every) and not run_ends:
             self._push_behind()
-        if run_ends:
-            self._save_checkpoint(index, done, optimizers, finished=True)
 
-    def _measure(self, index: int, done: int) -> None:
-        """Validation and samples that are due after step `done` of a stage, also when a run goes on from there."""
+    def _measure(self, index: int, done: int, optimizers: list[Optimizer]) -> None:
+        """Validation and samples that are due after step `done` of a stage; then a run at its end is finished.
+
+        Also what a run that goes on from such a step begins with: what its history, written before, does not have.
+        """
         stage = self.config.stages[index]
         stage_ends = done == self._steps(stage)
-        if self._due(self.config.eval.every) or stage_ends:
+        run_ends = stage_ends and index == len(self.config.stages) - 1
+        has = {row["kind"] for row in self.observer.history.rows if row["step"] == self.step}
+        if (self._due(self.config.eval.every) or stage_ends) and "eval" not in has:
             self.observer.validate(self.step, stage)
-        if self._due(self.config.samples.every) or (stage_ends and index == len(self.config.stages) - 1):
+        if (self._due(self.config.samples.every) or run_ends) and "samples" not in has:
             self.observer.write_samples(self.step, stage)
+        if run_ends:
+            self._save_checkpoint(index, done, optimizers, finished=True)
 
     def _push_behind(self) -> None:
         model = self.setup.whole_model()

@@ -124,7 +124,7 @@ def build_optimizers(stage: StageConfig, learner: nn.Module) -> list[Optimizer]:
 
 def _layouts(learner: nn.Module) -> dict[Tensor, Layout]:
     """The matrices of the linear maps in a model's layers, those that require gradients."""
-    heads = learner.model.config.num_attention_heads
+    heads = learner.model.config.get_text_config().num_attention_heads
     return {
         module.weight: _layout(name, module, heads)
         for layer in repeated_layers(learner)

@@ -100,6 +100,7 @@ def build(config: RunConfig) -> Setup:
         DataError, attention.CheckpointError, OSError, ValueError: saying what cannot be used and what to do.
     """
     check_trackers(config.trackers)
+    check_places(config)
     torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, gradients can be NaN on Hopper (pytorch #196678)
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),  # must be said, or ranks do not find each other
@@ -153,6 +154,18 @@ def check_trackers(names: list[str]) -> None:
     usable = {"all", *map(str, get_available_trackers()), *registered}
     if missing := sorted(set(names) - usable):
         raise ValueError(f"trackers: {missing} are not installed or not known to Accelerate; try pip install")
+
+
+def check_places(config: RunConfig) -> None:
+    """Checks that a run's result would not take the place of what the run starts from.
+
+    Raises:
+        ValueError: naming what would.
+    """
+    results = [(Path(config.output) / name).resolve() for name in ("variant", "model")]
+    starts = {"base": config.base, "variant": config.variant}
+    if own := [name for name, place in starts.items() if place and Path(place).expanduser().resolve() in results]:
+        raise ValueError(f"{' and '.join(own)} would be replaced by the run's own result: choose another --output")
 
 
 def check_processes(config: RunConfig, accelerator: Accelerator) -> None:

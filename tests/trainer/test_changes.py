@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from tests.trainer.conftest import made_text, recipe, write_recipe
 from trainer import resume, train
 from trainer.config import DistilConfig, PretrainConfig, RunConfig, TransferConfig
+from trainer.history import History
 from trainer.loop import Loop
+from trainer.observer import Observer
 from trainer.resume import KINDS, Kind, Place, compare
 from trainer.signals import EXIT_STOPPED
 
@@ -680,41 +682,31 @@ def test_stages_before_the_current_one_are_neither_moved_nor_cut(order, cut, num
     assert bool(refusal(then, now, Place(number, 2))) == (not stays)
 
 
-@pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """Has validation or samples fail at a step."""
-
-    def fail(method: str, step: int) -> None:
-        original = train.Loop._measure
-
-        def broken(self: Loop, *given: Any) -> None:
-            patched = getattr(self.observer, method)
-
-            def breaks(at: int, *rest: Any) -> None:
-                if at == step:
-                    raise RuntimeError("out of memory")
-                patched(at, *rest)
-
-            setattr(self.observer, method, breaks)
-            original(self, *given)
-
-        monkeypatch.setattr(Loop, "_measure", broken)
-
-    return fail
-
-
 @pytest.mark.parametrize("method", ["validate", "write_samples"])
 @pytest.mark.parametrize(("step", "every"), [(4, 2), (4, None), (8, None)])
-def test_whatever_fails_in_measuring_the_step_is_saved_before(
-    method: str, step: int, every: int | None, place: Path, whole: dict[str, Path], tmp_path: Path, fails: Callable
+def test_whatever_fails_in_measuring_the_step_was_saved_before(
+    method: str, step: int, every: int | None, place: Path, whole: dict[str, Path], tmp_path: Path
 ):
     options = {**fit(place), "output": str(tmp_path / "run"), "checkpoint": {"every": every}}
+    original = getattr(Observer, method)
+
+    def breaks(self: Observer, at: int, *rest: Any) -> None:
+        if at == step:
+            raise RuntimeError("out of memory")
+        original(self, at, *rest)
+
     with pytest.MonkeyPatch.context() as patch:
-        fails(method, step)
+        patch.setattr(Observer, method, breaks)
         with pytest.raises(RuntimeError, match="out of memory"):
-            run(tmp_path, options)
-        patch.undo()
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    assert newest.name == f"step-{step:08d}"
-    assert json.loads((newest / "state.json").read_text())["finished"] is False
-    assert run(tmp_path, options) == 2  # not taken for a finished run, which a new one would replace
+            run(place, options)
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == f"step-{step:08d}"
+    assert run(place, options) == 2  # it is not taken for a finished run, in whose place another may begin
+    assert run(place, options, "--resume") == 0
+    assert result(tmp_path / "run") == result(whole["fit"])
+    for kind in ("train", "eval", "samples"):
+        assert timeless(rows(tmp_path / "run", kind)) == timeless(rows(whole["fit"], kind))
+    assert run(place, options, "--max_steps", "2") == 0
+
+
+def timeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in History.TIMES} for row in found]

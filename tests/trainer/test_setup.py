@@ -59,3 +59,17 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_the_first_step(
         code
     )
     assert (tmp_path / "run" / "training.jsonl").exists() != bool(code)
+
+
+@pytest.mark.parametrize("name", ["base", "variant"])
+def test_a_run_does_not_write_over_what_it_starts_from(name: str, workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"))
+    start = tmp_path / "run" / ("model" if name == "base" else "variant")
+    shutil.copytree(workplace / "base", start)
+    before = {path.name: path.read_bytes() for path in start.iterdir()}
+    (tmp_path / "link").symlink_to(start)
+    options[name] = str(tmp_path / "link")
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 2
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"{name} would be replaced by the run's own result: choose another --output" in log
+    assert {path.name: path.read_bytes() for path in start.iterdir()} == before
