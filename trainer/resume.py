@@ -250,6 +250,12 @@ def _options(values: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def some(names: list[str], limit: int = 8) -> str:
+    """Names as text, no more than so many of them."""
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return ", ".join([*names[:limit], *more])
+
+
 def _change(name: str, old: Any, new: Any) -> str:
     return f"{name} {json.dumps(old, ensure_ascii=False)} -> {json.dumps(new, ensure_ascii=False)}"
 

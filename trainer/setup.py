@@ -258,8 +258,9 @@ def check_finite(model: PreTrainedModel, place: str) -> None:
         ValueError: naming the tensors.
     """
     if wrong := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        named = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise ValueError(f"{place} has weights that are NaN or infinite, from which nothing can be learnt: {named}")
+        raise ValueError(
+            f"{place} has weights that are NaN or infinite, from which nothing can be learnt: {resume.some(wrong)}"
+        )
 
 
 def check_prompts(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -509,6 +509,20 @@ def test_means_of_terms_count_the_steps_that_had_them(place: Path, tmp_path: Pat
     assert row["jsd"] == pytest.approx(sum(one["jsd"] for one in each[2:]) / 2)
 
 
+def test_parameters_that_a_weight_of_the_loss_takes_out_are_named(place: Path, tmp_path: Path):
+    """Without its loss, what chooses keys is not trained, though every option of what is trained is the same."""
+    options = fit(place)
+    options["attention"] = {"method": "masks", "candidates": ["window(4)", "top(2)"]}
+    options["stages"] = [options["stages"][0]]
+    source = tmp_path / "source"
+    assert run(place, {**options, "output": str(source)}, stop=2) == EXIT_STOPPED
+    options["stages"][0]["selection"] = 0.5
+    is_noted(source, tmp_path / "less", options, "stages.0.selection 1.0 -> 0.5")
+    options["stages"][0]["selection"] = 0.0
+    name = "AdamW/transformer.h.0.attn.mechanism.to_scores"
+    is_refused(source, tmp_path / "none", options, f"no longer trained in the middle of the stage: {name}")
+
+
 def test_a_checkpoint_of_an_earlier_version_is_refused(
     place: Path, stopped: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
