@@ -97,7 +97,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes; the same however the tensors are spread over files."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

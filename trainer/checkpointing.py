@@ -87,27 +87,67 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """All tensors that optimisers remember, as "optimiser.parameter.name"; on every process, whole."""
+def optimizer_tensors(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """All tensors that optimisers remember, as "optimiser/parameter/name"; on every process, whole.
+
+    Args:
+        model: whose parameters the optimisers train; it gives them their names.
+    """
+    names = _names(model)
     return {
-        f"{place}.{parameter}.{name}": whole(value)
-        for place, optimizer in enumerate(optimizers)
-        for parameter, memory in optimizer.state_dict()["state"].items()
-        for name, value in memory.items()
+        f"{_kind(optimizer)}/{names[parameter]}/{name}": whole(value)
+        for optimizer in optimizers
+        for parameter in _parameters(optimizer)
+        for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def restore_optimizers(optimizers: Sequence[Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Gives optimisers what `optimizer_tensors` took from them; learning rates and other options stay."""
-    for place, optimizer in enumerate(optimizers):
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        memory: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            owner, parameter, name = key.split(".", 2)
-            if int(owner) == place:
-                like = parameters[int(parameter)]
-                memory.setdefault(int(parameter), {})[name] = shard_like(tensor, like) if tensor.ndim else tensor
+def restore_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives optimisers what `optimizer_tensors` took from them; learning rates and other options stay.
+
+    Raises:
+        ValueError: naming all tensors that no parameter of that name, shape and optimiser is there for.
+    """
+    names, memories, wrong = _names(model), [{} for _ in optimizers], []
+    places = {
+        (_kind(optimizer), names[parameter]): (memory, place, parameter)
+        for optimizer, memory in zip(optimizers, memories, strict=True)
+        for place, parameter in enumerate(_parameters(optimizer))
+    }
+    for key, tensor in tensors.items():
+        kind, name, what = key.split("/")
+        memory, place, like = places.get((kind, name), (None, None, None))
+        if like is None or (tensor.ndim and tensor.shape != like.shape):
+            wrong.append(key)
+        else:
+            memory.setdefault(place, {})[what] = shard_like(tensor, like) if tensor.ndim else tensor
+    if wrong:
+        raise ValueError(f"the checkpoint's optimisers trained other parameters; these do not fit: {wrong}")
+    for optimizer, memory in zip(optimizers, memories, strict=True):
         optimizer.load_state_dict({"state": memory, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def trained_shapes(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, list[int]]:
+    """What each optimiser trains: shapes by "optimiser/parameter"."""
+    names = _names(model)
+    return {
+        f"{_kind(optimizer)}/{names[parameter]}": list(parameter.shape)
+        for optimizer in optimizers
+        for parameter in _parameters(optimizer)
+    }
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _kind(optimizer: Optimizer) -> str:
+    """The name of an optimiser's class; of the one inside where Accelerate has wrapped it."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def restore_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:

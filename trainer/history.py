@@ -19,6 +19,8 @@ class History:
     - "eval": `step`, `stage`, the fields of `Fidelity`, `tokens` renamed to `eval_tokens`, `tokens`, `seconds`, and
       `mechanisms`, each layer's `summary`.
     - "samples": `step`, `stage`, `texts`, each with `prompt`, `base` (None in pretraining) and `variant`.
+    - "change": `step`, `stage`, `changes`: sentences on what is learnt or measured otherwise from there on, after a
+      resume.
 
     Two runs that are equal differ only in the values named by `TIMES`.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from . import checkpointing
+from . import checkpointing, resume
 from .checkpointing import Snapshot
 from .config import StageConfig
 from .data import StageBatches
@@ -55,13 +55,15 @@ class Loop:
         self.publisher = Publisher(self.config.push_to, private=self.config.private) if self.config.push_to else None
         self.snapshot: Snapshot | None = None
         self.step = 0
+        self.trained: dict[str, list[int]] = {}  # by the optimisers of the stage; see `checkpointing.trained_shapes`
         self.step_seconds = [0.0] * len(self.config.stages)
 
     def restore(self) -> None:
         """Takes up the newest intact checkpoint if the config says so, and opens the history.
 
         Raises:
-            ValueError: if the config does not say so, and the folder holds an unfinished run.
+            ValueError: if the config does not say so, and the folder holds an unfinished run; if it does, and the run
+                cannot go on under it.
         """
         snapshot = checkpointing.read_newest(self.checkpoints)
         if snapshot is not None and not self.config.resume:
@@ -71,19 +73,58 @@ class Loop:
                     "by --resume, choose another --output, or delete it"
                 )
             snapshot = None
+        changes = [] if snapshot is None else self._changes(snapshot)
         if snapshot is not None:
             self._take_up(snapshot)
         elif self.config.resume:
             logger.info("%s has no intact checkpoint to resume from; starting", self.checkpoints)
         history = Path(self.config.output) / "training.jsonl" if self.setup.is_main else None
         self.observer.open(history, snapshot and snapshot.state["observer"])
+        if changes:
+            self.observer.record_changes(self.step, self.config.stages[snapshot.state["stage"]], changes)
+
+    def _changes(self, snapshot: Snapshot) -> list[str]:
+        """What is learnt or measured otherwise from a checkpoint on; also in the log.
+
+        Raises:
+            ValueError: naming all changes under which the run cannot go on.
+        """
+        state, now = snapshot.state, self.setup.record
+        if "record" not in state:
+            raise ValueError(
+                f"the checkpoints in {self.checkpoints} are of an earlier version, which did not record what a run was "
+                "made from: finish it with that version, or choose another --output"
+            )
+        verdict = resume.compare(state["record"], now, resume.Place(state["stage"], state["stage_step"]))
+        if not verdict.refused:
+            verdict.refused = resume.compare_trained(state["trained"], self._trained(state["stage"]))
+        if verdict.refused:
+            raise ValueError(
+                f"the run in {self.config.output}, which has made {state['step']} steps, cannot go on like this:\n- "
+                + "\n- ".join(verdict.refused)
+                + "\nGive what it was given before (config.yaml has it), or choose another --output"
+            )
+        if verdict.harmless:
+            logger.info("changed without effect on the training: %s", "; ".join(verdict.harmless))
+        if verdict.noted:
+            logger.info("changed from step %d on: %s", state["step"], "; ".join(verdict.noted))
+        return verdict.noted
+
+    def _trained(self, index: int) -> dict[str, list[int]]:
+        """What each optimiser of a stage will train."""
+        stage = self.config.stages[index]
+        learner = build_learner(stage, self.setup.model, self.setup.base)
+        learner.close()
+        return checkpointing.trained_shapes(build_optimizers(stage, learner), self.setup.model)
 
     def _take_up(self, snapshot: Snapshot) -> None:
         checkpointing.restore_weights(self.setup.model, snapshot.weights)
         self.snapshot = snapshot
         self.step = snapshot.state["step"]
-        if snapshot.best:
-            self.observer.best = (snapshot.state["best"], snapshot.best)
+        if self.config.eval.keep == "best" and snapshot.best:
+            now = self.setup.trained_tensors(self.setup.model)  # some, perhaps, only by stages that were not there then
+            untouched = {name: now[name].to("cpu", copy=True) for name in now.keys() - snapshot.best.keys()}
+            self.observer.best = (snapshot.state["best"], untouched | snapshot.best)
         if snapshot.state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
         logger.info("resuming after step %d", self.step)
@@ -97,11 +138,11 @@ class Loop:
             attention.CheckpointError: if a checkpoint could not be written.
         """
         snapshot, self.snapshot = self.snapshot, None
-        first = snapshot.state["stage"] if snapshot else 0
-        total = sum(map(self._steps, self.config.stages))
+        first, done = (snapshot.state["stage"], snapshot.state["stage_step"]) if snapshot else (0, 0)
+        total = self.step + sum(map(self._steps, self.config.stages[first:])) - done
         self.stop = StopRequest()
         try:
-            with tqdm(total=total, initial=self.step, unit="step", disable=not self.setup.is_main) as self.bar:
+            with tqdm(initial=self.step, total=total, unit="step", disable=not self.setup.is_main) as self.bar:
                 if snapshot is None:
                     self.observer.validate(0, self.config.stages[0])
                 for index in range(first, len(self.config.stages)):
@@ -124,7 +165,9 @@ class Loop:
     def _run_stage(self, index: int, snapshot: Snapshot | None) -> None:
         stage = self.config.stages[index]
         built = build_learner(stage, self.setup.model, self.setup.base, self.setup.teacher_cache).train()
-        learner, *optimizers = self.accelerator.prepare(built, *build_optimizers(stage, built))
+        plain = build_optimizers(stage, built)
+        self.trained = checkpointing.trained_shapes(plain, self.setup.model)
+        learner, *optimizers = self.accelerator.prepare(built, *plain)
         batches = StageBatches(self.setup.train, stage, (self.config.seed, index))
         done = 0
         if snapshot is not None:
@@ -132,8 +175,10 @@ class Loop:
             if self._partitioned:
                 logger.warning("under DeepSpeed the optimiser starts anew: the end will be close, not equal")
             else:
-                checkpointing.restore_optimizers(optimizers, snapshot.optimizers)
+                checkpointing.restore_optimizers(optimizers, self.setup.model, snapshot.optimizers)
             self._restore_rng(snapshot.rng)
+            if not snapshot.state["finished"]:
+                self._measure(index, done, optimizers)
         while done < self._steps(stage):
             started = time.monotonic()
             set_lr(optimizers, lr_factor(stage.schedule, done, stage.steps))
@@ -204,6 +249,7 @@ class Loop:
         )
 
     def _after_step(self, index: int, done: int, optimizers: list[Optimizer]) -> None:
+        """What is due after a step. The checkpoint comes first: whatever fails after it, the step is not lost."""
         stage, config = self.config.stages[index], self.config
         stage_ends = done == self._steps(stage)
         run_ends = stage_ends and index == len(config.stages) - 1
@@ -215,17 +261,35 @@ class Loop:
             row = self.observer.record_losses(self.step, stage, optimizers)
             self.bar.set_description(stage.stage, refresh=False)
             self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s", refresh=False)
-        if self._due(config.eval.every) or stage_ends:
-            self.observer.validate(self.step, stage)
-        if self._due(config.samples.every) or run_ends:
-            self.observer.write_samples(self.step, stage)
-        if self._due(config.push_every) and not run_ends:
-            self._push_behind()
         self.bar.update()
         if saves:
             self._save_checkpoint(index, done, optimizers)
         if stopped and not run_ends:
             raise StoppedError
+        try:
+            self._measure(index, done, optimizers)
+        except Exception:
+            if not saves and self.accelerator.num_processes == 1:  # several would have to fail together
+                self._save_checkpoint(index, done, optimizers)
+            raise
+        if self._due(config.push_every) and not run_ends:
+            self._push_behind()
+
+    def _measure(self, index: int, done: int, optimizers: list[Optimizer]) -> None:
+        """Validation and samples that are due after step `done` of a stage; then a run at its end is finished.
+
+        Also what a run that goes on from such a step begins with: what its history, written before, does not have.
+        """
+        stage = self.config.stages[index]
+        stage_ends = done == self._steps(stage)
+        run_ends = stage_ends and index == len(self.config.stages) - 1
+        has = {row["kind"] for row in self.observer.history.rows if row["step"] == self.step}
+        if (self._due(self.config.eval.every) or stage_ends) and "eval" not in has:
+            self.observer.validate(self.step, stage)
+        if (self._due(self.config.samples.every) or run_ends) and "samples" not in has:
+            self.observer.write_samples(self.step, stage)
+        if run_ends:
+            self._save_checkpoint(index, done, optimizers, finished=True)
 
     def _push_behind(self) -> None:
         model = self.setup.whole_model()
@@ -242,18 +306,20 @@ class Loop:
         asked = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked).item())
 
-    def _save_checkpoint(self, index: int, done: int, optimizers: list[Optimizer]) -> None:
+    def _save_checkpoint(self, index: int, done: int, optimizers: list[Optimizer], finished: bool = False) -> None:
         scaler = self.accelerator.scaler
         snapshot = Snapshot(
             weights=self.setup.trained_tensors(self.setup.model),
-            optimizers={} if self._partitioned else checkpointing.optimizer_tensors(optimizers),
+            optimizers={} if self._partitioned else checkpointing.optimizer_tensors(optimizers, self.setup.model),
             best=self.observer.best[1],
             rng=self._rng(),
             state={
                 "stage": index,
                 "stage_step": done,
-                "finished": index == len(self.config.stages) - 1 and done == self._steps(self.config.stages[index]),
+                "finished": finished,
                 "step": self.step,
+                "record": self.setup.record,
+                "trained": self.trained,
                 "best": self.observer.best[0] if self.observer.best[1] else None,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "observer": self.observer.state(),

@@ -44,7 +44,7 @@ class Observer:
         self.tokens = 0
         self.best: tuple[float, dict[str, Tensor]] = (math.inf, {})
         self.durations: dict[str, float] = {}
-        self._sums: dict[str, float] = {}  # over the steps since the last row
+        self._sums: dict[str, list[float]] = {}  # sum and number of steps since the last row, by name
         self._since = (time.monotonic(), 0)  # time and tokens of that row
         self._earlier_seconds = 0.0
         self._started = time.monotonic()
@@ -70,19 +70,23 @@ class Observer:
 
     def count(self, values: dict[str, float], tokens: int) -> None:
         """Takes note of one step: its means over tokens, and how many tokens it trained on."""
-        for name, value in {**values, "steps": 1.0}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        for name, value in values.items():  # counted by name: a run that goes on may have other terms
+            total, steps = self._sums.get(name, (0.0, 0))
+            self._sums[name] = [total + value, steps + 1]
         self.tokens += tokens
+
+    def record_changes(self, step: int, stage: StageConfig, changes: list[str]) -> None:
+        """Adds a row of kind "change": what is other than before from here on."""
+        self._add({"kind": "change", "step": step, "stage": stage.stage, "changes": changes})
 
     def record_losses(self, step: int, stage: StageConfig, optimizers: Sequence[Optimizer]) -> Row:
         """Adds a row of kind "train"."""
-        steps = self._sums.pop("steps")
         since, tokens = self._since
         row = {
             "kind": "train",
             "step": step,
             "stage": stage.stage,
-            **{name: value / steps for name, value in self._sums.items()},
+            **{name: total / steps for name, (total, steps) in self._sums.items()},
             **{group["name"]: group["lr"] for optimizer in optimizers for group in optimizer.param_groups},
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -166,13 +170,15 @@ class Observer:
 
 
 def tracked(row: Row) -> dict[str, float | str]:
-    """A row as trackers take it: names to numbers, and samples as text; of a layer's weights, their mean."""
+    """A row as trackers take it: names to numbers, samples and changes as text; of a layer's weights, their mean."""
     kind = row["kind"]
     values = {
         f"{kind}/{name}": value
         for name, value in row.items()
         if isinstance(value, int | float) and name not in ("step", "tokens", "seconds")
     }
+    if kind == "change":
+        values["changes"] = "; ".join(row["changes"])
     for layer, summary in enumerate(row.get("mechanisms", [])):
         for name, numbers in summary.items():
             values[f"layer {layer}/{name}"] = float(torch.tensor(numbers).mean())

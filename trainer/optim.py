@@ -4,31 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from transformers.pytorch_utils import Conv1D
 
 from attention.mechanism import is_mechanism
 
 from .config import PretrainConfig, ScheduleConfig, StageConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Linear maps that give queries, keys and values in one: whether those alternate head by head, or each is in one piece.
+FUSED = {
+    (Conv1D, "c_attn"): False,  # GPT-2
+    (nn.Linear, "c_attn"): True,  # GPT-BigCode
+    (nn.Linear, "query_key_value"): True,  # GPT-NeoX, BLOOM, Persimmon
+    (nn.Linear, "qkv_proj"): False,  # Phi-3
+    (nn.Linear, "Wqkv"): False,  # MPT
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weight of a linear map is stored.
+
+    Attributes:
+        out_first: (out, in), as `nn.Linear` has it, not (in, out), as transformers' `Conv1D` has it.
+        parts: how many maps of the same input lie in it side by side (queries, keys, values).
+        heads: how often they do so: once, or head by head.
+    """
+
+    out_first: bool = False
+    parts: int = 1
+    heads: int = 1
+
+    def split(self, weight: Tensor) -> Tensor:
+        """(parts, in, out / parts) the maps in a weight."""
+        matrix = weight.mT if self.out_first else weight
+        return matrix.unflatten(1, (self.heads, self.parts, -1)).movedim(2, 0).flatten(2).contiguous()
+
+    def join(self, maps: Tensor) -> Tensor:
+        """The weight whose maps (parts, in, out / parts) are."""
+        matrix = maps.unflatten(2, (self.heads, -1)).movedim(0, 2).flatten(1)
+        return matrix.mT if self.out_first else matrix
 
 
 class Muon(Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     Newton–Schulz runs in float32: `torch.optim.Muon` runs it in bfloat16, which takes CPUs without bfloat16 units a
-    hundred times as long. Matrices are (in, out), as GPT-2 stores them; with `parts`, each is that many matrices side
-    by side (GPT-2's fused projections).
+    hundred times as long.
 
     Args:
-        params: matrices, or parameter groups of them; a group may set `parts`.
-        lr: learning rate; the update of an (m, n) matrix has spectral norm about lr · max(1, n/m)^½.
+        params: matrices, or parameter groups of them; a group may set `layout`.
+        lr: learning rate; the update of an (in, out) matrix has spectral norm about lr · max(1, out/in)^½.
         momentum: of Nesterov's kind.
         weight_decay: decoupled.
-        parts: see above.
+        layout: how matrices are stored.
     """
 
     def __init__(
@@ -37,9 +71,9 @@ class Muon(Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        parts: int = 1,
+        layout: Layout = Layout(),
     ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": parts})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "layout": layout})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -54,10 +88,10 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
         direction = parameter.grad.lerp(buffer, group["momentum"])
-        matrices = torch.stack(direction.chunk(group["parts"], dim=1))
+        matrices = group["layout"].split(direction)
         rows, columns = matrices.shape[-2:]
         scale = max(1.0, columns / rows) ** 0.5
-        update = torch.cat(orthogonalise(matrices).unbind(), dim=1)
+        update = group["layout"].join(orthogonalise(matrices))
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
 
@@ -72,20 +106,46 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if wide is matrices else x.mT
 
 
-def build_optimizers(stage: StageConfig, model: nn.Module) -> list[Optimizer]:
+def build_optimizers(stage: StageConfig, learner: nn.Module) -> list[Optimizer]:
     """The optimisers of a stage for the parameters that require gradients; a group's `name` is its learning rate's."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = []
-    if isinstance(stage, PretrainConfig) and stage.muon:
-        matrices = [(name, parameter) for name, parameter in named if ".h." in name and parameter.ndim == 2]
-    others = [item for item in named if item[0] not in {name for name, _ in matrices}]
+    layouts = _layouts(learner) if isinstance(stage, PretrainConfig) and stage.muon else {}
+    others = [(name, p) for name, p in learner.named_parameters() if p.requires_grad and p not in layouts]
     optimizers: list[Optimizer] = [_adamw(stage, others)] if others else []
-    if matrices:
-        optimizers.append(_muon(stage, matrices))
+    if layouts:
+        optimizers.append(_muon(stage, layouts))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # what `set_lr` scales
     return optimizers
+
+
+def _layouts(learner: nn.Module) -> dict[Tensor, Layout]:
+    """The matrices of the linear maps in a model's layers, those that require gradients."""
+    heads = learner.model.config.get_text_config().num_attention_heads
+    return {
+        module.weight: _layout(name, module, heads)
+        for layer in repeated_layers(learner)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad
+    }
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that a model is a stack of: its longest list of modules that is inside no other."""
+    lists, modules = [], [model]
+    while modules:
+        for child in modules.pop().children():
+            (lists if isinstance(child, nn.ModuleList) else modules).append(child)
+    return list(max(lists, key=len, default=[]))
+
+
+def _layout(name: str, module: nn.Linear | Conv1D, heads: int) -> Layout:
+    out_first = isinstance(module, nn.Linear)
+    width, inputs = module.weight.shape if out_first else module.weight.shape[::-1]
+    by_head = FUSED.get((type(module), name.rpartition(".")[2]))
+    if by_head is None or width != 3 * inputs:
+        return Layout(out_first)
+    return Layout(out_first, parts=3, heads=heads if by_head else 1)
 
 
 def _adamw(stage: StageConfig, named: list[tuple[str, Tensor]]) -> AdamW:
@@ -103,11 +163,12 @@ def _adamw(stage: StageConfig, named: list[tuple[str, Tensor]]) -> AdamW:
     return AdamW([group for group in groups if group["params"]], betas=stage.betas, fused=True)
 
 
-def _muon(stage: PretrainConfig, named: list[tuple[str, Tensor]]) -> Muon:
-    fused = [p for name, p in named if name.endswith("c_attn.weight")]
-    single = [p for name, p in named if not name.endswith("c_attn.weight")]
+def _muon(stage: PretrainConfig, layouts: dict[Tensor, Layout]) -> Muon:
+    groups: dict[Layout, list[Tensor]] = {}
+    for weight, layout in layouts.items():
+        groups.setdefault(layout, []).append(weight)
     return Muon(
-        [{"name": "muon_lr", "params": fused, "parts": 3}, {"name": "muon_lr", "params": single}],
+        [{"name": "muon_lr", "params": weights, "layout": layout} for layout, weights in groups.items()],
         lr=stage.muon_lr,
         momentum=stage.muon_momentum,
         weight_decay=stage.weight_decay,

@@ -29,10 +29,12 @@ from attention.mechanism import is_mechanism
 from attention.stored import without_copies
 from attention.variant import causal_models, fuse_activations, position_limit
 
+from . import resume
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
 from .data import load_test_tokens, load_tokens, sampled_tokens
 from .positions import extend_positions, position_table
+from .samples import prompt_ids
 from .signals import launcher_arguments
 from .stages import trained_names
 from .teacher_cache import TeacherCache, open_cache
@@ -52,6 +54,7 @@ class Setup:
         train, valid: streams of tokens, int32.
         test: name and tokens of a text to measure on once, at the end, if there is one.
         teacher_cache: what the base expects of the training text, if the config says that it is kept.
+        record: what a run that goes on is compared with; see `resume.record`.
     """
 
     config: RunConfig
@@ -62,6 +65,7 @@ class Setup:
     train: np.ndarray
     valid: np.ndarray
     test: tuple[str, np.ndarray] | None
+    record: resume.Record
     teacher_cache: TeacherCache | None = None
 
     @property
@@ -100,6 +104,7 @@ def build(config: RunConfig) -> Setup:
         DataError, attention.CheckpointError, OSError, ValueError: saying what cannot be used and what to do.
     """
     check_trackers(config.trackers)
+    check_places(config)
     torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, gradients can be NaN on Hopper (pytorch #196678)
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),  # must be said, or ranks do not find each other
@@ -112,8 +117,11 @@ def build(config: RunConfig) -> Setup:
     set_seed(config.seed)
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
-        check_sizes(config, model)
         source, is_main = model if base is None else base, accelerator.is_main_process
+        check_finite(source, config.base or "the new model")
+        check_finite(model, config.variant or "the fresh variant")
+        check_sizes(config, model)
+        check_prompts(config, model, tokenizer)
         fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -129,7 +137,9 @@ def build(config: RunConfig) -> Setup:
             cache = None if base is None else _teacher_cache(config, base, train, accelerator.mixed_precision)
     if config.trackers:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
-    return Setup(config, accelerator, model, base, tokenizer, train, valid, test, cache)
+    texts = {"train": train, "valid": valid, **({} if test is None else {"test": test[1]})}
+    record = resume.record(config, model, base, texts)
+    return Setup(config, accelerator, model, base, tokenizer, train, valid, test, record, cache)
 
 
 def _precision(config: RunConfig) -> str | None:
@@ -150,6 +160,18 @@ def check_trackers(names: list[str]) -> None:
     usable = {"all", *map(str, get_available_trackers()), *registered}
     if missing := sorted(set(names) - usable):
         raise ValueError(f"trackers: {missing} are not installed or not known to Accelerate; try pip install")
+
+
+def check_places(config: RunConfig) -> None:
+    """Checks that a run's result would not take the place of what the run starts from.
+
+    Raises:
+        ValueError: naming what would.
+    """
+    results = [(Path(config.output) / name).resolve() for name in ("variant", "model")]
+    starts = {"base": config.base, "variant": config.variant}
+    if own := [name for name, place in starts.items() if place and Path(place).expanduser().resolve() in results]:
+        raise ValueError(f"{' and '.join(own)} would be replaced by the run's own result: choose another --output")
 
 
 def check_processes(config: RunConfig, accelerator: Accelerator) -> None:
@@ -254,6 +276,32 @@ def _teacher_cache(config: RunConfig, base: PreTrainedModel, text: np.ndarray, p
 
 def _identity(model: PreTrainedModel) -> str:
     return fingerprint({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+
+
+def check_finite(model: PreTrainedModel, place: str) -> None:
+    """Checks that no weight of a model, loaded from a place, is NaN or infinite.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    if wrong := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{place} has weights that are NaN or infinite, from which nothing can be learnt: {resume.some(wrong)}"
+        )
+
+
+def check_prompts(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that every prompt leaves the model room to write.
+
+    Raises:
+        ValueError: naming all that do not.
+    """
+    limit = model.config.max_position_embeddings
+    lengths = {place: prompt_ids(tokenizer, prompt).shape[1] for place, prompt in enumerate(config.samples.prompts)}
+    if long := [f"samples.prompts.{place} has {length}" for place, length in lengths.items() if length >= limit]:
+        raise ValueError(
+            f"the model holds {limit} tokens, prompt and continuation together, but {', '.join(long)}: shorten them"
+        )
 
 
 def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:

@@ -145,7 +145,7 @@ def test_the_loss_of_a_step_is_a_mean_over_what_was_written(workplace, tmp_path,
     batch = torch.from_numpy(setup.train[:96].astype("int64")).reshape(4, 24)
     loop.train_step(setup.config.stages[0], learner, [], batch, 0)
     total = sum(float(losses.loss.detach()) for losses in sums)
-    assert loop.observer._sums["loss"] == pytest.approx(total / (4 * 16), rel=1e-5)
+    assert loop.observer._sums["loss"][0] == pytest.approx(total / (4 * 16), rel=1e-5)
 
 
 class Killed(BaseException):

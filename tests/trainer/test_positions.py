@@ -98,7 +98,8 @@ def test_a_skip_changes_positions_alone(base):
 
 def test_position_embeddings_have_a_rate_of_their_own(base):
     stage = PretrainConfig(steps=1, muon=True, lr=1e-3, position_lr=4e-3)
-    groups = [group for optimizer in build_optimizers(stage, base) for group in optimizer.param_groups]
+    learner = build_learner(stage, base, None)
+    groups = [group for optimizer in build_optimizers(stage, learner) for group in optimizer.param_groups]
     named = {group["name"]: group for group in groups}
     assert [each is position_table(base).weight for each in named["position_lr"]["params"]] == [True]
     assert named["position_lr"]["lr"] == 4e-3

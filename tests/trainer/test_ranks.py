@@ -112,12 +112,25 @@ def test_sharded_weights_train_measure_save_and_resume_as_whole_ones_do(workplac
     path = str(write_recipe(tmp_path, options))
     sharded = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     commands = {"whole": ["trainer.train"], "sharded": [*sharded, "-m", "tests.trainer.sharded"]}
+
+    def run(name: str, command: list[str], *more: str, code: int = 0) -> str:
+        arguments = ["--config", path, "--output", str(tmp_path / name), *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
     for name, command in commands.items():
-        for more in ([], ["--resume", "--stages.0.steps", "7"]):
-            arguments = ["--config", path, "--output", str(tmp_path / name), *more]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            run = [sys.executable, "-m", *command, *arguments]
-            subprocess.run(run, env=environment, check=True, capture_output=True, timeout=300)
+        run(name, command)
+        run(name, command, "--resume", "--stages.0.steps", "7")
+    assert_same_curves(rows(tmp_path / "whole"), rows(tmp_path / "sharded"))
+    for name, command in zip(commands, reversed(commands.values()), strict=True):  # each by the other's command
+        changed = ["--resume", "--stages.0.steps", "9", "--stages.0.train", "attention"]
+        said = run(name, command, *changed, code=2 if command == commands["whole"] else 1)  # the launcher's is 1
+        assert 'stages.0.train "all" -> "attention": the stage has begun' in said
+        run(name, command, "--resume", "--stages.0.steps", "9")
     assert_same_curves(rows(tmp_path / "whole"), rows(tmp_path / "sharded"))
 
 
