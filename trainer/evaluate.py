@@ -16,21 +16,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as a file from a clone that is not installed
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # run as a file from a clone that is not installed; `python -P` puts no folder in front
+    sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
+from attention.files import write_file
 from trainer.card import as_difference, with_measurement
-from trainer.data import DataError, read_files
+from trainer.data import DataError, check_vocabulary, read_files
 from trainer.fidelity import Fidelity, Reader, measure_each
 from trainer.samples import Writing, draw_prompts, measure_writing
 
@@ -57,6 +60,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--card", action="store_true", help="also write the figures into README.md of each variant, a folder")
     add("--json", action="store_true", help="print one JSON object a variant instead of tables")
     return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Checks what can be checked before anything is loaded.
+
+    Raises:
+        ValueError: naming all options that have no meaning.
+    """
+    least = {"context": 2, "batch_size": 1, "samples": 0, "prompt_length": 1, "length": 4, "seed": 0, "tolerance": 0}
+    problems = [
+        f"--{name} must be at least {value}, not {getattr(options, name)}"
+        for name, value in least.items()
+        if not value <= getattr(options, name) < 2**63
+    ]
+    try:
+        torch.empty(1, device=options.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problems.append(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -95,8 +118,20 @@ def evaluate(options: argparse.Namespace) -> list[Row]:
     Raises:
         attention.CheckpointError, DataError, ValueError: saying what is missing or wrong.
     """
+    check(options)
     rows = [row for family in load(options) for row in _measure(family, options)]
+    for row in rows:
+        if wrong := _not_finite(row):
+            raise ValueError(f"{row['variant']}, or its base, is damaged: not finite are {', '.join(wrong)}")
     return sorted(rows, key=lambda row: options.variant.index(row["variant"]))
+
+
+def _not_finite(row: Row) -> list[str]:
+    """The names of figures that are no numbers, which JSON cannot hold."""
+    inner = [
+        f"{name} {inner}" for name, value in row.items() if isinstance(value, dict) for inner in _not_finite(value)
+    ]
+    return [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)] + inner
 
 
 def load(options: argparse.Namespace) -> list[Family]:
@@ -118,6 +153,7 @@ def load(options: argparse.Namespace) -> list[Family]:
 def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
     if family.tokenizer is None:
         raise ValueError(f"the base {family.base.name_or_path} has no tokenizer, which is needed to read text")
+    check_vocabulary(family.tokenizer, family.base)
     tokens = read_files(options.text, family.tokenizer)
     rows = _fidelity(family, tokens, options)
     if options.samples:
@@ -181,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = evaluate(options)
         sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows) if options.json else tables(rows))
         for card, row in zip(cards, rows, strict=False):
-            card.write_text(with_measurement(card.read_text(encoding="utf-8"), row), encoding="utf-8")
+            write_file(card, with_measurement(card.read_text(encoding="utf-8"), row).encode())
     except (DataError, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -221,17 +221,22 @@ class Loop:
         if self._due(config.samples.every) or run_ends:
             self.observer.write_samples(self.step, stage)
         if self._due(config.push_every) and not run_ends:
-            self._push_behind()
+            self._push_behind(stage, measured=self._due(config.eval.every) or stage_ends)
         self.bar.update()
         if saves:
             self._save_checkpoint(index, done, optimizers)
         if stopped and not run_ends:
             raise StoppedError
 
-    def _push_behind(self) -> None:
+    def _push_behind(self, stage: StageConfig, *, measured: bool) -> None:
+        if self.publisher is None:
+            return
+        if not measured:  # the card says what the weights beside it reach
+            self.observer.validate(self.step, stage)
         model = self.setup.whole_model()
-        if model is not None and self.publisher is not None:
-            self.publisher.push_behind(save_variant(self.setup, self.observer, model, self.step))
+        if model is not None:
+            figures = self.observer.last_figures(best=False)
+            self.publisher.push_behind(save_variant(self.setup, self.observer, model, self.step, figures))
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import platform
 import shlex
 import subprocess
@@ -24,12 +25,21 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.files import fingerprint, write_json
+from attention.files import fingerprint, write_file
 from attention.gpt2 import fuse_activations
 
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
-from .data import load_test_tokens, load_tokens, sampled_tokens
+from .data import (
+    check_length,
+    check_sample,
+    check_vocabulary,
+    end_of_text,
+    load_test_tokens,
+    load_tokens,
+    sampled_length,
+    sampled_tokens,
+)
 from .optim import is_mechanism
 from .signals import launcher_arguments
 from .stages import trains
@@ -109,6 +119,7 @@ def build(config: RunConfig) -> Setup:
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
         check_sizes(config, model)
+        check_vocabulary(tokenizer, model)
         source, is_main = model if base is None else base, accelerator.is_main_process
         fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
@@ -116,10 +127,11 @@ def build(config: RunConfig) -> Setup:
         train, valid = load_tokens(
             config.data,
             tokenizer,
-            lambda: _sample(config, source, show_progress=is_main),
+            lambda: _sample(config, source, end_of_text(tokenizer), show_progress=is_main),
             seed=config.seed,
             show_progress=is_main,
         )
+        check_length(len(train), config.stages)
         test = load_test_tokens(config, tokenizer)
     if config.trackers:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
@@ -229,23 +241,29 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:
+def _sample(config: RunConfig, base: PreTrainedModel, eos: int, *, show_progress: bool) -> np.ndarray:
+    check_sample(config)
     return sampled_tokens(
         base,
         fingerprint({name: tensor.cpu() for name, tensor in base.state_dict().items()}),
         config.data.sampled_tokens,
-        length=max(stage.context for stage in config.stages),
+        length=sampled_length(config),
         batch_size=config.data.sample_batch,
         seed=config.seed,
         cache=config.data.cache,
+        start=eos,
         show_progress=show_progress,
     )
 
 
 def write_record(config: RunConfig, folder: Path) -> None:
-    """Writes the config as it is run, and the environment, into the run's folder."""
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    write_json(folder / "environment.json", environment())
+    """Writes the config as it is run, and the environment, into the run's folder.
+
+    Raises:
+        OSError: if the disk refuses; what was there before is untouched.
+    """
+    write_file(folder / "config.yaml", config.to_yaml().encode())
+    write_file(folder / "environment.json", (json.dumps(environment(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:
