@@ -193,8 +193,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if `folder` holds something else than a variant, or the disk refuses.
     """
-    if folder.is_symlink():
-        folder = Path(os.path.realpath(folder))
+    folder = _real(folder)
     _restore(folder)
     if folder.exists() and not _may_replace(folder):
         raise CheckpointError(f"{folder} exists and is not a variant; choose a new folder, or delete it first")
@@ -223,8 +222,13 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 def existing(folder: Path) -> Path:
     """`folder`, or where its content lies if its replacement was interrupted."""
-    backup = _backup(folder)
+    backup = _backup(_real(folder))
     return backup if backup.is_dir() and not folder.exists() else folder
+
+
+def _real(folder: Path) -> Path:
+    """What a link points to, whether it is there or not; other folders as they are."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
 
 
 def _restore(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Making:
     def base(self) -> str:
         """The base as a card names it: on the Hub as the config has it, else by its folder's name."""
         spec = self.config.base
-        return spec if hub_id(spec) and not _is_here(spec) else Path(spec).expanduser().resolve().name
+        return spec if hub_id(spec) and not _is_here(spec) else _folder(spec).name
 
 
 def write_card(making: Making, valid: Fidelity, test: tuple[str, Fidelity] | None) -> ModelCard:
@@ -97,7 +98,7 @@ def hub_id(spec: str | None) -> str | None:
     if spec is None:
         return None
     if _is_here(spec):
-        place = cached_origin(Path(spec).expanduser().resolve())
+        place = cached_origin(_folder(spec))
         return place and place.repo_id
     try:
         repo_id = HubSpec.parse(spec).repo_id
@@ -105,6 +106,10 @@ def hub_id(spec: str | None) -> str | None:
     except (CheckpointError, HFValidationError):
         return None
     return repo_id
+
+
+def _folder(spec: str) -> Path:
+    return Path(os.path.expanduser(spec)).resolve()
 
 
 def _is_here(spec: str) -> bool:
