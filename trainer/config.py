@@ -61,7 +61,7 @@ class DataConfig(Section):
     """The text to train and validate on; all tokens are joined into one stream, each document ended by eos.
 
     Attributes:
-        train: files, or patterns of files, of text (.txt, .md, ...) or JSON lines (.jsonl, .json). None, with no
+        train: files, or patterns of files, of text, JSON or Parquet, packed or not; see `documents`. None, with no
             `dataset`: text sampled from the base.
         valid: the same for validation. None: the last `valid_fraction` of the training tokens.
         dataset: a data set on the Hub, for example Salesforce/wikitext.
@@ -69,11 +69,11 @@ class DataConfig(Section):
         revision: its git revision.
         train_split, valid_split: its splits; without a `valid_split` see `valid`.
         test_split: its split to measure on once, at the end, for the card, where there is no `eval.text`.
-        column: the field that holds the text, of a Hub data set or JSON lines.
+        column: the field that holds the text, of a Hub data set, JSON or Parquet.
         rename: exchange the names in the training text for others, another choice in each passage, so that a variant
             learns to look them up where the base knows its own text's by heart; see `names.rename`. Needs a text.
         documents: where a document of a text file ends: at an empty line ("paragraph"), at every line ("line"), or at
-            the end of the file ("document"). The rows of a Hub data set and the objects of JSON lines are documents,
+            the end of the file ("document"). The rows of a Hub data set, JSON and Parquet are documents,
             unless this is "document", which joins them as they stand.
         sampled_tokens: how much text to sample from the base.
         sample_batch: how many texts to sample at a time.

@@ -47,7 +47,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 DECODER = json.JSONDecoder(parse_int=float)  # so that no number is too long
 
-Place = int | str
 Row = tuple[str, Any]  # where it is, and what it is
 
 
@@ -193,7 +192,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 raise DataError(f"{path} {why}")
             yield stream
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read: {error or type(error).__name__}") from error
+        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _peek(stream: BinaryIO) -> bytes:

@@ -1,9 +1,9 @@
 """Measures variants against their base on a text: `python trainer/evaluate.py --variant DIR ... --text FILE`.
 
-Tokens are counted like this. The text's documents (parts between empty lines; objects of JSON lines) are each ended by
-eos and joined into one stream, which is cut into blocks of `--context` tokens. Every token of a block but its first is
-predicted exactly once, from the tokens before it in its block; the last block may be short. All figures are means over
-these predictions. Variants of one base are measured together, so that the base reads the text once.
+Tokens are counted like this. The text's documents (parts between empty lines; rows of JSON or Parquet) are each ended
+by eos and joined into one stream, which is cut into blocks of `--context` tokens. Every token of a block but its first
+is predicted exactly once, from the tokens before it in its block; the last block may be short. All figures are means
+over these predictions. Variants of one base are measured together, so that the base reads the text once.
 
 With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
 temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). A difference comes
@@ -46,7 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--variant", required=True, nargs="+", metavar="SPEC", help="folders or Hub ids; a base is measured alone")
-    add("--text", required=True, nargs="+", metavar="FILE", help="files or patterns of text or JSON lines")
+    add(
+        "--text", required=True, nargs="+", metavar="FILE", help="files, or patterns of files, of text, JSON or Parquet"
+    )
     add("--base", metavar="SPEC", help="the base, if not the one that a variant names")
     add("--context", type=int, default=512, help="tokens of a block (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="blocks of a forward pass (default: %(default)s)")

@@ -200,7 +200,7 @@ def refused(workplace: Path, tmp_path: Path, *arguments: str, **options: object)
     return log
 
 
-@pytest.mark.parametrize(("words", "named"), [(12, "stages.1.context is 32"), (3, "stages.0.context is 16, stages.1")])
+@pytest.mark.parametrize(("words", "named"), [(20, "stages.1.context is 32"), (3, "stages.0.context is 16, stages.1")])
 def test_a_text_shorter_than_a_block_of_any_stage_is_refused(words: int, named: str, workplace: Path, tmp_path: Path):
     (tmp_path / "a.txt").write_text("sea " * words)
     stages = [{"stage": "transfer", "steps": 1, "context": context} for context in (16, 32)]
