@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 # A build for the CPU or for CUDA comes first, so that the requirements find a torch that suits the machine.
+# Its words are those of pip's command line: TORCH="torch==2.13.0 --index-url URL".
 TORCH ?= torch==2.13.0
+export TORCH
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -29,7 +31,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	set -f; $(BIN)/python -m pip install --quiet $$TORCH
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -199,17 +199,35 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
+def write_file(path: Path, content: bytes) -> Path:
+    """Writes a file, complete or not at all; what was there before is lost only after that. A link stays a link.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        partial.write_bytes(content)
+        _flush(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place when the block ends well, and vanishes otherwise.
 
     Files of `folder` that are not written anew are copied over, unless they are read when the old variant is loaded.
     A crash between the two renames leaves the old folder beside, where `existing` and the next call find it. One
-    process at a time may replace a folder.
+    process at a time may replace a folder. Of a link, what it points to is replaced.
 
     Raises:
         CheckpointError: if `folder` holds something else than a variant, or the disk refuses.
     """
+    folder = _real(folder)
     _restore(folder)
     if folder.exists() and not _may_replace(folder):
         raise CheckpointError(f"{folder} exists and is not a variant; choose a new folder, or delete it first")
@@ -238,8 +256,13 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 def existing(folder: Path) -> Path:
     """`folder`, or where its content lies if its replacement was interrupted."""
-    backup = _backup(folder)
+    backup = _backup(_real(folder))
     return backup if backup.is_dir() and not folder.exists() else folder
+
+
+def _real(folder: Path) -> Path:
+    """What a link points to, whether it is there or not; other folders as they are."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
 
 
 def _restore(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -112,7 +113,7 @@ class Access:
         in which the app was started."""
         if "SPACE_ID" not in os.environ:
             return cls(None, (Path.cwd(),))
-        allowed = os.environ.get("ALLOWED_MODELS", "").split()
+        allowed = words("ALLOWED_MODELS")
         return cls(None if "*" in allowed else frozenset(allowed))
 
     def check(self, source: str) -> None:
@@ -131,13 +132,27 @@ class Access:
     def _check_folder(self, source: str) -> None:
         folder = Path(source).expanduser().resolve()
         if not any(folder.is_relative_to(root.resolve()) for root in self.folders):
-            raise LoadError(f"{source}: this folder may not be read here; start the app with --checkpoints {source}.")
+            raise LoadError(
+                f"{source}: this folder may not be read here; start the app with --checkpoints {shlex.quote(source)}."
+            )
 
     def _check_repository(self, source: str) -> None:
         repository = HubSpec.parse(source).repo_id
         if self.repositories is not None and repository not in self.repositories:
             allowed = ", ".join(sorted(self.repositories)) or "none"
             raise LoadError(f"{repository} may not be loaded here; the owner allows: {allowed}.")
+
+
+def words(variable: str) -> list[str]:
+    """The words in an environment variable, quoted where they hold spaces as a shell's are; none where it is not set.
+
+    Raises:
+        ValueError: if a quotation does not end.
+    """
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise ValueError(f"the environment variable {variable} cannot be read: {error}") from None
 
 
 def is_local(source: str) -> bool:

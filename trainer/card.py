@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from attention.hub import HubSpec
+from attention.errors import CheckpointError
+from attention.hub import HubSpec, cached_origin
 from attention.mechanism import MechanismConfig
 from attention.pushing import ANY_REPOSITORY
 
@@ -40,8 +44,9 @@ class Making:
 
     @property
     def base(self) -> str:
-        """Name or path of the base, as the config has it."""
-        return self.config.base
+        """The base as a card names it: on the Hub as the config has it, else by its folder's name."""
+        spec = self.config.base
+        return spec if hub_id(spec) and not _is_here(spec) else _folder(spec).name
 
 
 def write_card(making: Making, valid: Fidelity, test: tuple[str, Fidelity] | None) -> ModelCard:
@@ -56,8 +61,8 @@ def write_card(making: Making, valid: Fidelity, test: tuple[str, Fidelity] | Non
         measured["test"] = (making.config.card.eval_data or test[0], test[1])
     data = ModelCardData(
         model_name=_title(making),
-        base_model=making.base if _is_hub_name(making.base) else None,
-        datasets=[making.config.data.dataset] if making.config.data.dataset else None,
+        base_model=hub_id(making.config.base),
+        datasets=[name for name in [hub_id(making.config.data.dataset)] if name] or None,
         tags=[*TAGS, making.method.method],
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -84,11 +89,31 @@ def _results(split: str, name: str, figures: Fidelity) -> list[EvalResult]:
 
 
 def _title(making: Making) -> str:
-    return making.config.card.name or f"{making.method.method}-{Path(making.base).name}"
+    base = (hub_id(making.config.base) or making.base).rpartition("/")[2]
+    return making.config.card.name or f"{making.method.method}-{base}"
 
 
-def _is_hub_name(base: str) -> bool:
-    return not base.startswith((".", "/")) and not Path(base).exists() and base.count("/") <= 1
+def hub_id(spec: str | None) -> str | None:
+    """The repository on the Hub that a model or data set comes from, "user/name"; None for a local one."""
+    if spec is None:
+        return None
+    if _is_here(spec):
+        place = cached_origin(_folder(spec))
+        return place and place.repo_id
+    try:
+        repo_id = HubSpec.parse(spec).repo_id
+        validate_repo_id(repo_id)
+    except (CheckpointError, HFValidationError):
+        return None
+    return repo_id
+
+
+def _folder(spec: str) -> Path:
+    return Path(os.path.expanduser(spec)).resolve()
+
+
+def _is_here(spec: str) -> bool:
+    return spec.startswith((".", "/", "~")) or Path(spec).exists()
 
 
 def _body(making: Making, measured: dict[str, Fidelity]) -> str:
@@ -158,7 +183,8 @@ def _usage(making: Making) -> str:
 def _how(making: Making) -> str:
     config, environment = making.config, making.environment
     data = config.data
-    sources = [data.dataset] if data.dataset else [Path(path).name for path in data.train or []]
+    paths = data.train or ([data.dataset] if data.dataset and not hub_id(data.dataset) else [])
+    sources = [Path(path).name for path in paths] or ([data.dataset] if data.dataset else [])
     text = config.card.train_data or ", ".join(sources) or "sampled from the base itself at temperature 1"
     text += ", its names exchanged" if data.rename else ""
     libraries = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "accelerate"))

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers import GPT2Config
+from transformers.activations import ACT2FN
 
 from attention.errors import CheckpointError
 from attention.hub import HubSpec
 from attention.mechanism import ConfigError
 from attention.registry import config_from_dict
 
+OPTION = re.compile(r"--[A-Za-z_]")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -53,7 +61,7 @@ class DataConfig(Section):
     """The text to train and validate on; all tokens are joined into one stream, each document ended by eos.
 
     Attributes:
-        train: files, or patterns of files, of text (.txt, .md, ...) or JSON lines (.jsonl, .json). None, with no
+        train: files, or patterns of files, of text, JSON or Parquet, packed or not; see `documents`. None, with no
             `dataset`: text sampled from the base.
         valid: the same for validation. None: the last `valid_fraction` of the training tokens.
         dataset: a data set on the Hub, for example Salesforce/wikitext.
@@ -61,11 +69,11 @@ class DataConfig(Section):
         revision: its git revision.
         train_split, valid_split: its splits; without a `valid_split` see `valid`.
         test_split: its split to measure on once, at the end, for the card, where there is no `eval.text`.
-        column: the field that holds the text, of a Hub data set or JSON lines.
+        column: the field that holds the text, of a Hub data set, JSON or Parquet.
         rename: exchange the names in the training text for others, another choice in each passage, so that a variant
             learns to look them up where the base knows its own text's by heart; see `names.rename`. Needs a text.
         documents: where a document of a text file ends: at an empty line ("paragraph"), at every line ("line"), or at
-            the end of the file ("document"). The rows of a Hub data set and the objects of JSON lines are documents,
+            the end of the file ("document"). The rows of a Hub data set, JSON and Parquet are documents,
             unless this is "document", which joins them as they stand.
         sampled_tokens: how much text to sample from the base.
         sample_batch: how many texts to sample at a time.
@@ -385,6 +393,35 @@ class NewModel(Section):
     family: str = "gpt2"
     config: dict[str, Any] = {}
 
+    @field_validator("config")
+    @classmethod
+    def _is_gpt2(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if problems := _unusable(value):
+            raise ValueError("\n".join(problems))
+        return value
+
+
+def _unusable(options: dict[str, Any]) -> list[str]:
+    """Sentences on options of a new model that GPT-2 has not, or that have other values."""
+    known = [*(field.name for field in fields(GPT2Config)), *GPT2Config.attribute_map]
+    problems = []
+    for name in options.keys() - known:
+        close = get_close_matches(name, known, 1)
+        problems.append(f"{name!r} is not an option of GPT2Config" + (f"; is {close[0]} meant?" if close else ""))
+    if problems:
+        return sorted(problems)
+    try:
+        config = GPT2Config(**options)
+    except StrictDataclassError as error:
+        return [str(error.__cause__ or error)]
+    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    problems += [
+        f"{name} must be at least 1 (got {getattr(config, name)})" for name in sizes if getattr(config, name) < 1
+    ]
+    if config.activation_function not in ACT2FN:
+        problems.append(f"activation_function {config.activation_function!r} is not one that transformers has")
+    return problems
+
 
 class RunConfig(Section):
     """A whole run.
@@ -427,7 +464,7 @@ class RunConfig(Section):
     samples: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    output: str
+    output: Annotated[str, Field(min_length=1)]
     resume: bool = False
     seed: int = 0
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -551,7 +588,8 @@ def share_steps(steps: Sequence[float], total: int) -> list[int]:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a recipe and applies overrides such as `["--data.train", "book.txt", "--stages.distil.steps", "50"]`.
 
-    A stage is named by its place (from 0) or its kind; values are YAML; an option without a value is true.
+    A stage is named by its place (from 0); its kind names all stages of that kind. Text is taken as it is, other values
+    are YAML, and a switch without a value is true.
 
     Raises:
         ConfigError: listing everything that is wrong.
@@ -575,40 +613,127 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Sets dotted options in `values`; returns sentences about those that could not be set."""
-    problems, words = [], list(overrides)
-    while words:
-        word = words.pop(0)
-        if not re.match(r"--[A-Za-z_]", word):
-            problems.append(f"{word!r} is not an option; options are written --name value")
-            continue
-        option, given, text = word[2:].partition("=")
-        if not given:
-            text = words.pop(0) if words and not re.match(r"--[A-Za-z_]", words[0]) else "true"
+    """Sets dotted options in `values`; returns sentences about those that could not be set.
+
+    An option that is text, or a list of texts, takes its words as they are; all others take YAML.
+    """
+    problems = []
+    for option, words in _options(overrides, problems):
+        path = option.split(".")
         try:
-            _set(values, option.split("."), read_yaml(text))
-        except (LookupError, TypeError, ValueError, yaml.YAMLError):
-            problems.append(f"--{option} {text}: there is no such place in the recipe, or the value is not YAML")
+            _set(values, path, _value(_annotation(path), words))
+        except yaml.YAMLError:
+            problems.append(f"--{option} {words[0]}: the value is not YAML")
+        except (LookupError, TypeError, ValueError) as error:
+            why = f": {error}" if type(error) is ValueError else " has no place in the recipe"
+            problems.append(f"--{option}{why}")
     return problems
 
 
+def _options(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each option with the words that are its value; words that belong to none go to `problems`."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not OPTION.match(word):
+            problems.append(f"{word!r} is not an option; options are written --name value")
+            continue
+        option, given, text = word[2:].partition("=")
+        value = [text] if given else []
+        most = sys.maxsize if _is_texts(_annotation(option.split("."))) else 1
+        while not given and rest and len(value) < most and not OPTION.match(rest[0]):
+            value.append(rest.pop(0))
+        yield option, value
+
+
+def _value(annotation: Any, words: list[str]) -> Any:
+    """The value that words are for an option of a type.
+
+    Raises:
+        ValueError, yaml.YAMLError: if they are none.
+    """
+    if words == ["null"] and NoneType in get_args(annotation):
+        return None
+    if not words:
+        if annotation not in (bool, None):
+            raise ValueError("needs a value")
+        return True
+    if _is_texts(annotation):
+        return _texts(words)
+    if _is_text(annotation):
+        return words[0]
+    value = read_yaml(words[0])
+    return words[0] if isinstance(value, str) and words[0][0] not in "'\"" else value
+
+
+def _texts(words: list[str]) -> list[str]:
+    """A list from words, or from one that is a list in YAML and not a file."""
+    if len(words) == 1 and words[0].startswith("[") and not Path(words[0]).exists():
+        try:
+            items = read_yaml(words[0])
+        except yaml.YAMLError:
+            return words
+        return items if isinstance(items, list) else words
+    return words
+
+
+def _annotation(path: list[str]) -> Any:
+    """The type of a dotted option; None where it is free, or there is no such option."""
+    sections: list[type[Section]] = [RunConfig]
+    found = None
+    for name in path:
+        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        if fields:
+            found = fields[0].annotation
+            sections = list(_sections(found))
+        elif not (name.isdigit() or name in KINDS):  # which name one of several, of the same type
+            return None
+    return found
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
+
+
+def _is_text(annotation: Any) -> bool:
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return all(part in (str, NoneType) or get_origin(part) is Literal for part in parts)
+
+
+def _is_texts(annotation: Any) -> bool:
+    return annotation in (list[str], list[str] | None)
+
+
 def _set(values: Any, path: list[str], value: Any) -> None:
-    *parents, last = path
-    for name in parents:
-        if isinstance(values, dict):
-            if values.get(name) is None:
-                values[name] = {}
-            values = values[name]
-        else:
-            values = values[_place(values, name)]
-    values[last if isinstance(values, dict) else _place(values, last)] = value
+    name, *rest = path
+    for place in _places(values, name):
+        if not rest:
+            values[place] = value
+            continue
+        if isinstance(values, dict) and values.get(place) is None:
+            values[place] = {}
+        _set(values[place], rest, value)
 
 
-def _place(items: list[Any], name: str) -> int:
-    """The place of an item of a list: a number, or the kind of a stage."""
+def _places(values: Any, name: str) -> list[str] | list[int]:
+    """The key of a mapping; of a list the number of an item, or those of all stages of a kind.
+
+    Raises:
+        LookupError, TypeError, ValueError: if there is none.
+    """
+    if isinstance(values, dict):
+        return [name]
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} has no parts")
     if name.isdigit():
-        return int(name)
-    return [item.get("stage") if isinstance(item, dict) else None for item in items].index(name)
+        return [range(len(values))[int(name)]]
+    kinds = [item.get("stage") if isinstance(item, dict) else None for item in values]
+    if name not in kinds:
+        raise ValueError(f"there is no {name!r} among {', '.join(f'{at} ({kind})' for at, kind in enumerate(kinds))}")
+    return [place for place, kind in enumerate(kinds) if kind == name]
 
 
 def _sentences(error: ValidationError) -> list[str]:

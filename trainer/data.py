@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # otherwise offline loading waits for a request
 
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
-from safetensors.numpy import load_file, save_file
+from datasets import Dataset, Features, List, Value, disable_progress_bars, load_dataset
+from datasets import config as datasets_config
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attention.files import write_file
+from attention.prompts import unknown_tokens
+
+from . import documents
 from .config import DataConfig, RunConfig, StageConfig
+from .documents import MARK, DataError, find_files, kinds_of, read_documents
 from .names import find_names, rename
-from .samples import sample_texts, seeded
+from .samples import SAMPLING, sample_texts, seeded, start_of_text
 
 logger = logging.getLogger(__name__)
-JSON_SUFFIXES = (".json", ".jsonl")
-
-
-class DataError(Exception):
-    """Data that cannot be used; the message says what to do."""
+FORM = 2  # of what `_encode` gives, so that the cache holds nothing older
+TEXT, TOKENS = Features({"text": Value("large_string")}), Features({"input_ids": List(Value("int32"))})
 
 
 class Blocks:
@@ -138,8 +144,13 @@ def load_tokens(
         return train, read_files(config.valid, tokenizer, config)
     if config.dataset and config.valid_split:
         return train, _read_hub(config, config.valid_split, tokenizer)
-    kept = max(2, int(len(train) * config.valid_fraction))
+    kept = _kept(len(train), config)
     return train[:-kept], train[-kept:]
+
+
+def _kept(count: int, config: DataConfig) -> int:
+    """How many of so many training tokens are kept for validation where there is no other text for it."""
+    return max(2, int(count * config.valid_fraction))
 
 
 def load_test_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, np.ndarray] | None:
@@ -156,13 +167,55 @@ def load_test_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> t
     return None
 
 
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a document.
+
+    Raises:
+        DataError: if the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no eos token to end documents with: name one (eos_token) and save it")
+    return tokenizer.eos_token_id
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Checks that a model has a place for every token.
+
+    Raises:
+        DataError: naming tokens that it has not.
+    """
+    if unknown := unknown_tokens(tokenizer, model):
+        names = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise DataError(
+            f"the tokenizer knows {len(unknown):,} tokens for which the model has no embedding: {names}. Take the "
+            "model's own tokenizer, or resize the model (resize_token_embeddings) and save it"
+        )
+
+
+def check_length(count: int, stages: Sequence[StageConfig]) -> None:
+    """Checks that a training text of so many tokens fills a block of every stage.
+
+    Raises:
+        DataError: naming all contexts that are longer.
+    """
+    contexts = {
+        f"stages.{place}.{name}": getattr(stage, name)
+        for place, stage in enumerate(stages)
+        for name in ("context", "final_context")
+    }
+    if long := [f"{name} is {value}" for name, value in contexts.items() if value is not None and value > count]:
+        raise DataError(
+            f"the training text has {count:,} tokens, but {', '.join(long)}: give more text, or shorter contexts"
+        )
+
+
 def read_files(
     patterns: list[str],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig | None = None,
     renamed: int | None = None,
 ) -> np.ndarray:
-    """(N,) int32 tokens of text files or JSON lines, tokenised once and cached by `datasets`.
+    """(N,) int32 tokens of local files, tokenised once and cached by `datasets`; see `documents` for what is read.
 
     By default a text file's documents end at an empty line, and paragraphs, one a line, keep their newlines. With
     `renamed`, a seed, names are exchanged.
@@ -171,27 +224,49 @@ def read_files(
         DataError: naming patterns that match nothing, mixed kinds, empty text, missing columns.
     """
     config = config or DataConfig()
-    files = _find(patterns)
-    kinds = {"json" if Path(file).suffix in JSON_SUFFIXES else "text" for file in files}
-    if len(kinds) > 1:
-        raise DataError(f"text files and JSON lines cannot be mixed in one list: {', '.join(patterns)}")
-    options = {"sample_by": config.documents or "paragraph"} if kinds == {"text"} else {}
+    files = find_files(patterns)
+    joined = kinds_of(files) != {"text"} and config.documents == "document"
+    source = ", ".join(patterns)
+    with _cached(source):
+        try:
+            rows = Dataset.from_generator(
+                lambda: (
+                    {"text": text} for file in files for text in read_documents(file, config.column, config.documents)
+                ),
+                features=TEXT,
+                fingerprint=_key(_digest([Path(documents.__file__), *files]), config.column, config.documents),
+            )
+        except ValueError:  # what `datasets` says to no rows
+            raise DataError(f"{source} holds no text, or is empty") from None
+    return _tokenise(rows, "text", tokenizer, joined, source, renamed)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """SHA-256 over the content of files."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _cached(source: str) -> Iterator[None]:
+    """Says what `datasets` says in its own way while it reads a text into its cache.
+
+    Raises:
+        DataError: for a text that cannot be read, and a cache that cannot be written.
+    """
     try:
-        rows = load_dataset(kinds.pop(), data_files=files, split="train", **options)
-    except Exception as error:  # datasets wraps whatever went wrong while reading in its own classes
+        yield
+    except (OSError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if isinstance(cause, DataError):
+            raise cause from None
         raise DataError(
-            f"{', '.join(patterns)} cannot be read as text, or is empty: {error.__cause__ or error}"
+            f"{source} cannot be tokenised into the cache, {datasets_config.HF_DATASETS_CACHE}: {cause}. Another "
+            "place for it is what the environment variable HF_HOME names"
         ) from error
-    column = "text" if options else config.column
-    joined = not options and config.documents == "document"
-    return _tokenise(rows, column, tokenizer, joined, ", ".join(patterns), renamed)
-
-
-def _find(patterns: list[str]) -> list[str]:
-    found = {pattern: sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))) for pattern in patterns}
-    if missing := [pattern for pattern, files in found.items() if not files]:
-        raise DataError(f"no file matches {', '.join(missing)} (looked in {Path.cwd()})")
-    return [file for files in found.values() for file in files]
 
 
 def _read_hub(
@@ -200,11 +275,17 @@ def _read_hub(
     name = f"{config.dataset} {config.name or ''}".strip()
     try:
         rows = load_dataset(config.dataset, config.name, split=split, revision=config.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
-            f"the data set {name}, split {split}, cannot be loaded: {error}. "
-            "Check the name and the network, or give local files with --data.train PATH --data.dataset null"
+            f"the data set {name}, split {split}, cannot be loaded: {error}. Check the name, the network and the cache "
+            "(HF_HOME), or give local files with --data.train PATH --data.dataset null"
         ) from error
+    if config.column not in rows.column_names:
+        raise DataError(f"{name} has no field {config.column!r}; it has {rows.column_names}. Set data.column")
+    kind = rows.features[config.column]
+    if not isinstance(kind, Value) or "string" not in kind.dtype:
+        raise DataError(f"the field {config.column!r} of {name} is {kind}, not text. Set data.column")
+    rows = rows.select_columns(config.column)
     return _tokenise(rows, config.column, tokenizer, config.documents == "document", name, renamed)
 
 
@@ -216,27 +297,37 @@ def _tokenise(
     source: str,
     renamed: int | None,
 ) -> np.ndarray:
-    if column not in rows.column_names:
-        raise DataError(f"{source} has no field {column!r}; it has {rows.column_names}. Set data.column")
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no eos token to end documents with")
+    eos = end_of_text(tokenizer)
+    if empty := rows.data.column(column).null_count:
+        logger.warning("%s: %d of %d rows have no text and are left out", source, empty, len(rows))
     if joined:
-        rows = Dataset.from_dict({column: ["".join(rows[column])]})
-    if renamed is not None:
-        rows = _rename(rows, column, renamed, source)
-    rows = rows.map(
-        lambda batch: {"input_ids": _encode(batch[column], tokenizer)},
-        batched=True,
-        batch_size=256,
-        remove_columns=rows.column_names,
-        new_fingerprint=_key(rows._fingerprint, column, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id),
-        desc=f"Tokenising {source}",
-    )
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in rows.data.column("input_ids").chunks]
-    tokens = np.concatenate(chunks or [np.zeros(0)]).astype(np.int32, copy=False)
+        rows = Dataset.from_dict({column: ["".join(text for text in rows[column] if text)]})
+    with _cached(source):
+        if renamed is not None:
+            rows = _rename(rows, column, renamed, source)
+        rows = rows.map(
+            lambda batch: {"input_ids": _encode(batch[column], tokenizer)},
+            batched=True,
+            batch_size=256,
+            remove_columns=rows.column_names,
+            features=TOKENS,
+            new_fingerprint=_key(rows._fingerprint, column, _identity(tokenizer), eos, FORM),
+            desc=f"Tokenising {source}",
+        )
+    chunks = [chunk.flatten().to_numpy() for chunk in rows.data.column("input_ids").chunks]
+    tokens = np.concatenate([np.zeros(0, np.int32), *chunks])
     if len(tokens) < 2:
-        raise DataError(f"{source} holds no text")
+        raise DataError(f"{source} holds no text, or is empty")
     return tokens
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers apart: all of one in the library's form, or the files of one in Python."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _digest(sorted(path for path in Path(folder).rglob("*") if path.is_file()))
 
 
 def _rename(rows: Dataset, column: str, seed: int, source: str) -> Dataset:
@@ -249,17 +340,40 @@ def _rename(rows: Dataset, column: str, seed: int, source: str) -> Dataset:
     )
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each text that is not empty, with eos after it."""
-    texts = [text for text in texts if text]
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+def _encode(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each text, with eos after it; none for one that is nothing but blanks."""
+    encoded: list[list[int]] = [[] for _ in texts]
+    held = {place: text.removeprefix(MARK) for place, text in enumerate(texts) if text and not text.isspace()}
+    if held:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        for place, ids in zip(held, tokenizer(list(held.values()), **options)["input_ids"], strict=True):
+            encoded[place] = [*ids, tokenizer.eos_token_id]
+    return encoded
 
 
 def _key(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def check_sample(config: RunConfig) -> None:
+    """Checks that the text that a base is asked to write will be long enough, before it writes.
+
+    Raises:
+        DataError: naming what is too long for it.
+    """
+    texts = _texts_in_all(config.data.sampled_tokens, sampled_length(config), config.data.sample_batch)
+    count = texts * sampled_length(config)
+    check_length(count if config.data.valid else count - _kept(count, config.data), config.stages)
+
+
+def sampled_length(config: RunConfig) -> int:
+    """Tokens of each text that the base writes for a run."""
+    return max(stage.context for stage in config.stages)
+
+
+def _texts_in_all(count: int, length: int, batch_size: int) -> int:
+    """Texts of `length` tokens that make up `count`, in whole batches."""
+    return -(-count // (batch_size * length)) * batch_size
 
 
 def sampled_tokens(
@@ -271,6 +385,7 @@ def sampled_tokens(
     batch_size: int,
     seed: int,
     cache: str | Path,
+    start: int | None = None,
     show_progress: bool = True,
 ) -> np.ndarray:
     """Text that the base writes: (≥ count,) int32 tokens, in texts of `length` tokens that start with eos.
@@ -282,20 +397,40 @@ def sampled_tokens(
         base: in evaluation mode; `length` ≤ its number of positions.
         base_hash: identifies the base's weights.
         seed: of the sampling; the global random state is left as it was.
+        start: the eos token; the model's own by default.
+
+    Raises:
+        DataError: if the cache cannot be written, which is found out before anything is sampled.
     """
-    eos = base.config.eos_token_id
-    path = Path(cache) / f"sampled-{_key(base_hash, count, length, batch_size, seed, eos)}.safetensors"
+    start = start_of_text(base) if start is None else start
+    path = Path(cache) / f"sampled-{_key(SAMPLING, base_hash, count, length, batch_size, seed, start)}.safetensors"
     if path.is_file():
-        return load_file(path)["tokens"]
+        try:
+            return load_file(path)["tokens"]
+        except SafetensorError as error:
+            logger.warning("%s is damaged and will be made anew: %s", path, error)
+    texts = _texts_in_all(count, length, batch_size)
+    with _writable(path):
+        write_file(path.with_name(f"{path.name}.try"), bytes(4 * texts * length)).unlink()
     batches = []
-    bar = tqdm(total=count, unit="tok", desc="Sampling text from the base", disable=not show_progress)
+    bar = tqdm(total=texts * length, unit="tok", desc="Sampling text from the base", disable=not show_progress)
     with seeded(seed, base.device), bar:
-        while len(batches) * batch_size * length < count:
-            batches.append(sample_texts(base, batch_size, length).cpu().numpy().astype(np.int32))
+        for _ in range(texts // batch_size):
+            batches.append(sample_texts(base, batch_size, length, start).cpu().numpy().astype(np.int32))
             bar.update(batches[-1].size)
     tokens = np.concatenate(batches).reshape(-1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"tokens": tokens}, partial)
-    partial.replace(path)
+    with _writable(path):
+        write_file(path, save({"tokens": tokens}))
     return tokens
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DataError(
+            f"sampled text is kept in {path.parent}, which cannot be written: {error}. Name another folder with "
+            "--data.cache PATH"
+        ) from error

@@ -1,9 +1,9 @@
 """Measures variants against their base on a text: `python trainer/evaluate.py --variant DIR ... --text FILE`.
 
-Tokens are counted like this. The text's documents (parts between empty lines; objects of JSON lines) are each ended by
-eos and joined into one stream, which is cut into blocks of `--context` tokens. Every token of a block but its first is
-predicted exactly once, from the tokens before it in its block; the last block may be short. All figures are means over
-these predictions. Variants of one base are measured together, so that the base reads the text once.
+Tokens are counted like this. The text's documents (parts between empty lines; rows of JSON or Parquet) are each ended
+by eos and joined into one stream, which is cut into blocks of `--context` tokens. Every token of a block but its first
+is predicted exactly once, from the tokens before it in its block; the last block may be short. All figures are means
+over these predictions. Variants of one base are measured together, so that the base reads the text once.
 
 With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
 temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). A difference comes
@@ -16,21 +16,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as a file from a clone that is not installed
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # run as a file from a clone that is not installed; `python -P` puts no folder in front
+    sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
+from attention.files import write_file
 from trainer.card import as_difference, with_measurement
-from trainer.data import DataError, read_files
+from trainer.data import DataError, check_vocabulary, read_files
 from trainer.fidelity import Fidelity, Reader, measure_each
 from trainer.samples import Writing, draw_prompts, measure_writing
 
@@ -43,7 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--variant", required=True, nargs="+", metavar="SPEC", help="folders or Hub ids; a base is measured alone")
-    add("--text", required=True, nargs="+", metavar="FILE", help="files or patterns of text or JSON lines")
+    add(
+        "--text", required=True, nargs="+", metavar="FILE", help="files, or patterns of files, of text, JSON or Parquet"
+    )
     add("--base", metavar="SPEC", help="the base, if not the one that a variant names")
     add("--context", type=int, default=512, help="tokens of a block (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="blocks of a forward pass (default: %(default)s)")
@@ -57,6 +62,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--card", action="store_true", help="also write the figures into README.md of each variant, a folder")
     add("--json", action="store_true", help="print one JSON object a variant instead of tables")
     return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Checks what can be checked before anything is loaded.
+
+    Raises:
+        ValueError: naming all options that have no meaning.
+    """
+    least = {"context": 2, "batch_size": 1, "samples": 0, "prompt_length": 1, "length": 4, "seed": 0, "tolerance": 0}
+    problems = [
+        f"--{name} must be at least {value}, not {getattr(options, name)}"
+        for name, value in least.items()
+        if not value <= getattr(options, name) < 2**63
+    ]
+    try:
+        torch.empty(1, device=options.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problems.append(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -95,8 +120,20 @@ def evaluate(options: argparse.Namespace) -> list[Row]:
     Raises:
         attention.CheckpointError, DataError, ValueError: saying what is missing or wrong.
     """
+    check(options)
     rows = [row for family in load(options) for row in _measure(family, options)]
+    for row in rows:
+        if wrong := _not_finite(row):
+            raise ValueError(f"{row['variant']}, or its base, is damaged: not finite are {', '.join(wrong)}")
     return sorted(rows, key=lambda row: options.variant.index(row["variant"]))
+
+
+def _not_finite(row: Row) -> list[str]:
+    """The names of figures that are no numbers, which JSON cannot hold."""
+    inner = [
+        f"{name} {inner}" for name, value in row.items() if isinstance(value, dict) for inner in _not_finite(value)
+    ]
+    return [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)] + inner
 
 
 def load(options: argparse.Namespace) -> list[Family]:
@@ -118,6 +155,7 @@ def load(options: argparse.Namespace) -> list[Family]:
 def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
     if family.tokenizer is None:
         raise ValueError(f"the base {family.base.name_or_path} has no tokenizer, which is needed to read text")
+    check_vocabulary(family.tokenizer, family.base)
     tokens = read_files(options.text, family.tokenizer)
     rows = _fidelity(family, tokens, options)
     if options.samples:
@@ -181,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = evaluate(options)
         sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows) if options.json else tables(rows))
         for card, row in zip(cards, rows, strict=False):
-            card.write_text(with_measurement(card.read_text(encoding="utf-8"), row), encoding="utf-8")
+            write_file(card, with_measurement(card.read_text(encoding="utf-8"), row).encode())
     except (DataError, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

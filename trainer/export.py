@@ -37,12 +37,14 @@ def save_variant(
     observer: Observer,
     model: attention.Variant,
     step: int,
+    valid: Fidelity,
     test: tuple[str, Fidelity] | None = None,
 ) -> Path:
     """Writes a variant with its card, history and curves; returns its folder.
 
     Args:
         step: optimiser steps so far.
+        valid: what was measured of this model's weights on the validation text, for the card.
         test: name of a text that guided nothing and what was measured on it, for the card.
     """
     folder = Path(setup.config.output)
@@ -55,7 +57,7 @@ def save_variant(
         steps=step,
         seconds=observer.seconds,
     )
-    card = write_card(making, observer.last_figures(), test)
+    card = write_card(making, valid, test)
     history = observer.history
     attention.save(model, place, base=setup.base, tokenizer=setup.tokenizer, card=card, history=history.path)
     plot(history.rows, folder / CURVES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ def finish(loop: Loop) -> None:
         place = Path(loop.config.output) / "model"
         save_base(setup, model, place)
     else:
-        place = save_variant(setup, loop.observer, model, loop.step)
+        valid = loop.observer.last_figures()
+        place = save_variant(setup, loop.observer, model, loop.step, valid)
         if setup.test is not None:
             test = measure_saved(loop, place, *setup.test)
-            save_variant(setup, loop.observer, model, loop.step, test)
+            save_variant(setup, loop.observer, model, loop.step, valid, test)
         if loop.publisher is not None:
             pushed = loop.publisher.push(place, dry_run=loop.config.dry_run)
     logger.info("%s", summary(loop, place, test, pushed))
@@ -62,7 +64,7 @@ def summary(loop: Loop, place: Path, test: tuple[str, Fidelity] | None, pushed: 
         f"{peak_memory_mb():,.0f} MB at most",
         f"saved    {place}",
         *([f"pushed   {pushed}"] if pushed is not None and not loop.config.dry_run else []),
-        f"see it   python app.py --checkpoints {place}",
+        f"see it   {shlex.join(['python', 'app.py', '--checkpoints', str(place)])}",
     ]
     return "\n".join(lines)
 

@@ -273,7 +273,7 @@ class Loop:
                 self._save_checkpoint(index, done, optimizers)
             raise
         if self._due(config.push_every) and not run_ends:
-            self._push_behind()
+            self._push_behind(stage, measured=self._due(config.eval.every) or stage_ends)
 
     def _measure(self, index: int, done: int, optimizers: list[Optimizer]) -> None:
         """Validation and samples that are due after step `done` of a stage; then a run at its end is finished.
@@ -291,10 +291,15 @@ class Loop:
         if run_ends:
             self._save_checkpoint(index, done, optimizers, finished=True)
 
-    def _push_behind(self) -> None:
+    def _push_behind(self, stage: StageConfig, *, measured: bool) -> None:
+        if self.publisher is None:
+            return
+        if not measured:  # the card says what the weights beside it reach
+            self.observer.validate(self.step, stage)
         model = self.setup.whole_model()
-        if model is not None and self.publisher is not None:
-            self.publisher.push_behind(save_variant(self.setup, self.observer, model, self.step))
+        if model is not None:
+            figures = self.observer.last_figures(best=False)
+            self.publisher.push_behind(save_variant(self.setup, self.observer, model, self.step, figures))
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

@@ -144,10 +144,11 @@ class Observer:
             ]
             self._add({"kind": "samples", "step": step, "stage": stage.stage, "texts": rows})
 
-    def last_figures(self) -> Fidelity:
-        """What was measured last on the validation text; with `eval.keep: best`, what was measured best."""
+    def last_figures(self, *, best: bool = True) -> Fidelity:
+        """What was measured last on the validation text; with `eval.keep: best`, unless `best` says no, what was
+        measured best."""
         rows = self.history.of_kind("eval")
-        if self.best[1]:
+        if best and self.best[1]:
             rows = [row for row in rows if self.best[0] in (row["kl"], row["perplexity"])]
         row = rows[-1]
         names = [field.name for field in fields(Fidelity) if field.name != "tokens"]

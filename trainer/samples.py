@@ -10,49 +10,43 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from attention.prompts import prompt_tokens
 
 from .config import SampleConfig
 from .losses import last_hidden, output_matrix, vocabulary_loss
 
 BATCH = 16  # texts written at a time
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # from the whole distribution
 
 
 @torch.no_grad()
 def write_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SampleConfig, seed: int
 ) -> list[str]:
-    """Continues each prompt; the global random state is left as it was.
+    """Continues each prompt, up to eos; the global random state is left as it was.
 
     Args:
         seed: the same for each prompt.
     """
-    choice = {"do_sample": bool(options.temperature)}
-    if options.temperature:
-        choice |= {"temperature": options.temperature, "top_k": 0}
+    limit, end = model.config.max_position_embeddings, tokenizer.eos_token_id
     training = model.training
     model.eval()
     texts = []
     for prompt in options.prompts:
-        input_ids = prompt_ids(tokenizer, prompt).to(model.device)
-        room = model.config.max_position_embeddings - input_ids.shape[1]
+        input_ids = prompt_ids(tokenizer, prompt)
+        length = min(options.length, limit - input_ids.shape[1])
         with seeded(seed, model.device):
-            output = model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=min(options.length, room),
-                pad_token_id=tokenizer.eos_token_id,
-                **choice,
-            )
+            output = continue_texts(model, input_ids, length, temperature=options.temperature, end=end)
         texts.append(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))
     model.train(training)
     return texts
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """(1, T ≥ 1) token ids; an empty prompt is the beginning of a document."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    return torch.tensor([ids])
+    """(1, T ≥ 1) token ids; an empty prompt is the beginning of a document. See `prompt_tokens`."""
+    return torch.tensor([prompt_tokens(tokenizer, prompt) or [tokenizer.eos_token_id]])
 
 
 @contextmanager
@@ -63,29 +57,53 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def sample_texts(model: PreTrainedModel, count: int, length: int) -> Tensor:
+def sample_texts(model: PreTrainedModel, count: int, length: int, start: int | None = None) -> Tensor:
     """(count, length) tokens that a model in evaluation mode writes from eos on, at temperature 1.
 
     Sampled from the whole distribution; a text goes on after an eos inside it.
+
+    Args:
+        start: the eos token; the model's own by default.
+
+    Raises:
+        ValueError: if it is not given and the model's config does not say which it is.
     """
-    return continue_texts(model, torch.full((count, 1), model.config.eos_token_id), length - 1)
+    first = start_of_text(model) if start is None else start
+    return continue_texts(model, torch.full((count, 1), first), length - 1)
+
+
+def start_of_text(model: PreTrainedModel) -> int:
+    """The eos token that a model's config names.
+
+    Raises:
+        ValueError: if that is none, several, or no token of the model.
+    """
+    eos, size = model.config.eos_token_id, model.get_input_embeddings().weight.shape[0]
+    if not isinstance(eos, int) or not 0 <= eos < size:
+        raise ValueError(f"the model's eos_token_id is {eos}, which is not one of its {size:,} tokens")
+    return eos
 
 
 @torch.no_grad()
-def continue_texts(model: PreTrainedModel, prompts: Tensor, length: int) -> Tensor:
-    """Prompts (N, P) with `length` tokens more, (N, P + length), sampled as in `sample_texts`."""
+def continue_texts(
+    model: PreTrainedModel, prompts: Tensor, length: int, *, temperature: float = 1.0, end: int | None = None
+) -> Tensor:
+    """Prompts (N, P) with up to `length` tokens more, (N, ≤ P + length), from the whole distribution.
+
+    Nothing else has a say: what the model's own `generation_config` asks for is left aside.
+
+    Args:
+        temperature: 0 takes the most likely token.
+        end: the token that ends a text and pads shorter ones; None: texts go on after any.
+    """
     prompts = prompts.to(model.device)
-    return model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length,
-        eos_token_id=None,
-        pad_token_id=model.config.eos_token_id,
-    )
+    choice = SAMPLING | {"temperature": temperature} if temperature else {"do_sample": False}
+    options = GenerationConfig(**choice, max_new_tokens=length, eos_token_id=end, pad_token_id=end)
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        return model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=options)
+    finally:
+        model.generation_config = own
 
 
 def draw_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import platform
 import shlex
 import subprocess
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.files import fingerprint, write_json
+from attention.files import fingerprint, write_file
 from attention.mechanism import is_mechanism
 from attention.stored import without_copies
 from attention.variant import causal_models, fuse_activations, position_limit
@@ -32,7 +33,16 @@ from attention.variant import causal_models, fuse_activations, position_limit
 from . import resume
 from .checkpointing import restore_weights, whole
 from .config import RunConfig
-from .data import load_test_tokens, load_tokens, sampled_tokens
+from .data import (
+    check_length,
+    check_sample,
+    check_vocabulary,
+    end_of_text,
+    load_test_tokens,
+    load_tokens,
+    sampled_length,
+    sampled_tokens,
+)
 from .positions import extend_positions, position_table
 from .samples import prompt_ids
 from .signals import launcher_arguments
@@ -121,6 +131,7 @@ def build(config: RunConfig) -> Setup:
         check_finite(source, config.base or "the new model")
         check_finite(model, config.variant or "the fresh variant")
         check_sizes(config, model)
+        check_vocabulary(tokenizer, model)
         check_prompts(config, model, tokenizer)
         fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
@@ -128,10 +139,11 @@ def build(config: RunConfig) -> Setup:
         train, valid = load_tokens(
             config.data,
             tokenizer,
-            lambda: _sample(config, source, show_progress=is_main),
+            lambda: _sample(config, source, end_of_text(tokenizer), show_progress=is_main),
             seed=config.seed,
             show_progress=is_main,
         )
+        check_length(len(train), config.stages)
         test = load_test_tokens(config, tokenizer)
         with accelerator.autocast():
             cache = None if base is None else _teacher_cache(config, base, train, accelerator.mixed_precision)
@@ -304,23 +316,29 @@ def check_prompts(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrain
         )
 
 
-def _sample(config: RunConfig, base: PreTrainedModel, *, show_progress: bool) -> np.ndarray:
+def _sample(config: RunConfig, base: PreTrainedModel, eos: int, *, show_progress: bool) -> np.ndarray:
+    check_sample(config)
     return sampled_tokens(
         base,
         _identity(base),
         config.data.sampled_tokens,
-        length=max(stage.context for stage in config.stages),
+        length=sampled_length(config),
         batch_size=config.data.sample_batch,
         seed=config.seed,
         cache=config.data.cache,
+        start=eos,
         show_progress=show_progress,
     )
 
 
 def write_record(config: RunConfig, folder: Path) -> None:
-    """Writes the config as it is run, and the environment, into the run's folder."""
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    write_json(folder / "environment.json", environment())
+    """Writes the config as it is run, and the environment, into the run's folder.
+
+    Raises:
+        OSError: if the disk refuses; what was there before is untouched.
+    """
+    write_file(folder / "config.yaml", config.to_yaml().encode())
+    write_file(folder / "environment.json", (json.dumps(environment(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file from a clone that is not installed
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # run as a file from a clone that is not installed; `python -P` puts no folder in front
+    sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
 from filelock import FileLock, Timeout
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,7 +38,9 @@ class InUseError(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="see trainer/recipes")
     options, overrides = parser.parse_known_args(arguments)
     try:
@@ -74,13 +76,13 @@ def fit(config: RunConfig, folder: Path) -> int:
         parts = setup.build(config)
         loop = Loop(parts)
         loop.restore()
+        if parts.is_main:
+            setup.write_record(config, folder)
+        else:
+            logging.getLogger().setLevel(logging.WARNING)
     except (DataError, OSError, ValueError) as error:
         logger.error("%s", error)
         return 2
-    if parts.is_main:
-        setup.write_record(config, folder)
-    else:
-        logging.getLogger().setLevel(logging.WARNING)
     try:
         loop.fit()
         finish(loop)

@@ -535,3 +535,47 @@ def test_info(saved, capsys):
     (saved / "config.json").unlink()
     assert checkpoint.main(["info", str(saved)]) == 1
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["of a folder", "of nothing yet"])
+def test_a_link_as_a_target_is_kept(there, tmp_path, base):
+    disk = tmp_path / "disk" / "masks"
+    disk.parent.mkdir()
+    if there:
+        attention.save(make_variant(base), disk)
+    (tmp_path / "variant").symlink_to(disk)
+    attention.save(variant := make_variant(base), tmp_path / "variant")
+    assert (tmp_path / "variant").is_symlink()
+    assert not disk.is_symlink()
+    assert_same(attention.load(tmp_path / "variant")[0].half(), variant.half())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "disk", "variant"]
+    assert [path.name for path in disk.parent.iterdir()] == ["masks"]
+
+
+def test_what_an_interruption_left_behind_a_link_is_found(tmp_path, base):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "variant").symlink_to(tmp_path / "disk" / "masks")
+    attention.save(variant := make_variant(base), tmp_path / "variant")
+    (tmp_path / "disk" / "masks").rename(tmp_path / "disk" / ".masks.old")
+    assert_same(attention.load(tmp_path / "variant")[0].half(), variant.half())
+    attention.save(variant, tmp_path / "variant")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["masks"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "link").symlink_to("real")
+    files.write_file(tmp_path / "link", b"after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "after"
+
+    def full(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_file(tmp_path / "link", b"later")
+    assert (tmp_path / "real").read_text() == "after"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

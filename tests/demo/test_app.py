@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import httpx
+import pytest
 from gradio_client import Client
 
 import app
@@ -21,6 +23,35 @@ def test_checkpoints_come_from_the_command_line_or_the_environment(monkeypatch):
     monkeypatch.setenv("CHECKPOINTS", "runs/a user/repo@main")
     assert app.parse([]).checkpoints == ["runs/a", "user/repo@main"]
     assert app.parse(["--checkpoints", "runs/b", "--port", "7000"]).checkpoints == ["runs/b"]
+    assert app.parse(["--checkpoints", "a b", "--checkpoints", "c"]).checkpoints == ["a b", "c"]
+    monkeypatch.setenv("CHECKPOINTS", """'my runs/a' "b's"  runs/c\\ d\n user/repo@main""")
+    assert app.parse([]).checkpoints == ["my runs/a", "b's", "runs/c d", "user/repo@main"]
+    monkeypatch.delenv("CHECKPOINTS")
+    assert app.parse([]).checkpoints == []
+
+
+@pytest.mark.parametrize("variable", ["CHECKPOINTS", "ALLOWED_MODELS"])
+def test_a_variable_whose_quotation_does_not_end_is_named(variable, monkeypatch, capsys):
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    monkeypatch.setenv(variable, "runs/a 'runs/b")
+    assert app.main([]) == 2
+    assert f"the environment variable {variable} cannot be read: No closing quotation" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert app.main(["--port", str(other.getsockname()[1])]) == 2
+    assert "port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["-P"], ["-I"], []])
+def test_it_finds_its_parts(options, tmp_path):
+    command = [sys.executable, *options, str(ROOT / "app.py"), "--help"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.startswith("usage: app.py")
+    assert found.returncode == 0
 
 
 def test_it_serves_the_bundled_models_and_those_it_is_given(checkpoints):

@@ -115,6 +115,9 @@ def test_a_space_allows_only_its_list(monkeypatch, checkpoints):
     for source in ("bad/model", str(checkpoints / "base"), "../x", "a b", "good/model\x00", "https://x.y/good/model"):
         with pytest.raises(LoadError):
             access.check(source)
+    monkeypatch.setenv("ALLOWED_MODELS", """'good/model'\n "also/good"\t""")
+    for source in ("good/model", "also/good/sub"):
+        Access.from_environment().check(source)
     monkeypatch.setenv("ALLOWED_MODELS", "*")
     Access.from_environment().check("any/model")
 

@@ -68,6 +68,143 @@ def test_values_are_what_they_look_like(option: str, place: str, value: object, 
     assert getattr(load_config(recipe, option.split()), place) == value
 
 
+TEXTS = [
+    "runs/x/try #2",
+    "A: B",
+    "my book: part 1.txt",
+    "'quoted'",
+    '"quoted"',
+    "- dash",
+    "&anchor",
+    "*star.txt",
+    "!tag",
+    "{brace}",
+    "[final] book.txt",
+    "a, b",
+    "007",
+    "1e3",
+    "yes",
+    "true",
+    " spaces ",
+    "%TAG",
+    "@user",
+    "`tick`",
+    "? key",
+    "| bar",
+    "> fold",
+    "C:\\new\\table",
+    "naïve – 日本.txt",
+    "-",
+]
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    path = tmp_path / "short.yaml"
+    stages = [{"stage": kind, "steps": 9} for kind in ("transfer", "distil", "distil")]
+    path.write_text(yaml.safe_dump({"base": "b", "attention": {"method": "masks"}, "output": "o", "stages": stages}))
+    return path
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_is(text: str, short: Path):
+    options = ["base", "variant", "output", "card.name", "card.train_data", "eval.text", "data.cache", "data.column"]
+    words = [word for name in options for word in (f"--{name}", text)]
+    for arguments in (words, [f"--{name}={text}" for name in options]):
+        config = load_config(short, arguments)
+        found = [config.base, config.variant, config.output, config.card.name, config.card.train_data]
+        assert [*found, config.eval.text, config.data.cache, config.data.column] == [text] * len(options)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_lists_of_text_are_words_as_they_are(text: str, short: Path):
+    assert load_config(short, ["--data.train", text]).data.train == [text]
+    assert load_config(short, ["--data.train", text, "b.txt", text, "--seed", "1"]).data.train == [text, "b.txt", text]
+    assert load_config(short, [f"--samples.prompts={text}", "--seed", "1"]).samples.prompts == [text]
+
+
+def test_a_list_may_be_yaml_unless_it_is_a_file(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(short, ["--data.train", '["a.txt", "b #2.txt"]']).data.train == ["a.txt", "b #2.txt"]
+    assert load_config(short, ["--data.train", "[a.txt]"]).data.train == ["a.txt"]
+    Path("[a.txt]").touch()
+    assert load_config(short, ["--data.train", "[a.txt]"]).data.train == ["[a.txt]"]
+    assert load_config(short, ["--data.train", "null"]).data.train is None
+
+
+def test_nothing_is_said_by_null(short: Path):
+    arguments = ["--variant", "null", "--card.name=null", "--data.documents", "null", "--data.valid_split", "null"]
+    config = load_config(short, arguments)
+    assert [config.variant, config.card.name, config.data.documents, config.data.valid_split] == [None] * 4
+    assert load_config(short, ["--output", "null"]).output == "null"  # which cannot be nothing
+
+
+def test_options_of_a_method_are_yaml_and_text_in_them_is_whole(short: Path):
+    config = load_config(short, ["--attention", "{method: masks, candidates: [window(4)]}"])
+    assert config.attention == {"method": "masks", "candidates": ["window(4)"]}
+    config = load_config(short, ["--attention.method", "performer", "--attention.feature_map", "relu"])
+    assert config.attention == {"method": "performer", "feature_map": "relu"}
+    values = {"attention": {}}
+    assert apply_overrides(values, ["--attention.x", "a #b", "--attention.y", "'a'", "--attention.z", "1e-3"]) == []
+    assert values["attention"] == {"x": "a #b", "y": "a", "z": 1e-3}
+
+
+def test_a_kind_names_all_stages_of_that_kind(short: Path):
+    config = load_config(short, ["--stages.distil.micro_batch_size", "2", "--stages.distil.objective.ce", "0.5"])
+    assert [stage.micro_batch_size for stage in config.stages] == [None, 2, 2]
+    assert [stage.objective.ce for stage in config.stages[1:]] == [0.5, 0.5]
+    config = load_config(short, ["--stages.2.micro_batch_size", "2", "--stages.1.train", "all"])
+    assert [stage.micro_batch_size for stage in config.stages] == [None, None, 2]
+    assert [stage.train for stage in config.stages[1:]] == ["all", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output"], "--output: needs a value"),
+        (["--max_steps"], "--max_steps: needs a value"),
+        (["--stages.distil.lr", "--seed", "1"], "--stages.distil.lr: needs a value"),
+        (["--data.train", "--seed", "1"], "--data.train: needs a value"),
+        (["--output="], "output: "),
+        (["--output", "o", "p"], "'p' is not an option"),
+        (["--data.train=a.txt", "b.txt"], "'b.txt' is not an option"),
+        (["--stages.pretrain.lr", "1"], "there is no 'pretrain' among 0 (transfer), 1 (distil), 2 (distil)"),
+        (["--stages.3.lr", "1"], "--stages.3.lr has no place in the recipe"),
+        (["--base.x", "1"], "--base.x has no place in the recipe"),
+        (["--eval.context", "[1"], "--eval.context [1: the value is not YAML"),
+        (["--eval.context", "many"], "eval.context: "),
+        (["--dta.train", "x"], "dta: is not an option"),
+        (["--data.trian", "x: y"], "data.trian: the value is not YAML|data.trian: is not an option"),
+    ],
+)
+def test_what_cannot_be_set_is_said(arguments: list[str], message: str, short: Path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(short, arguments)
+    assert any(part in str(caught.value) for part in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{n_layers: 2}", "new.config: 'n_layers' is not an option of GPT2Config; is n_layer meant?"),
+        ("{n_layer: 2, heads: 2, depth: 1}", "new.config: 'depth' is not an option of GPT2Config"),
+        ("{n_layer: two}", "new.config: Field 'n_layer' expected int, got str"),
+        ("{n_layer: 1.5}", "new.config: Field 'n_layer' expected int, got float"),
+        ("{n_layer: 0}", "new.config: n_layer must be at least 1 (got 0)"),
+        ("{activation_function: gelu_newer}", "activation_function 'gelu_newer' is not one"),
+        ("small", "new.config: "),
+    ],
+)
+def test_options_that_a_new_model_has_not_are_named(options: str, message: str, tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{new: {tokenizer: t}, data: {train: a}, stages: [{stage: pretrain, steps: 1}], output: o}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--new.config", options])
+    assert message in str(caught.value)
+    config = load_config(path, ["--new.config", "{n_layer: 2, hidden_size: 64}", "--new.config.n_head", "2"])
+    assert config.new.config == {"n_layer": 2, "hidden_size": 64, "n_head": 2}
+
+
 def test_all_mistakes_are_named_at_once(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

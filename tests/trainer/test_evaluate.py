@@ -1,7 +1,10 @@
 """The command that measures variants."""
 
+import copy
+import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 import attention
 from trainer.data import read_files
 from trainer.evaluate import evaluate, main, parse
-from trainer.fidelity import measure
+from trainer.fidelity import Fidelity, measure
 from trainer.samples import draw_prompts, measure_writing
 
 FIGURES = ("sample_perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition")
@@ -144,3 +147,73 @@ def test_what_the_command_cannot_use_is_named(variants, workplace, valid, capsys
     assert "holds 64 tokens" in capsys.readouterr().err
     assert main(["--variant", variants["masks"], "--text", valid, "--context", "8", "--samples", "2"]) == 2
     assert "must have 4 to 48, not 200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--context 0", "--context must be at least 2, not 0"),
+        ("--context 1", "--context must be at least 2, not 1"),
+        ("--context -5", "--context must be at least 2, not -5"),
+        ("--batch_size 0", "--batch_size must be at least 1, not 0"),
+        ("--samples -1", "--samples must be at least 0, not -1"),
+        ("--samples 2 --prompt_length 0", "--prompt_length must be at least 1, not 0"),
+        ("--samples 2 --length 3", "--length must be at least 4, not 3"),
+        ("--seed -1", "--seed must be at least 0, not -1"),
+        ("--seed 99999999999999999999", "--seed must be at least 0, not 99999999999999999999"),
+        ("--tolerance nan", "--tolerance must be at least 0, not nan"),
+        ("--tolerance -1", "--tolerance must be at least 0, not -1.0"),
+        ("--device nowhere", "--device nowhere cannot be used"),
+        ("--device meta", "--device meta cannot be used"),
+        ("--device cuda:99", "--device cuda:99 cannot be used"),
+    ],
+)
+def test_options_without_a_meaning_are_refused_before_anything_is_loaded(options, message, monkeypatch, capsys):
+    monkeypatch.setattr("attention.describe", None)
+    assert main(["--variant", "v", "--text", "t", "--json", *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["--variant", "v", "--text", "t", *options.split(), "--context", "1"]) == 2
+    assert "--context must be at least 2, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_figures_are_numbers(value, variants, valid, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.evaluate.measure_each", lambda *_, **__: [Fidelity(9, value, 1.0, 1.0, 1.0)] * 4)
+    for options, named in ([], "kl"), (["--ablate"], "ablations window(3) kl"):
+        assert main(["--variant", variants["masks"], "--text", valid, "--context", "32", "--json", *options]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"{variants['masks']}, or its base, is damaged: not finite are kl" in err
+        assert named in err
+
+
+def test_a_tokenizer_that_knows_more_than_the_base_is_refused(workplace, valid, tokenizer, tmp_path, capsys):
+    shutil.copytree(workplace / "base", tmp_path / "base")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<new>"])
+    larger.save_pretrained(tmp_path / "base")
+    assert main(["--variant", str(tmp_path / "base"), "--text", valid, "--context", "32"]) == 2
+    assert "no embedding: '<new>'" in capsys.readouterr().err
+
+
+def test_texts_are_read_as_in_training(variants, valid, tmp_path, capsys):
+    text = Path(valid).read_text()
+    (tmp_path / "it [1].jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text.strip()}).encode()))
+    command = ["--variant", variants["masks"], "--context", "32", "--json", "--text"]
+    rows = []
+    for name in (valid, str(tmp_path / "it [1].jsonl.gz")):
+        assert main([*command, name]) == 0
+        rows.append(json.loads(capsys.readouterr().out))
+    assert rows[0] | {"text": None} == rows[1] | {"text": None}
+
+
+def test_a_full_disk_leaves_the_card_as_it_was(variants, valid, tmp_path, monkeypatch, capsys):
+    (Path(variants["masks"]) / "README.md").write_text(card := "# masks\n\n## Use\n\nLike this.\n")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["--variant", variants["masks"], "--text", valid, "--context", "32", "--card"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert (Path(variants["masks"]) / "README.md").read_text() == card

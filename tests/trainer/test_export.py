@@ -4,19 +4,22 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 import attention
 from attention import PushError
 from tests.hub_server import HubServer
 from tests.trainer.conftest import recipe, write_recipe
+from trainer.data import read_files
 from trainer.export import Publisher
+from trainer.fidelity import measure
 from trainer.train import main
 
 
@@ -46,6 +49,31 @@ def test_a_run_pushes_its_variant_with_card_history_and_curves(server, workplace
     here, anywhere = re.findall(r"```python\n(.*?)```", files["masks/README.md"].decode(), re.DOTALL)
     assert 'attention.load("me/fitted/masks")' in here
     assert run_elsewhere(anywhere, server, tmp_path).startswith("The old man looked at the sea and")
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_card_has_figures_of_the_weights_beside_it(keep: str, workplace: Path, tmp_path: Path, monkeypatch):
+    """On the way, too, where nothing was due to be measured, and where other weights were better."""
+    pushed: list[Path] = []
+
+    def push(self: Publisher, folder: Path, **_: object) -> None:
+        pushed.append(Path(shutil.copytree(folder, folder.with_name(f"pushed-{len(pushed)}"))))
+
+    monkeypatch.setattr(Publisher, "push_behind", push)
+    monkeypatch.setattr(Publisher, "push", push)
+    path = pushing(workplace, tmp_path, eval={"every": 4, "tokens": 128, "context": 32, "keep": keep})
+    worse = ["--stages.distil.lr", "0.3", "--stages.distil.train", "all", "--stages.distil.clip", "null"]
+    assert main(["--config", path, "--push_every", "2", *worse]) == 0
+    assert len(pushed) == 4
+    base, tokenizer = attention.load(workplace / "base")
+    tokens = read_files([str(workplace / "valid.txt")], tokenizer)[:128]
+    stated, measured = [], []
+    for folder in pushed:
+        card = ModelCard.load(folder / "README.md")
+        stated.append(next(result.metric_value for result in card.data.eval_results if result.metric_type == "kl"))
+        measured.append(measure(attention.load(folder, base=base)[0], base, tokens, 32).kl)
+    assert stated == pytest.approx(measured, rel=0.01)
+    assert (stated[-1] <= min(stated)) == (keep == "best")
 
 
 def run_elsewhere(code: str, server: HubServer, folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Texts that models write, and what is counted in them."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,10 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import attention
-from trainer.samples import continue_texts, describe_texts, draw_prompts, measure_writing, sample_texts, seeded
+from trainer.config import SampleConfig
+from trainer.samples import (
+    Writing,
+    continue_texts,
+    describe_texts,
+    draw_prompts,
+    measure_writing,
+    sample_texts,
+    seeded,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +112,78 @@ def test_samples_are_continuations_of_eos(base):
         continued = continue_texts(base, torch.full((3, 1), base.config.eos_token_id), 9)
     assert texts.shape == (3, 10)
     assert torch.equal(texts, continued)
+
+
+OWN_WAYS = [
+    {"min_p": 0.9, "typical_p": 0.1, "top_k": 1, "top_p": 0.1, "temperature": 0.01, "epsilon_cutoff": 0.5},
+    {"no_repeat_ngram_size": 1, "repetition_penalty": 9.0, "bad_words_ids": [[7]], "suppress_tokens": [5]},
+    {"num_beams": 3, "num_beam_groups": 3, "diversity_penalty": 1.0, "length_penalty": 2.0, "early_stopping": True},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"stop_strings": ["e"], "max_time": 1e-9, "max_length": 3, "min_length": 60},
+    {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True, "output_hidden_states": True},
+    {"eos_token_id": [1, 2, 3], "pad_token_id": 9, "forced_eos_token_id": 4, "decoder_start_token_id": 3},
+    {"use_cache": False, "cache_implementation": "static", "penalty_alpha": 0.6, "guidance_scale": 3.0},
+    {"prompt_lookup_num_tokens": 2, "assistant_early_exit": 1, "sequence_bias": [[[5], 9.0]], "no_such_option": 1},
+]
+
+
+@pytest.mark.parametrize("own", OWN_WAYS, ids=lambda own: next(iter(own)))
+@pytest.mark.parametrize("swapped", [False, True], ids=["base", "variant"])
+def test_a_models_own_way_of_generating_changes_nothing(own, swapped, workplace, base, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(workplace / "base").eval()
+    if swapped:
+        model = attention.convert(model, attention.MasksConfig(candidates=("window(64)",)))
+    options = SampleConfig(prompts=["the sea", ""], length=24)
+
+    def written() -> tuple[torch.Tensor, Writing, list[list[str]]]:
+        with seeded(3, model.device):
+            texts = sample_texts(model, 4, 24)
+        writing = measure_writing(model, base, torch.arange(6).view(3, 2), 20, seed=0)
+        cooler = options.model_copy(update={"temperature": 0.0})
+        return texts, writing, [write_texts(model, tokenizer, one, seed=1) for one in (options, cooler)]
+
+    plain = written()
+    assert plain[0].shape == (4, 24)
+    model.generation_config = GenerationConfig(**own)
+    before = model.generation_config.to_dict()
+    changed = written()
+    assert torch.equal(plain[0], changed[0])
+    assert plain[1:] == changed[1:]
+    assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("eos", [50256, [0, 5], None, -1])
+def test_a_base_that_names_no_eos_token_writes_from_the_one_it_is_given(eos, workplace, base):
+    model = AutoModelForCausalLM.from_pretrained(workplace / "base").eval()
+    model.config.eos_token_id = eos
+    with pytest.raises(ValueError, match=r"eos_token_id is .*, which is not one of its 320 tokens"):
+        sample_texts(model, 2, 8)
+    with seeded(0, model.device):
+        texts = sample_texts(model, 2, 8, start=0)
+    with seeded(0, base.device):
+        assert torch.equal(texts, sample_texts(base, 2, 8))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_prompts_are_opened_and_not_closed(temperature, base, tokenizer):
+    closing = copy.deepcopy(tokenizer)
+    end = tokenizer.eos_token
+    closing.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 0)])
+    options = SampleConfig(prompts=["the sea", "the old man", ""], length=16, temperature=temperature)
+    assert write_texts(base, closing, options, seed=0) == write_texts(base, tokenizer, options, seed=0)
+    opening = copy.deepcopy(tokenizer)
+    opening.backend_tokenizer.post_processor = TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, 0)])
+    prompts = [end + prompt for prompt in options.prompts]
+    explicit = write_texts(base, tokenizer, options.model_copy(update={"prompts": prompts}), seed=0)
+    assert write_texts(base, opening, options, seed=0) == explicit
+
+
+def test_a_text_ends_at_the_tokenizers_eos(parrot, tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ending.eos_token = tokenizer.convert_ids_to_tokens(7)
+    options = SampleConfig(prompts=["the sea"], length=9)
+    assert write_texts(parrot, tokenizer, options, seed=0) == [tokenizer.decode([7] * 9)]
+    assert write_texts(parrot, ending, options, seed=0) == [tokenizer.decode([7])]
 
 
 def test_prompts_are_passages():

@@ -2,6 +2,10 @@
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,8 @@ import torch
 import yaml
 from filelock import FileLock
 from huggingface_hub import ModelCard
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 import attention
 from tests.trainer.conftest import recipe, write_recipe
@@ -182,6 +188,133 @@ def test_what_cannot_be_used_is_named(change: dict, message: str, workplace: Pat
     path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run"), **change))
     assert main(["--config", str(path)]) == 2
     assert message in (tmp_path / "run" / "train.log").read_text()
+
+
+def refused(workplace: Path, tmp_path: Path, *arguments: str, **options: object) -> str:
+    """Runs what must be refused before its first step; returns the log."""
+    path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run"), **options))
+    assert main(["--config", str(path), *arguments]) == 2
+    assert not (tmp_path / "run" / "training.jsonl").exists()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "Traceback" not in log
+    return log
+
+
+@pytest.mark.parametrize(("words", "named"), [(20, "stages.1.context is 32"), (3, "stages.0.context is 16, stages.1")])
+def test_a_text_shorter_than_a_block_of_any_stage_is_refused(words: int, named: str, workplace: Path, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("sea " * words)
+    stages = [{"stage": "transfer", "steps": 1, "context": context} for context in (16, 32)]
+    data = {"train": str(tmp_path / "a.txt"), "valid": str(workplace / "valid.txt")}
+    assert f"but {named}" in refused(workplace, tmp_path, stages=stages, data=data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "one"}\n{"text": 5}\n', "a.jsonl, line 2: the field 'text' is a number, not text"),
+        ('{"text": ["one", "two"]}\n', "a.jsonl, line 1: the field 'text' is a list, not text"),
+        ('{"messages": []}\n', "a.jsonl has no field 'text'; it has ['messages']"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--data.train", "--data.valid", "--eval.text"])
+def test_rows_of_something_else_are_refused(content: str, message: str, option: str, workplace: Path, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(content)
+    assert message in refused(workplace, tmp_path, option, str(tmp_path / "a.jsonl"))
+
+
+def changed_base(workplace: Path, folder: Path, **changes: object) -> str:
+    """A base with another config, beside its weights as they are."""
+    shutil.copytree(workplace / "base", folder)
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize("eos", [50256, [0, 5], None])
+def test_sampled_text_begins_with_the_tokenizers_eos(eos: object, workplace: Path, tmp_path: Path):
+    base = changed_base(workplace, tmp_path / "base", eos_token_id=eos)
+    data = {"sampled_tokens": 1024, "sample_batch": 8, "cache": str(tmp_path / "cache")}
+    for name in (base, str(workplace / "base")):
+        options = recipe(workplace, output=str(tmp_path / "run"), base=name, data=data)
+        assert main(["--config", str(write_recipe(tmp_path, options)), "--max_steps", "2"]) == 0
+        (cached,) = (tmp_path / "cache").iterdir()  # the same text from both
+    tokens = load_file(cached)["tokens"].reshape(-1, 32)
+    assert (tokens[:, 0] == 0).all()
+
+
+def test_tokens_that_the_base_has_not_are_refused(workplace: Path, tmp_path: Path):
+    base = changed_base(workplace, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    assert "knows 1 tokens for which the model has no embedding: '<new>'" in refused(workplace, tmp_path, base=base)
+
+
+def test_a_new_model_of_too_few_tokens_is_refused(workplace: Path, tmp_path: Path):
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64, "vocab_size": 300}
+    new = {"tokenizer": str(workplace / "base"), "config": sizes}
+    stages = [{"stage": "pretrain", "steps": 1, "context": 32}]
+    log = refused(workplace, tmp_path, base=None, new=new, attention=None, stages=stages)
+    assert "knows 20 tokens for which the model has no embedding" in log
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_sampling(workplace: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("trainer.data.sample_texts", None)
+    log = refused(workplace, tmp_path, data={"cache": str(tmp_path / "file" / "cache")})
+    assert f"sampled text is kept in {tmp_path / 'file' / 'cache'}, which cannot be written" in log
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+def test_a_full_disk_leaves_the_record_of_the_run_before(name: str, finished: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if name not in path.name:
+            return write(path, content)
+        write(path, content[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    config = str(finished / "config.yaml")
+    assert main(["--config", config, "--output", str(tmp_path / "run"), "--seed", "7"]) == 2
+    assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    assert "No space left on device" in (tmp_path / "run" / "train.log").read_text()
+    assert not any(name in path.name for path in (tmp_path / "run").iterdir() if path.name != name)
+
+
+def test_a_variant_that_is_a_link_stays_one_and_commands_are_quoted(workplace: Path, tmp_path: Path):
+    run, disk = tmp_path / "my run #2 [a]", tmp_path / "disk"
+    run.mkdir()
+    disk.mkdir()
+    (run / "variant").symlink_to(disk / "variant")
+    (run / "checkpoints").symlink_to(disk)
+    path = str(write_recipe(tmp_path, recipe(workplace)))
+    assert main(["--config", path, "--output", str(run), "--max_steps", "2"]) == 0
+    assert (run / "variant").is_symlink()
+    assert (run / "checkpoints").is_symlink()
+    assert attention.load(run / "variant")[0].config.attention["method"] == "masks"
+    command = re.search(r"see it   (.*)", (run / "train.log").read_text())[1]
+    assert shlex.split(command) == ["python", "app.py", "--checkpoints", str(run / "variant")]
+
+
+@pytest.mark.parametrize("options", [["-P"], ["-I"], []])
+@pytest.mark.parametrize("program", ["trainer/train.py", "trainer/evaluate.py"])
+def test_programs_find_their_parts(options: list[str], program: str, tmp_path: Path):
+    command = [sys.executable, *options, str(Path(program).absolute()), "--help"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.startswith("usage: ")
+    assert found.returncode == 0
+
+
+def test_options_are_written_in_full(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = str(write_recipe(tmp_path, recipe(workplace)))
+    with pytest.raises(SystemExit):
+        main(["--conf", path])
+    assert "required: --config" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

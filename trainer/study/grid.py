@@ -111,7 +111,8 @@ def cell_config(cell: Cell, options: argparse.Namespace) -> RunConfig:
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
-    return [f"--{name}={json.dumps(value)}" for name, value in values.items()]
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return [f"--{name}={text}" for name, text in texts.items()]
 
 
 def _own_options(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:

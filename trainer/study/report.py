@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def compose(results: Sequence[Result], masks: str) -> str:
 
 def _command(first: Result, results: Sequence[Result]) -> str:
     methods = list(dict.fromkeys(result.cell.method for result in results))
-    base = "" if first.config.base == "checkpoints/base" else f" --base {_base(first.config.base)}"
+    base = "" if first.config.base == "checkpoints/base" else f" --base {shlex.quote(_base(first.config.base))}"
     return (
         "python -m trainer.study --data.train TRAIN.txt --data.valid VALID.txt --eval.text TEST.txt \\\n"
         f"  --tokens {first.tokens}{base} --methods {' '.join(methods)}"

@@ -1,0 +1,97 @@
+"""What a card says of where a variant comes from: only what the Hub knows, and nothing of this machine."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from attention import MasksConfig
+from trainer.card import Making, hub_id, write_card
+from trainer.config import RunConfig
+from trainer.fidelity import Fidelity
+
+COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+ENVIRONMENT = dict.fromkeys(("command", "torch", "transformers", "accelerate", "python", "device", "threads"), "1")
+
+
+def card(base: str, **data: object) -> ModelCard:
+    """The card of a variant of a base, made on some data."""
+    stages = [{"stage": "distil", "steps": 1}]
+    values = {"base": base, "attention": {"method": "masks"}, "stages": stages, "output": "o", "data": data}
+    config = RunConfig.model_validate(values)
+    making = Making(config, MasksConfig(), {**ENVIRONMENT, "commit": None}, 1, 1, 1.0)
+    return write_card(making, Fidelity(1, 0.1, 2.0, 2.0, 0.9), None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("gpt2", "gpt2"),
+        (f"gpt2@{COMMIT}", "gpt2"),
+        ("user/base", "user/base"),
+        ("user/base@main", "user/base"),
+        ("user/repo/sub/folder", "user/repo"),
+        (f"user/repo/sub@{COMMIT}", "user/repo"),
+        ("~/base", None),
+        ("~someone/base", None),
+        ("./folder", None),
+        ("../base", None),
+        ("/data/base", None),
+        ("here", None),
+        ("runs/mine/model", None),
+        ("C:\\models\\base", None),
+        ("a folder/base", None),
+        ("user/base--odd", None),
+        ("x" * 100, None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_what_the_hub_knows(spec: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "runs/mine/model"):
+        Path(name).mkdir(parents=True)
+    assert hub_id(spec) == expected
+
+
+def test_a_folder_in_the_hubs_cache_is_of_the_hub(tmp_path: Path):
+    folder = tmp_path / "hub" / "models--user--base" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    assert hub_id(str(folder)) == "user/base"
+    (tmp_path / "link").symlink_to(folder)
+    assert hub_id(str(tmp_path / "link")) == "user/base"
+
+
+@pytest.mark.parametrize(
+    ("base", "base_model", "title"),
+    [
+        (f"gpt2@{COMMIT}", "gpt2", "masks-gpt2"),
+        ("user/base@main", "user/base", "masks-base"),
+        ("~/secret/base", None, "masks-base"),
+        ("./folder/", None, "masks-folder"),
+    ],
+)
+def test_a_card_names_its_base(base: str, base_model: str | None, title: str):
+    made = card(base)
+    assert made.data.base_model == base_model
+    assert ("base_model" in made.data.to_dict()) == (base_model is not None)
+    assert made.data.model_name == title
+    assert f"# {title}\n" in made.text
+    assert "secret" not in made.text
+    assert ModelCard(str(made), ignore_metadata_errors=False).data.to_dict() == made.data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("data", "datasets", "text"),
+    [
+        ({"dataset": "Salesforce/wikitext"}, ["Salesforce/wikitext"], "Text: Salesforce/wikitext."),
+        ({"dataset": "./my texts"}, None, "Text: my texts."),
+        ({"dataset": "~/texts"}, None, "Text: texts."),
+        ({"train": ["/data/books/a.txt", "b.txt"]}, None, "Text: a.txt, b.txt."),
+        ({}, None, "Text: sampled from the base itself at temperature 1."),
+    ],
+)
+def test_a_card_names_its_data(data: dict, datasets: list[str] | None, text: str):
+    made = card("gpt2", **data)
+    assert made.data.datasets == datasets
+    assert text in made.text
