@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
 import attention
@@ -126,7 +126,7 @@ def save_pairs(table: PairTable, path: Path, tokenizer: PreTrainedTokenizerBase)
     pairs = np.stack([table.codes >> 32, table.codes & 0xFFFFFFFF], 1).astype(np.int32)
     about = {"tokens": str(table.tokens), "text": table.source, "tokenizer": _vocabulary_hash(tokenizer)}
     partial = path.with_name(f".{path.name}.partial")
-    save_file({"pairs": pairs}, partial, metadata=about)
+    partial.write_bytes(save({"pairs": pairs}, metadata=about))
     partial.replace(path)
 
 
