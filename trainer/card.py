@@ -230,6 +230,36 @@ def with_part(card: str, title: str, text: str) -> str:
     return f"{before}\n{FURTHER}\n\nBy `trainer/evaluate.py`.\n\n{sections}\n{use}{after}"
 
 
+def with_tasks(card: str, row: dict[str, Any]) -> str:
+    """A card with what `trainer/tasks.py` measured, in place of what it said of tasks before.
+
+    Raises:
+        ValueError: see `with_part`.
+    """
+    some = f", on the first {row['limit']} examples of each" if row["limit"] else ""
+    text = (
+        f"By `trainer/tasks.py`: tasks of lm_eval {row['lm_eval']}{some}, with standard errors over examples.\n\n"
+        + _table(["task", "examples", "shots", "metric", "variant", "base"], task_cells(row["tasks"]))
+    )
+    return with_part(card, "Tasks", text)
+
+
+def task_cells(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Lines of a table: task, examples, shots, metric, figures of the variant and of the base."""
+    return [
+        [
+            task,
+            as_number(one["examples"], ","),
+            as_number(one["shots"], ","),
+            metric,
+            with_error(one["variant"], one["error"], ".4f"),
+            with_error(one["base"], one["base_error"], ".4f"),
+        ]
+        for task, metrics in tasks.items()
+        for metric, one in metrics.items()
+    ]
+
+
 def _by_number(title: str) -> list[tuple[bool, int, str]]:
     """Sorts titles that end in numbers by these."""
     return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in title.split()]

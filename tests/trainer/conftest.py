@@ -55,6 +55,19 @@ def names_tokenizer() -> PreTrainedTokenizerFast:
     return byte_pairs([f"\nThis is what we know. {OTHER}", *facts], 900)
 
 
+@pytest.fixture(scope="session")
+def names_base(tmp_path_factory: pytest.TempPathFactory, names_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder of a tiny base of 256 positions with that tokenizer."""
+    folder = tmp_path_factory.mktemp("names") / "base"
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, n_positions=256, vocab_size=len(names_tokenizer), bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    names_tokenizer.save_pretrained(folder)
+    return folder
+
+
 def byte_pairs(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of a vocabulary of at most that size, made from texts."""
     bpe = ByteLevelBPETokenizer()

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import attention
 from trainer.data import read_files
@@ -193,18 +192,12 @@ def test_variants_of_two_bases_do_not_share_a_table(variants, valid, workplace, 
 
 
 @pytest.fixture(scope="module")
-def reciter(workplace, names_tokenizer):
-    """The folder of a variant, and a text, of a base whose vocabulary has names."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=1, n_embd=16, n_head=2, n_positions=256, vocab_size=len(names_tokenizer), bos_token_id=0, eos_token_id=0
-    )
-    folder = workplace / "reciter"
-    GPT2LMHeadModel(config).save_pretrained(folder / "base")
-    names_tokenizer.save_pretrained(folder / "base")
-    attention.save(attention.convert(attention.load(folder / "base")[0], attention.MasksConfig()), folder / "variant")
-    (folder / "text.txt").write_text(" ".join([OTHER] * 30))
-    return str(folder / "variant"), str(folder / "text.txt"), names_tokenizer
+def reciter(names_base, names_tokenizer):
+    """The folder of a variant of a base whose vocabulary has names, a text, and the tokenizer."""
+    variant, text = names_base.with_name("variant"), names_base.with_name("text.txt")
+    attention.save(attention.convert(attention.load(names_base)[0], attention.MasksConfig()), variant)
+    text.write_text(" ".join([OTHER] * 30))
+    return str(variant), str(text), names_tokenizer
 
 
 def test_answers_are_beside_the_bases_own(reciter, capsys):
