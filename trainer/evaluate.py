@@ -39,8 +39,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
-from attention.files import PAIRS
-from trainer.card import as_difference, as_number, with_error, with_measurement
+from attention.files import CARD, PAIRS
+from trainer.card import USE, as_difference, as_number, with_error, with_measurement
 from trainer.data import DataError, read_files
 from trainer.fidelity import Fidelity, Reader, predicted, read_each
 from trainer.hits import RARE, find_pairs, hit_distances, hit_distances_without_table, load_pairs
@@ -251,11 +251,13 @@ def find_cards(specs: list[str]) -> list[Path]:
     """The cards of variants.
 
     Raises:
-        ValueError: naming those that have none in a folder here.
+        ValueError: naming those that have none in a folder here, or one that figures cannot go into.
     """
-    cards = [Path(spec) / "README.md" for spec in specs]
+    cards = [Path(spec) / CARD for spec in specs]
     if missing := [str(card) for card in cards if not card.is_file()]:
         raise ValueError(f"--card writes into cards of folders here, but there is no {', '.join(missing)}")
+    if other := [str(card) for card in cards if f"\n{USE}\n" not in card.read_text(encoding="utf-8")]:
+        raise ValueError(f"--card writes before a card's section {USE!r}, which there is not in {', '.join(other)}")
     return cards
 
 

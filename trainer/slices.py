@@ -90,7 +90,7 @@ def by_recall(distances: np.ndarray, context: int) -> dict[str, np.ndarray]:
         f"hits, over {MIDDLE} back": distances > MIDDLE,
     }
     if context > FAR + 2:
-        choices[f"hits, over {FAR} back"] = distances > FAR
+        choices[f"hits, over {FAR:,} back"] = distances > FAR
     return choices
 
 

@@ -230,7 +230,7 @@ def test_questions_that_do_not_fit_are_refused(reciter, capsys):
     assert "the tasks of --recall need a context of" in capsys.readouterr().err
 
 
-def test_cards_take_up_the_figures_of_each_context(variants, valid):
+def test_cards_take_up_the_figures_of_each_context(variants, valid, capsys):
     folder = Path(variants["masks"])
     (folder / "README.md").write_text("# masks\n\n## Use\n\nLike this.\n")
     command = ["--variant", str(folder), "--text", valid, "--card", "--json"]
@@ -249,7 +249,11 @@ def test_cards_take_up_the_figures_of_each_context(variants, valid):
     assert card.count("a million tokens of the text's other blocks") == 2
     assert "without" not in card  # the first figures at 32 had ablations
     (folder / "README.md").write_text("# masks\n")
+    capsys.readouterr()
     assert main([*command, "--context", "32"]) == 2
+    said = capsys.readouterr()
+    assert f"before a card's section '## Use', which there is not in {folder / 'README.md'}" in said.err
+    assert not said.out  # said before the text is read
 
 
 def test_a_card_takes_up_answers(reciter):

@@ -67,7 +67,7 @@ def test_hits_by_distance():
         "hits, 1 to 64 back": [1, 2],
         "hits, 65 to 256 back": [3, 4],
         "hits, over 256 back": [5, 6, 7],
-        "hits, over 1024 back": [7],
+        "hits, over 1,024 back": [7],
     }
     assert list(short) == list(long)[:-1]
 
