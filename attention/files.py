@@ -28,10 +28,11 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 CARD = "README.md"
 HISTORY = "training.jsonl"
+PAIRS = "pairs.safetensors"  # of a base: which pairs of tokens are frequent
 SHARD_SIZE = "8MB"  # a Space refuses plain files of more than 10 MB
 
 # What is read of a checkpoint: neither code nor pickles, so nothing of it can run.
-PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", "merges.txt", "tokenizer.model", "*.jinja", "README.md")
+PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", PAIRS, "merges.txt", "tokenizer.model", "*.jinja", "README.md")
 OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ HISTORY_BYTES = 50_000_000
 CURVE_POINTS = 400
 CARD_BYTES = 1_000_000
 MEASURES = {"kl": "KL to the base", "perplexity": "Perplexity", "top1_agreement": "Same first choice"}
+SLICES = ("tokens that are", "tokens at positions")  # what such tables of a card begin with
+NO_SLICES = "Its card has no such figures; trainer/evaluate.py --card writes them into it."
 SHARES = ("kl", "ce", "reverse_kl", "jsd")  # terms of a loss that are nats per token
 
 Row = dict[str, Any]
@@ -69,6 +71,28 @@ def section(card: ModelCard, title: str) -> str:
         return ""
     plain = re.sub(r"^```.*$|\*\*|`", "", found[1], flags=re.MULTILINE)
     return re.sub(r"\n\s*\n", "\n", plain).strip()
+
+
+def slices(card: ModelCard) -> dict[str, Any]:
+    """What a card says of tokens that must be looked up and of tokens by position, as `TextTable` shows it."""
+    headers, rows = [NO_SLICES], []
+    for context, line in _lines_by_context(card):
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if cells[0] in SLICES:
+            headers = ["tokens", "context", *cells[1:]]
+        elif len(cells) == len(headers) - 1 and not cells[0].startswith("---"):
+            rows.append([cells[0], context, *cells[1:]])
+    return {"headers": headers, "rows": rows}
+
+
+def _lines_by_context(card: ModelCard) -> Iterator[tuple[str, str]]:
+    """The lines of all tables of slices in a card, with the contexts that they were measured at."""
+    further = re.search(r"^## Measured further\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
+    for part in re.split(r"^### Context ", further[1] if further else "", flags=re.MULTILINE)[1:]:
+        context, _, said = part.partition("\n")
+        for block in re.split(r"\n\s*\n", said):
+            if block.strip().startswith(tuple(f"| {start} |" for start in SLICES)):
+                yield from ((context.strip(), line) for line in block.strip().splitlines())
 
 
 def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:

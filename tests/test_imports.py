@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("attention", "trainer", "demo", "benchmarks")
 LAYERS = {"attention": (), "trainer": ("attention",), "demo": ("attention", "trainer"), "benchmarks": PACKAGES}
 TIERS = (
-    ("words", "errors mechanism state reference padding"),
+    ("words", "errors mechanism state reference padding prompts"),
     ("kernels", "block_attention masks_plan nsa_kernel performer_kernel"),
     ("methods", "softmax masks masks_content performer performer_features nsa"),
     ("choice", "registry"),

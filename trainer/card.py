@@ -13,14 +13,18 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from attention.errors import CheckpointError
+from attention.files import PAIRS
 from attention.hub import HubSpec, cached_origin
 from attention.mechanism import MechanismConfig
 from attention.pushing import ANY_REPOSITORY
 
 from .config import RunConfig
 from .fidelity import Fidelity
+from .recall import CANDIDATES, CHANCE
 
-FURTHER, USE = "## Measured further", "## Use"
+FURTHER, USE, PAIRS_SECTION = "## Measured further", "## Use", "## Frequent pairs of tokens"
+RECALL_TABLE, POSITION_TABLE = "tokens that are", "tokens at positions"  # first words of these tables
+SLICE_COLUMNS = ["how many", "cross-entropy of the base", "above it", "KL"]
 TAGS = ["efficient-attention", "distillation", "gpt2"]
 
 
@@ -231,16 +235,69 @@ def with_measurement(card: str, row: dict[str, Any]) -> str:
         row: what was measured.
 
     Raises:
+        ValueError: see `with_part`.
+    """
+    return with_part(card, f"Context {row['context']}", _measurement(row))
+
+
+def with_part(card: str, title: str, text: str) -> str:
+    """A card with a part of that title among what was measured further, in place of the one it had.
+
+    Raises:
         ValueError: if the card has no section on its use, before which the figures go.
     """
     before, use, after = card.partition(f"\n{USE}\n")
     if not use:
         raise ValueError(f"the card has no section {USE!r}, before which the figures go")
     before, _, further = before.partition(f"\n{FURTHER}\n")
-    parts = {int(part.split("\n", 1)[0]): part.strip() for part in re.split(r"^### Context ", further, flags=re.M)[1:]}
-    parts[row["context"]] = f"{row['context']}\n\n{_measurement(row)}"
-    sections = "\n\n".join(f"### Context {parts[context]}" for context in sorted(parts))
+    found = (part.partition("\n") for part in re.split(r"^### ", further, flags=re.M)[1:])
+    parts = {name.strip(): said.strip() for name, _, said in found} | {title: text}
+    sections = "\n\n".join(f"### {name}\n\n{parts[name]}" for name in sorted(parts, key=_by_number))
     return f"{before}\n{FURTHER}\n\nBy `trainer/evaluate.py`.\n\n{sections}\n{use}{after}"
+
+
+def with_tasks(card: str, row: dict[str, Any]) -> str:
+    """A card with what `trainer/tasks.py` measured, in place of what it said of tasks before.
+
+    Raises:
+        ValueError: see `with_part`.
+    """
+    some = f", on the first {row['limit']} examples of each" if row["limit"] else ""
+    text = (
+        f"By `trainer/tasks.py`: tasks of lm_eval {row['lm_eval']}{some}, with standard errors over examples.\n\n"
+        + _table(["task", "examples", "shots", "metric", "variant", "base"], task_cells(row["tasks"]))
+    )
+    return with_part(card, "Tasks", text)
+
+
+def task_cells(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Lines of a table: task, examples, shots, metric, figures of the variant and of the base."""
+    return [
+        [
+            task,
+            as_number(one["examples"], ","),
+            as_number(one["shots"], ","),
+            metric,
+            with_error(one["variant"], one["error"], ".4f"),
+            with_error(one["base"], one["base_error"], ".4f"),
+        ]
+        for task, metrics in tasks.items()
+        for metric, one in metrics.items()
+    ]
+
+
+def _by_number(title: str) -> list[tuple[bool, int, str]]:
+    """Sorts titles that end in numbers by these."""
+    return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in title.split()]
+
+
+def with_pairs(card: str, said: str) -> str:
+    """A base's card with a section about its table of pairs at the end, in place of the one it had."""
+    rest = re.sub(rf"^{PAIRS_SECTION}$.*?(?=^## |\Z)", "", card, flags=re.M | re.S).rstrip()
+    return (
+        f"{rest}\n\n{PAIRS_SECTION}\n\n`{PAIRS}`: {said} By `python -m trainer.pairs`. For `trainer/evaluate.py` a "
+        "token that ends a rare pair which its block has had before is one that must be looked up.\n"
+    )
 
 
 def _measurement(row: dict[str, Any]) -> str:
@@ -250,8 +307,19 @@ def _measurement(row: dict[str, Any]) -> str:
         f"{row['tokens']:,} predicted tokens of {name}: KL {row['kl']:.4f} nats/token, perplexity "
         f"{row['perplexity']:.2f} (base {row['base_perplexity']:.2f}, {over:+.1%}), same top token "
         f"{row['top1_agreement']:.1%}. The last query of a block reads at most {row['keys_read']} keys, or what takes "
-        "as long."
+        "as long.",
+        "In nats per token, with standard errors over blocks. A hit ends a pair of tokens that its block has had "
+        f"before, so many tokens back, and that is rare: {row['rare']}.",
+        _table([RECALL_TABLE, *SLICE_COLUMNS], slice_cells(row["slices"])),
+        _table([POSITION_TABLE, *SLICE_COLUMNS], slice_cells(row["positions"])),
     ]
+    if asked := row.get("recall"):
+        paragraphs += [
+            f"Questions whose answer stands in the text (`trainer/recall.py`; {asked['recall']} texts a line, seed "
+            f"{asked['seed']}): mean log-probability of the right answer among {CANDIDATES} candidates, in nats, and "
+            f"the share of right choices; by chance {CHANCE:.1%}.",
+            _table(["task", "tokens between", "variant", "base", "difference", ""], _recall_cells(asked)),
+        ]
     if written := row.get("samples"):
         paragraphs += [
             f"{written['samples']} texts of {written['length']} tokens at temperature 1, each after "
@@ -269,6 +337,44 @@ def _measurement(row: dict[str, Any]) -> str:
             _table(["without", "KL, nats/token", "change", ""], cells),
         ]
     return "\n\n".join(paragraphs)
+
+
+def slice_cells(slices: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Lines of a table with a slice's name and `SLICE_COLUMNS`."""
+    return [
+        [
+            name,
+            f"{one['tokens']:,}",
+            as_number(one["base_loss"], ".3f"),
+            with_error(one["ce_excess"], one["ce_excess_error"], "+.3f"),
+            with_error(one["kl"], one["kl_error"], ".4f"),
+        ]
+        for name, one in slices.items()
+    ]
+
+
+def as_number(value: float | None, form: str) -> str:
+    """A number in that form; empty for None."""
+    return "" if value is None else f"{value:{form}}"
+
+
+def with_error(value: float | None, error: float | None, form: str) -> str:
+    """A number in that form, as text like "+0.012 ± 0.003"; empty for None."""
+    return as_number(value, form) + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
+
+
+def _recall_cells(asked: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            task,
+            between,
+            *(f"{one[who]['score']:.2f}, {one[who]['right']:.0%}" for who in ("variant", "base")),
+            with_error(one["difference"], one["error"], "+.2f"),
+            "the base is at chance" if one["at_chance"] else "",
+        ]
+        for task, rows in asked["tasks"].items()
+        for between, one in rows.items()
+    ]
 
 
 def as_difference(figures: dict[str, float | None]) -> str:

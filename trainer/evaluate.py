@@ -5,8 +5,18 @@ by eos and joined into one stream, which is cut into blocks of `--context` token
 is predicted exactly once, from the tokens before it in its block; the last block may be short. All figures are means
 over these predictions. Variants of one base are measured together, so that the base reads the text once.
 
+A mean hides recall, so beside the means come slices (`trainer/slices.py`): tokens that must be looked up in their
+block, called hits, by how far back they stand, and all others; and tokens by their position in the block. What is
+looked up is rare in the text that the base was trained on, by the table of pairs that lies with the base
+(`trainer/hits.py`, `trainer/pairs.py`); where there is none, rare in the other blocks of this text. In each slice: how
+many tokens, cross-entropy of the base, that of the variant above it, and KL, with standard errors over blocks.
+
+With `--recall N`, base and variant answer questions about N texts a task and distance, whose answers stand in them (see
+`trainer/recall.py`).
+
 With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
-temperature 1; the base judges both, and sequences of tokens are counted (see `trainer/samples.py`). A difference comes
+temperature 1; the base judges both, and sequences of tokens and new names are counted (see `trainer/samples.py`). A
+difference comes
 with its standard error over the passages, which tells whether N is large enough. With `--ablate`, each part of the
 mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
 `--tolerance` does nothing. With `--card`, the figures go into the cards of the variants, one section a context.
@@ -31,11 +41,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
-from attention.files import write_file
-from trainer.card import as_difference, with_measurement
+from attention.files import CARD, PAIRS, write_file
+from trainer.card import USE, as_difference, as_number, with_error, with_measurement
 from trainer.data import DataError, check_vocabulary, read_files
-from trainer.fidelity import Fidelity, Reader, measure_each
+from trainer.fidelity import Fidelity, Reader, predicted, read_each
+from trainer.hits import RARE, find_pairs, hit_distances, hit_distances_without_table, load_pairs
+from trainer.recall import CHANCE, measure_recall
 from trainer.samples import Writing, draw_prompts, measure_writing
+from trainer.slices import Slice, by_position, by_recall, slice_by
 
 Row = dict[str, Any]
 NOTHING, HARM = "does nothing", "better without"
@@ -55,10 +68,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="(default: %(default)s)")
     add("--ablate", action="store_true", help="also measure with each part switched off")
     add("--tolerance", type=float, default=1e-3, help="change in KL that is nothing, nats/token (default: %(default)s)")
+    add("--pairs", type=Path, metavar="FILE", help="table of frequent pairs, if not the one that lies with the base")
+    add("--recall", type=int, default=0, metavar="N", help="also ask about N texts for each task and distance")
     add("--samples", type=int, default=0, metavar="N", help="also have variant and base continue N passages")
     add("--prompt_length", type=int, default=16, help="tokens of a passage (default: %(default)s)")
     add("--length", type=int, default=200, help="tokens to write after it (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of passages and samples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of passages, samples and questions (default: %(default)s)")
     add("--card", action="store_true", help="also write the figures into README.md of each variant, a folder")
     add("--json", action="store_true", help="print one JSON object a variant instead of tables")
     return parser.parse_args(arguments)
@@ -100,15 +115,16 @@ class Subject:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that can be switched off with something left; none for a mechanism of a single part."""
-        mechanisms = getattr(self.model, "mechanisms", None)
-        names = mechanisms[0].branches if mechanisms else ()
+        mechanisms = getattr(self.model, "mechanisms", [])
+        names = tuple(dict.fromkeys(name for mechanism in mechanisms for name in mechanism.branches))
         return names if len(names) > 1 else ()
 
 
 @dataclass(frozen=True)
 class Family:
-    """A base, and what is measured against it."""
+    """A base, what loads it, and what is measured against it."""
 
+    spec: str
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     subjects: list[Subject] = field(default_factory=list)
@@ -145,7 +161,7 @@ def load(options: argparse.Namespace) -> list[Family]:
         if place is None:
             raise ValueError(f"{spec} names no base to compare it with; give one with --base")
         if place not in families:
-            families[place] = Family(*attention.load(place, device=options.device))
+            families[place] = Family(place, *attention.load(place, device=options.device))
         base = families[place].base
         model = attention.load(spec, base=base)[0] if found.is_variant else base
         families[place].subjects.append(Subject(spec, found.method, model))
@@ -158,6 +174,9 @@ def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
     check_vocabulary(family.tokenizer, family.base)
     tokens = read_files(options.text, family.tokenizer)
     rows = _fidelity(family, tokens, options)
+    if options.recall:
+        for row, figures in zip(rows, _recall(family, tokens, options), strict=True):
+            row["recall"] = figures
     if options.samples:
         for row, figures in zip(rows, _writing(family, tokens, options), strict=True):
             row["samples"] = figures
@@ -172,10 +191,16 @@ def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -
         for subject, names in zip(family.subjects, parts, strict=True)
         for without in ((), *((name,) for name in names))
     ]
-    found = iter(measure_each(readers, family.base, tokens, options.context, options.batch_size, description="reading"))
+    distances, rare = _hits(family, tokens, options)
+    found = iter(read_each(readers, family.base, tokens, options.context, options.batch_size, description="reading"))
+    places = predicted(len(tokens), options.context)
+    blocks = places // options.context
+    recall = by_recall(distances[places], options.context)
+    positions = by_position(places % options.context, options.context)
     rows = []
     for subject, names in zip(family.subjects, parts, strict=True):
-        figures = next(found)
+        reading = next(found)
+        figures = reading.means
         row: Row = {
             "method": subject.method,
             **figures.to_dict(),
@@ -183,12 +208,46 @@ def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -
             "keys_read": subject.keys_read(options.context),
             "text": options.text,
             "variant": subject.spec,
+            "rare": rare,
+            "slices": _to_dicts(slice_by(reading, recall, blocks)),
+            "positions": _to_dicts(slice_by(reading, positions, blocks)),
         }
         if options.ablate:
             row["tolerance"] = options.tolerance
-            row["ablations"] = {name: _ablation(next(found), figures.kl, options.tolerance) for name in names}
+            row["ablations"] = {name: _ablation(next(found).means, figures.kl, options.tolerance) for name in names}
         rows.append(row)
     return rows
+
+
+def _hits(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> tuple[np.ndarray, str]:
+    """Distances (N,) of the hits among tokens (N,), and what was taken as rare."""
+    path, tokenizer = options.pairs, family.tokenizer
+    table = find_pairs(family.spec, tokenizer) if path is None else load_pairs(path, tokenizer)
+    if table is not None:
+        rare = f"it comes at most {table.at_most} times in {table.tokens:,} tokens of {table.source}"
+        return hit_distances(tokens, table, options.context), rare
+    rare = f"it comes at most {RARE} times in a million tokens of the text's other blocks (the base has no {PAIRS})"
+    return hit_distances_without_table(tokens, options.context), rare
+
+
+def _to_dicts(slices: dict[str, Slice]) -> dict[str, Row]:
+    return {name: one.to_dict() for name, one in slices.items()}
+
+
+def _recall(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
+    """For each subject, what it and the base answered; see `measure_recall`."""
+    models = [subject.model for subject in family.subjects]
+    found = measure_recall(
+        models,
+        family.base,
+        family.tokenizer,
+        tokens,
+        options.recall,
+        options.context,
+        options.seed,
+        description="answering",
+    )
+    return [{"recall": options.recall, "seed": options.seed, "tasks": tasks} for tasks in found]
 
 
 def _ablation(figures: Fidelity, whole_kl: float, tolerance: float) -> Row:
@@ -200,12 +259,11 @@ def _writing(family: Family, tokens: np.ndarray, options: argparse.Namespace) ->
     """For each subject, figures of its texts beside those of the base's; see `Writing.beside`."""
     prompts = draw_prompts(tokens, options.samples, options.prompt_length, options.seed)
     known: dict[PreTrainedModel, Writing] = {}
-    for place, model in enumerate([family.base, *(subject.model for subject in family.subjects)]):
-        if model not in known:
-            name = family.subjects[place - 1].spec if place else "base"
-            known[model] = measure_writing(
-                model, family.base, prompts, options.length, options.seed, description=f"{name} writing"
-            )
+    names = {subject.model: subject.spec for subject in family.subjects}
+    for model, name in {**names, family.base: "base"}.items():
+        known[model] = measure_writing(
+            model, family.base, family.tokenizer, prompts, options.length, options.seed, description=f"{name} writing"
+        )
     setting = {name: getattr(options, name) for name in ("samples", "prompt_length", "length", "seed")}
     return [{**setting, **known[subject.model].beside(known[family.base])} for subject in family.subjects]
 
@@ -230,23 +288,88 @@ def find_cards(specs: list[str]) -> list[Path]:
     """The cards of variants.
 
     Raises:
-        ValueError: naming those that have none in a folder here.
+        ValueError: naming those that have none in a folder here, or one that figures cannot go into.
     """
-    cards = [Path(spec) / "README.md" for spec in specs]
+    cards = [Path(spec) / CARD for spec in specs]
     if missing := [str(card) for card in cards if not card.is_file()]:
         raise ValueError(f"--card writes into cards of folders here, but there is no {', '.join(missing)}")
+    if other := [str(card) for card in cards if f"\n{USE}\n" not in card.read_text(encoding="utf-8")]:
+        raise ValueError(f"--card writes before a card's section {USE!r}, which there is not in {', '.join(other)}")
     return cards
 
 
 def tables(rows: list[Row]) -> str:
-    """Rows as aligned tables: fidelity, then what was written, then ablations, as far as they were measured."""
-    aside = ("samples", "ablations", "tolerance", "text")
+    """Rows as aligned tables: fidelity, its slices, then answers, texts written and ablations, as far as measured."""
+    aside = ("samples", "ablations", "tolerance", "text", "rare", "slices", "positions", "recall")
     parts = [
         [{name: value for name, value in row.items() if name not in aside} for row in rows],
+        *(lines for group in _by_base(rows) for lines in _slice_tables(group)),
+        *(lines for group in _by_base([row for row in rows if "recall" in row]) for lines in _recall_tables(group)),
         [_writing_line(row) for row in rows if "samples" in row],
         [line for row in rows if "ablations" in row for line in _ablation_lines(row)],
     ]
-    return "\n".join(table(lines) for lines in parts if lines)
+    rare = "".join(f"A hit's pair is rare: {said}.\n" for said in dict.fromkeys(row["rare"] for row in rows))
+    return "\n".join([*(table(lines) for lines in parts if lines), rare])
+
+
+def _by_base(rows: list[Row]) -> list[list[Row]]:
+    """Rows that can share a table, as the base read the same tokens for them and made the same of them."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        read = {name: (one["tokens"], one["base_loss"]) for name, one in row["slices"].items()}
+        groups.setdefault(json.dumps(read), []).append(row)
+    return list(groups.values())
+
+
+def _slice_tables(rows: list[Row]) -> list[list[Row]]:
+    """For hits and positions, cross-entropy above the base's and KL: a line a variant, a column a slice."""
+    return [
+        [*_base_lines(rows[0][kind], title), *(_slice_line(row, kind, title, value, form) for row in rows)]
+        for kind in ("slices", "positions")
+        for title, value, form in (("cross-entropy above the base's", "ce_excess", "+.4f"), ("KL", "kl", ".4f"))
+    ]
+
+
+def _base_lines(slices: dict[str, Row], title: str) -> list[Row]:
+    """How many tokens there are, and the base's cross-entropy on them."""
+    return [
+        {title: "(tokens)", **{name: f"{one['tokens']:,}" for name, one in slices.items()}},
+        {
+            title: "(the base's cross-entropy)",
+            **{name: as_number(one["base_loss"], ".4f") for name, one in slices.items()},
+        },
+    ]
+
+
+def _slice_line(row: Row, kind: str, title: str, value: str, form: str) -> Row:
+    cells = {name: with_error(one[value], one[f"{value}_error"], form) for name, one in row[kind].items()}
+    return {title: row["variant"], **cells}
+
+
+def _recall_tables(rows: list[Row]) -> list[list[Row]]:
+    """For each task, scores above the base's and shares of right answers: a line a variant, a column a distance."""
+    return [
+        [_base_answers(asked, title), *(_answers(row, task, title) for row in rows)]
+        for task, asked in rows[0]["recall"]["tasks"].items()
+        for title in [f"{task}: score above the base's (right), by tokens between"]
+    ]
+
+
+def _base_answers(asked: dict[str, Row], title: str) -> Row:
+    chance = f", chance: {CHANCE:.0%}"
+    cells = {
+        between: f"{one['base']['score']:.2f} ({one['base']['right']:.0%}{chance if one['at_chance'] else ''})"
+        for between, one in asked.items()
+    }
+    return {title: "(the base's)", **cells}
+
+
+def _answers(row: Row, task: str, title: str) -> Row:
+    cells = {
+        between: f"{with_error(one['difference'], one['error'], '+.2f')} ({one['variant']['right']:.0%})"
+        for between, one in row["recall"]["tasks"][task].items()
+    }
+    return {title: row["variant"], **cells}
 
 
 def _writing_line(row: Row) -> Row:

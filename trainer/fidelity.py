@@ -38,6 +38,31 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a reader made of every predicted token of a text, in the order of the text.
+
+    Attributes:
+        kl: (N,) float32 KL(base ‖ reader), nats.
+        loss: (N,) float32 cross-entropy under the reader, nats.
+        base_loss: (N,) float32 cross-entropy under the base.
+        agreement: (N,) float32, 1 where both have the same most likely token, else 0.
+    """
+
+    kl: np.ndarray
+    loss: np.ndarray
+    base_loss: np.ndarray
+    agreement: np.ndarray
+
+    @property
+    def means(self) -> Fidelity:
+        """The means over all tokens."""
+        means = [
+            float(values.mean(dtype=np.float64)) for values in (self.kl, self.loss, self.base_loss, self.agreement)
+        ]
+        return Fidelity(len(self.kl), means[0], float(np.exp(means[1])), float(np.exp(means[2])), means[3])
+
+
+@dataclass(frozen=True)
 class Reader:
     """A model that reads a text, with parts of its mechanisms switched off.
 
@@ -57,16 +82,19 @@ class Reader:
 
 @contextmanager
 def switched_off(model: PreTrainedModel, parts: Sequence[str]) -> Iterator[None]:
-    """Switches off parts of the mechanism of every layer inside the block.
+    """Switches off parts of the mechanism of every layer that has them inside the block.
 
     Raises:
-        ValueError: if the mechanism has no such part.
+        ValueError: if no layer's mechanism has a part.
     """
     mechanisms = getattr(model, "mechanisms", []) if parts else []
+    branches = {name for mechanism in mechanisms for name in mechanism.branches}
+    if mechanisms and (unknown := set(parts) - branches):
+        raise ValueError(f"no branch {sorted(unknown)} in any layer; there are {sorted(branches)}")
     before = [mechanism.disabled for mechanism in mechanisms]
     try:
         for mechanism in mechanisms:
-            mechanism.disable(*parts)
+            mechanism.disable(*(name for name in parts if name in mechanism.branches))
         yield
     finally:
         for mechanism, names in zip(mechanisms, before, strict=True):
@@ -87,7 +115,6 @@ def measure(
     return measure_each(readers, base or variant, tokens, context, batch_size, description=description)[0]
 
 
-@torch.no_grad()
 def measure_each(
     readers: Sequence[Reader],
     base: PreTrainedModel,
@@ -97,11 +124,26 @@ def measure_each(
     *,
     description: str | None = None,
 ) -> list[Fidelity]:
-    """Measures on a stream of tokens, cut into blocks of `context`: block i is tokens i·context to (i+1)·context − 1.
+    """The means of what `read_each` gives."""
+    readings = read_each(readers, base, tokens, context, batch_size, description=description)
+    return [reading.means for reading in readings]
+
+
+@torch.no_grad()
+def read_each(
+    readers: Sequence[Reader],
+    base: PreTrainedModel,
+    tokens: np.ndarray,
+    context: int,
+    batch_size: int = 8,
+    *,
+    description: str | None = None,
+) -> list[Reading]:
+    """Reads a stream of tokens, cut into blocks of `context`: block i is tokens i·context to (i+1)·context − 1.
 
     In each block every token but the first is predicted, once, from the tokens of its block that come before it. The
     last block may be shorter; a block of a single token predicts nothing. So N tokens give N − ⌈N / context⌉
-    predictions. The base reads the text once, whatever the number of readers.
+    predictions, one for each place of `predicted`. The base reads the text once, whatever the number of readers.
 
     Args:
         readers: what is measured, of one vocabulary.
@@ -121,19 +163,20 @@ def measure_each(
     modes = [model.training for model in models]
     for model in models:
         model.eval()
-    sums = torch.zeros(len(readers), 4, dtype=torch.float64)
-    count = 0
+    batches = []
     with tqdm(total=len(tokens), unit="tok", desc=description, disable=description is None, leave=False) as bar:
         for batch in _batches(tokens, context, batch_size):
-            sums += _batch_sums(readers, base, batch.to(base.device)).cpu()
-            count += batch.shape[0] * (batch.shape[1] - 1)
+            batches.append(_read_batch(readers, base, batch.to(base.device)).numpy(force=True))
             bar.update(batch.numel())
     for model, training in zip(models, modes, strict=True):
         model.train(training)
-    return [
-        Fidelity(count, kl.item(), loss.exp().item(), base_loss.exp().item(), agreement.item())
-        for kl, loss, base_loss, agreement in sums / count
-    ]
+    return [Reading(*values) for values in np.concatenate(batches, 2)]
+
+
+def predicted(length: int, context: int) -> np.ndarray:
+    """The places of the tokens that are predicted in a stream of so many, ascending: all but each block's first."""
+    places = np.arange(length)
+    return places[places % context != 0]
 
 
 def _batches(tokens: np.ndarray, context: int, batch_size: int) -> list[Tensor]:
@@ -145,8 +188,8 @@ def _batches(tokens: np.ndarray, context: int, batch_size: int) -> list[Tensor]:
     return batches
 
 
-def _batch_sums(readers: Sequence[Reader], base: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """(R, 4) for each reader, sums of KL, loss, the base's loss and agreement over the tokens of a batch."""
+def _read_batch(readers: Sequence[Reader], base: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """(R, 4, N) float32 for each reader, KL, loss, the base's loss and agreement of the N tokens of a batch."""
     labels = input_ids[:, 1:].flatten()
     base_hidden = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
     same = [reader.model is base for reader in readers]
@@ -154,23 +197,23 @@ def _batch_sums(readers: Sequence[Reader], base: PreTrainedModel, input_ids: Ten
         base_hidden if is_base else reader.hidden(input_ids)[:, :-1].flatten(0, 1)
         for reader, is_base in zip(readers, same, strict=True)
     ]
-    sums = torch.zeros(len(readers), 4, dtype=torch.float64, device=labels.device)
+    values = torch.empty(len(readers), 4, len(labels), device=labels.device)
     chunk = chunk_size(output_matrix(base))
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)
         log_p = _log_probabilities(base_hidden[part], base)
         for place, reader in enumerate(readers):
             log_q = log_p if same[place] else _log_probabilities(hidden[place][part], reader.model)
-            sums[place] += _chunk_sums(log_p, log_q, labels[part, None])
-    return sums
+            values[place, :, part] = _read_chunk(log_p, log_q, labels[part, None])
+    return values
 
 
 def _log_probabilities(hidden: Tensor, model: PreTrainedModel) -> Tensor:
     return (hidden @ output_matrix(model).t()).float().log_softmax(-1)
 
 
-def _chunk_sums(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
+def _read_chunk(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     losses = [-log.gather(1, labels)[:, 0] for log in (log_q, log_p)]
     agreement = log_p.argmax(-1) == log_q.argmax(-1)
-    return torch.stack([value.double().sum() for value in (kl, *losses, agreement)])
+    return torch.stack([kl, *losses, agreement.float()])

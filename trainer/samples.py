@@ -16,9 +16,11 @@ from attention.prompts import prompt_tokens
 
 from .config import SampleConfig
 from .losses import last_hidden, output_matrix, vocabulary_loss
+from .names import INSIDE, NAME
 
 BATCH = 16  # texts written at a time
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # from the whole distribution
+SETTLED = 50  # tokens after which a text that keeps to its matter brings few new names
 
 
 @torch.no_grad()
@@ -128,6 +130,8 @@ class Writing:
             together (Li et al. 2016, arXiv 1510.03055).
         repetition: share of a text's sequences of 4 tokens that it had before, mean over texts (seq-rep-4 of Welleck
             et al. 2019, arXiv 1908.04319).
+        new_names: names that a text has after its first 50 tokens and not before, its prompt included, each counted
+            once, mean over texts: more than the base's are drift, who is who gets lost.
         without: of each figure, the N values that it has without one of the texts.
     """
 
@@ -136,6 +140,7 @@ class Writing:
     distinct_2: float
     distinct_3: float
     repetition: float
+    new_names: float
     without: dict[str, np.ndarray] = field(compare=False, repr=False)
 
     def beside(self, base: Writing) -> dict[str, dict[str, float | None]]:
@@ -159,6 +164,7 @@ class Writing:
 def measure_writing(
     model: PreTrainedModel,
     base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Tensor,
     length: int,
     seed: int,
@@ -182,22 +188,42 @@ def measure_writing(
     if not 4 <= length <= room:
         raise ValueError(f"after prompts of {prompts.shape[1]} tokens, texts must have 4 to {room}, not {length}")
     losses, written = [], []
+    names: list[int] = []
     batches = tqdm(prompts.split(BATCH), unit="batch", desc=description, disable=description is None, leave=False)
     with seeded(seed, model.device):
         for batch in batches:
             texts = continue_texts(model, batch, length)
             losses += _losses(base, texts, length)
             written.append(texts[:, -length:])
-    return describe_texts(np.array(losses), torch.cat(written).numpy(force=True))
+            names += [count_new_names(tokenizer, text, prompts.shape[1] + SETTLED) for text in texts.tolist()]
+    return describe_texts(np.array(losses), torch.cat(written).numpy(force=True), np.array(names))
 
 
-def describe_texts(losses: np.ndarray, texts: np.ndarray) -> Writing:
-    """Figures of texts (N, T) whose tokens have mean losses (N,) under the base, in nats."""
+def count_new_names(tokenizer: PreTrainedTokenizerBase, text: list[int], start: int) -> int:
+    """How many names a text of tokens has after `start` of them and not before.
+
+    A name is a capitalised word inside a sentence (see `names.find_names`); it was there before also where it began a
+    sentence.
+    """
+    whole, head = (tokenizer.decode(part, skip_special_tokens=True) for part in (text, text[:start]))
+    before = {match[0] for match in NAME.finditer(whole) if match.start() < len(head)}
+    return len({match[0] for match in INSIDE.finditer(whole) if match.start() >= len(head)} - before)
+
+
+def describe_texts(losses: np.ndarray, texts: np.ndarray, names: np.ndarray) -> Writing:
+    """Figures of texts.
+
+    Args:
+        losses: (N,) mean nats of their tokens under the base.
+        texts: (N, T) tokens.
+        names: (N,) how many new names each has.
+    """
     repeated = np.array([1 - _distinct(_sequences(text[None], 4))[0] for text in texts])
     figures = {
         "sample_perplexity": tuple(map(np.exp, _mean(losses))),
         **{f"distinct_{size}": _distinct(_sequences(texts, size)) for size in (1, 2, 3)},
         "repetition": _mean(repeated),
+        "new_names": _mean(names),
     }
     return Writing(
         **{name: float(value) for name, (value, _) in figures.items()},

@@ -7,9 +7,10 @@ from typing import Any
 import gradio as gr
 
 from ..components import Curves, Facts, Samples
+from ..components.table import TextTable
 from ..context import App, Session
 from ..models import ModelStore
-from ..training import curves, facts, learned, read_card, read_history, samples
+from ..training import curves, facts, learned, read_card, read_history, samples, slices
 
 
 def build_training_tab(app: App, session: Session) -> gr.Tab:
@@ -25,6 +26,11 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
             elem_id="training-model",
         )
         about = Facts(elem_id="training-facts")
+        gr.Markdown(
+            "### What must be looked up\nA hit ends a rare pair of tokens that stood so far back in the text, as names "
+            "do. Nats per token, with standard errors."
+        )
+        lookups = TextTable(elem_id="training-slices")
         gr.Markdown("### Through training")
         history = Curves(elem_id="training-curves", empty="This checkpoint has no history of its training.")
         gr.Markdown("### What it wrote on the way")
@@ -32,7 +38,7 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
         gr.Markdown("### What its attention learned\nMeans over the heads, from the first layer (faint) to the last.")
         inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        outputs = [about, history, texts, inside]
+        outputs = [about, history, texts, inside, lookups]
         # By default a choice made while the tab is still being filled would be dropped.
         gr.on([tab.select, model.change], handlers.show, model, outputs, trigger_mode="always_last", **quiet)
         session.names.change(handlers.offer, [session.names, model], model, **quiet)
@@ -55,9 +61,9 @@ class Handlers:
         return gr.Radio(choices=names, value=model if model in names else self.first_model(names))
 
     def show(self, model: str | None) -> tuple[Any, ...]:
-        """Facts, curves, samples and learned quantities of a checkpoint."""
+        """Facts, curves, samples, learned quantities and slices of a checkpoint."""
         if model not in self.store.names():
-            return [], [], [], []
+            return [], [], [], [], {}
         entry = self.store.entry(model)
-        rows = read_history(entry.folder)
-        return facts(entry, rows, read_card(entry.folder)), curves(rows), samples(rows), learned(rows)
+        rows, card = read_history(entry.folder), read_card(entry.folder)
+        return facts(entry, rows, card), curves(rows), samples(rows), learned(rows), slices(card)

@@ -56,6 +56,29 @@ def test_samples_by_step(page: Page, history: Path):
     assert samples.locator("img").count() == 0
 
 
+@pytest.fixture
+def card(store) -> Path:
+    """A card in the variant's folder with slices, a name among them hostile."""
+    path = store.get("masks").entry.folder / "README.md"
+    before = path.read_bytes() if path.exists() else None
+    lines = ["| tokens that are | KL |", "| --- | --- |", f"| {HOSTILE} | 0.5 |"]
+    table = "\n".join(lines)
+    path.write_text(f"# masks\n\n## Measured further\n\n### Context 512\n\n{table}\n", encoding="utf-8")
+    yield path
+    path.unlink() if before is None else path.write_bytes(before)
+
+
+def test_what_must_be_looked_up(page: Page, card: Path):
+    page.get_by_role("tab", name="Training").click()
+    slices = page.locator("#training-slices")
+    expect(slices.get_by_role("columnheader")).to_have_text(["tokens", "context", "KL"])
+    expect(slices.get_by_role("cell")).to_have_text(["512", "0.5"])
+    expect(slices.get_by_role("rowheader")).to_have_text(HOSTILE)
+    assert slices.locator("img").count() == 0
+    page.locator("#training-model").get_by_role("radio", name="base").check()
+    expect(slices).to_contain_text("Its card has no such figures")
+
+
 def test_a_checkpoint_without_a_history(page: Page):
     page.get_by_role("tab", name="Training").click()
     page.locator("#training-model").get_by_role("radio", name="base").check()

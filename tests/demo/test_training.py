@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from demo.models import Entry
 from demo.tabs.training import Handlers
-from demo.training import curves, facts, learned, read_card, read_history, samples, thin
+from demo.training import NO_SLICES, curves, facts, learned, read_card, read_history, samples, slices, thin
+from trainer.card import with_measurement
 
 ROWS = [
     {"kind": "eval", "step": 0, "stage": "transfer", "kl": 2.5, "perplexity": 90.0, "base_perplexity": 20.0,
@@ -148,6 +149,46 @@ def test_facts_say_on_what_for_how_long_and_how_close(entry, folder):
     assert dict(facts(entry, [], read_card(folder)))["KL to the base, validation text"] == "0.06"
 
 
+def measured(context: int, kl: float) -> dict[str, object]:
+    """A row of `trainer/evaluate.py`."""
+    one = {"tokens": 1234, "base_loss": 3.0, "ce_excess": 0.5, "ce_excess_error": 0.25, "kl": kl, "kl_error": None}
+    none = dict.fromkeys(one) | {"tokens": 0}
+    return {
+        **{"text": ["test.txt"], "tokens": 1234, "kl": kl, "perplexity": 21.0, "base_perplexity": 20.0},
+        **{"top1_agreement": 0.9, "keys_read": 64, "rare": "it comes seldom", "context": context},
+        **{"slices": {"all": one, "hits, over 256 back": none}, "positions": {"0 to 127": one}},
+        "ablations": {"window": {"kl": 1.0, "kl_change": 0.5, "does_nothing": False}},
+    }
+
+
+def test_the_slices_of_a_card_are_a_table(folder):
+    assert slices(read_card(folder)) == {"headers": [NO_SLICES], "rows": []}
+    card = f"{CARD}\n## Use\n\nSo.\n"
+    for context, kl in ((1024, 0.25), (512, 0.125)):
+        card = with_measurement(card, measured(context, kl))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    assert slices(read_card(folder)) == {
+        "headers": ["tokens", "context", "how many", "cross-entropy of the base", "above it", "KL"],
+        "rows": [
+            [name, context, *figures]
+            for context, kl in (("512", "0.1250"), ("1024", "0.2500"))
+            for name, *figures in (
+                ["all", "1,234", "3.000", "+0.500 ± 0.250", kl],
+                ["hits, over 256 back", "0", "", "", ""],
+                ["0 to 127", "1,234", "3.000", "+0.500 ± 0.250", kl],
+            )
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    "table", ["| tokens that are |", "| tokens that are | KL |\n| --- | --- |\n| all |\n|", "| x |"]
+)
+def test_broken_tables_of_a_card_have_no_lines(folder, table):
+    (folder / "README.md").write_text(f"{CARD}\n## Measured further\n\n### Context 9\n\n{table}\n", encoding="utf-8")
+    assert slices(read_card(folder))["rows"] == []
+
+
 @pytest.mark.parametrize(
     "card", ["", "---\n: [\n---\n", "---\n- 1\n---\n", "no front matter", "---\nmodel-index: 3\n---\n", "\x00\xff"]
 )
@@ -171,7 +212,8 @@ def test_thin_keeps_the_last_point(count, most):
 
 def test_the_tab_shows_what_the_store_has(store):
     handlers = Handlers(store)
-    about, history, texts, inside = handlers.show("masks")
+    about, history, texts, inside, lookups = handlers.show("masks")
     assert ["Method", "masks"] in about
     assert (history, texts, inside) == ([], [], [])
-    assert handlers.show("../etc") == ([], [], [], [])
+    assert lookups == {"headers": [NO_SLICES], "rows": []}
+    assert handlers.show("../etc") == ([], [], [], [], {})

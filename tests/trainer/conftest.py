@@ -11,6 +11,11 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
+NAMES = [
+    *("Alice", "Bob", "Clara", "Daniel", "Emma", "Frank", "Greta", "Henry", "Ida", "Jacob", "Karen"),
+    *("Louis", "Mary", "Nora", "Oscar", "Paula", "Quentin", "Ruth", "Simon", "Theresa", "London", "Paris"),
+]
+OTHER = "the sea was dark and the old man looked at it for a long time"
 WORDS = ("the sea old man looked at and a ship came over dark water", "when night fell upon them all")
 
 
@@ -40,8 +45,33 @@ def text() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer(text: str) -> PreTrainedTokenizerFast:
+    return byte_pairs([text], 320)
+
+
+@pytest.fixture(scope="session")
+def names_tokenizer() -> PreTrainedTokenizerFast:
+    """Each word that follows a space is one token; "The" is one, too, and no name."""
+    facts = [f"{one} lives in {two}. The {two} said it, the ship was {one}." for one in NAMES for two in NAMES]
+    return byte_pairs([f"\nThis is what we know. {OTHER}", *facts], 900)
+
+
+@pytest.fixture(scope="session")
+def names_base(tmp_path_factory: pytest.TempPathFactory, names_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder of a tiny base of 256 positions with that tokenizer."""
+    folder = tmp_path_factory.mktemp("names") / "base"
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, n_positions=256, vocab_size=len(names_tokenizer), bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    names_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def byte_pairs(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of a vocabulary of at most that size, made from texts."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text], vocab_size=320, special_tokens=[END], show_progress=False)
+    bpe.train_from_iterator(texts, vocab_size=size, special_tokens=[END], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, bos_token=END)
 
 

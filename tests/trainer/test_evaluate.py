@@ -7,15 +7,22 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 import attention
 from trainer.data import read_files
 from trainer.evaluate import evaluate, main, parse
-from trainer.fidelity import Fidelity, measure
+from trainer.fidelity import Fidelity, Reader, measure, predicted, read_each
+from trainer.hits import PairTable, hit_distances, load_pairs, pair_codes, save_pairs
+from trainer.recall import measure_recall
 from trainer.samples import draw_prompts, measure_writing
+from trainer.slices import by_position, by_recall, slice_by
 
-FIGURES = ("sample_perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition")
+from .conftest import OTHER
+
+FIGURES = ("sample_perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "new_names")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,53 @@ def test_one_variant_is_one_object(variants, valid, base, tokenizer, capsys):
     assert row["keys_read"] == 4
     assert "samples" not in row
     assert "ablations" not in row
+
+
+@pytest.fixture
+def pairs(valid, tokenizer, tmp_path):
+    """A file with a table of a third of the pairs of the text."""
+    codes = np.unique(pair_codes(read_files([valid], tokenizer)))[::3]
+    save_pairs(PairTable(codes, 3_000_000, "train.txt"), tmp_path / "pairs.safetensors", tokenizer)
+    return tmp_path / "pairs.safetensors"
+
+
+def test_slices_are_those_of_what_was_read(variants, valid, base, tokenizer, pairs):
+    options = ["--variant", variants["masks"], "--text", valid, "--context", "32", "--pairs", str(pairs)]
+    (row,) = evaluate(parse(options))
+    tokens = read_files([valid], tokenizer)
+    (reading,) = read_each([Reader(attention.load(variants["masks"], base=base)[0])], base, tokens, 32)
+    places = predicted(len(tokens), 32)
+    distances = hit_distances(tokens, load_pairs(pairs, tokenizer), 32)[places]
+    assert row["rare"] == "it comes at most 60 times in 3,000,000 tokens of train.txt"
+    assert row["slices"]["all"]["kl"] == pytest.approx(row["kl"], rel=1e-5)
+    assert row["slices"]["all"]["tokens"] == row["tokens"] == len(places)
+    assert row["slices"]["hits"]["tokens"] > 5
+    for name, choices in (("slices", by_recall(distances, 32)), ("positions", by_position(places % 32, 32))):
+        expected = slice_by(reading, choices, places // 32)
+        assert list(row[name]) == list(expected)
+        for one, figures in expected.items():
+            found = {key: value for key, value in row[name][one].items() if value is not None}
+            assert found == pytest.approx(
+                {key: value for key, value in figures.to_dict().items() if value is not None}, rel=1e-3, abs=1e-6
+            )
+
+
+def test_what_is_rare_is_said(variants, valid, pairs, tokenizer, base, capsys):
+    command = ["--variant", variants["masks"], "--text", valid, "--context", "32"]
+    (without,) = evaluate(parse(command))
+    assert without["rare"] == (
+        "it comes at most 20 times in a million tokens of the text's other blocks (the base has no pairs.safetensors)"
+    )
+    table = Path(base.name_or_path) / "pairs.safetensors"
+    table.write_bytes(pairs.read_bytes())
+    try:
+        (beside,) = evaluate(parse(command))
+    finally:
+        table.unlink()
+    (given,) = evaluate(parse([*command, "--pairs", str(pairs)]))
+    assert beside["slices"] == given["slices"] != without["slices"]
+    assert main([*command, "--pairs", str(Path(valid))]) == 2
+    assert "valid.txt is no table of pairs" in capsys.readouterr().err
 
 
 def test_several_share_a_base_and_keep_their_order(variants, workplace, valid, monkeypatch):
@@ -92,8 +146,8 @@ def test_samples_are_beside_the_bases_own(variants, valid, base, tokenizer):
     options = ["--context", "32", "--samples", "5", "--length", "8", "--prompt_length", "4", "--seed", "3"]
     masks, plain = evaluate(parse(["--variant", variants["masks"], base.name_or_path, "--text", valid, *options]))
     prompts = draw_prompts(read_files([valid], tokenizer), 5, 4, 3)
-    own = measure_writing(base, base, prompts, 8, 3)
-    other = measure_writing(attention.load(variants["masks"], base=base)[0], base, prompts, 8, 3)
+    own = measure_writing(base, base, tokenizer, prompts, 8, 3)
+    other = measure_writing(attention.load(variants["masks"], base=base)[0], base, tokenizer, prompts, 8, 3)
     for name in FIGURES:
         figures = masks["samples"][name]
         assert figures["base"] == pytest.approx(getattr(own, name), rel=1e-4)
@@ -110,15 +164,75 @@ def test_tables_have_a_line_for_everything(variants, valid, capsys):
     both = [variants["masks"], variants["performer-window"]]
     options = ["--text", valid, "--context", "32", "--samples", "4", "--length", "8", "--ablate", "--tolerance", "100"]
     assert main(["--variant", *both, *options]) == 0
-    fidelity, writing, ablations = capsys.readouterr().out.split("\n\n")
+    fidelity, *sliced, writing, ablations, rare = capsys.readouterr().out.split("\n\n")
     assert [line.split()[0] for line in fidelity.splitlines()] == ["method", "masks", "performer"]
+    starts = ["cross-entropy above the base's  all  ", "KL  ", "cross-entropy above the base's  0 to 31", "KL  "]
+    assert len(sliced) == len(starts)
+    for block, start in zip(sliced, starts, strict=True):
+        header, tokens, own, *lines = block.splitlines()
+        assert re.sub("  +", "  ", header).startswith(start)
+        assert tokens.startswith("(tokens)  ")
+        assert own.startswith("(the base's cross-entropy)  ")
+        assert [line.split()[0] for line in lines] == both
+        assert "±" in lines[0]
     assert [line.split()[0] for line in writing.splitlines()] == ["variant", *both]
     assert set(FIGURES) <= set(writing.splitlines()[0].split())
     assert len(ablations.splitlines()) == 1 + 3 + 2
     assert ablations.count("does nothing (changes KL by less than 100)") == 5
+    assert rare.startswith("A hit's pair is rare: it comes at most 20 times in a million tokens")
 
 
-def test_cards_take_up_the_figures_of_each_context(variants, valid):
+def test_variants_of_two_bases_do_not_share_a_table(variants, valid, workplace, capsys):
+    other = workplace / "other-base"
+    shutil.copytree(workplace / "base", other, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.transformer.wte.weight.data.mul_(0.5)
+    model.save_pretrained(other)
+    assert main(["--variant", str(other), variants["masks"], "--text", valid, "--context", "32"]) == 0
+    _, *sliced, _ = capsys.readouterr().out.split("\n\n")
+    assert [block.splitlines()[-1].split()[0] for block in sliced] == [str(other)] * 4 + [variants["masks"]] * 4
+
+
+@pytest.fixture(scope="module")
+def reciter(names_base, names_tokenizer):
+    """The folder of a variant of a base whose vocabulary has names, a text, and the tokenizer."""
+    variant, text = names_base.with_name("variant"), names_base.with_name("text.txt")
+    attention.save(attention.convert(attention.load(names_base)[0], attention.MasksConfig()), variant)
+    text.write_text(" ".join([OTHER] * 30))
+    return str(variant), str(text), names_tokenizer
+
+
+def test_answers_are_beside_the_bases_own(reciter, capsys):
+    variant, text, tokenizer = reciter
+    base = str(Path(variant).with_name("base"))
+    command = ["--variant", variant, base, "--text", text, "--context", "256", "--recall", "5", "--seed", "3"]
+    row, itself = evaluate(parse(command))
+    loaded = attention.load(base)[0]
+    models = [attention.load(variant, base=loaded)[0]]
+    (expected,) = measure_recall(models, loaded, tokenizer, read_files([text], tokenizer), 5, 256, 3)
+    assert (row["recall"]["recall"], row["recall"]["seed"]) == (5, 3)
+    for task, by_distance in row["recall"]["tasks"].items():
+        assert list(by_distance) == list(expected[task]) == ["0", "64"]
+        for between, found in by_distance.items():
+            assert found["difference"] == pytest.approx(expected[task][between]["difference"], abs=1e-5)
+            assert itself["recall"]["tasks"][task][between]["difference"] == 0
+    assert main(command) == 0
+    tables = {block.split(":")[0]: block.splitlines() for block in capsys.readouterr().out.split("\n\n")}
+    for task in ("associative", "needle"):
+        header, own, *lines = tables[task]
+        assert header.split()[-2:] == ["0", "64"]
+        assert own.startswith("(the base's)  ")
+        assert ", chance: 12%)" in own
+        assert [line.split()[0] for line in lines] == [variant, base]
+
+
+def test_questions_that_do_not_fit_are_refused(reciter, capsys):
+    variant, text, _ = reciter
+    assert main(["--variant", variant, "--text", text, "--context", "32", "--recall", "5"]) == 2
+    assert "the tasks of --recall need a context of" in capsys.readouterr().err
+
+
+def test_cards_take_up_the_figures_of_each_context(variants, valid, capsys):
     folder = Path(variants["masks"])
     (folder / "README.md").write_text("# masks\n\n## Use\n\nLike this.\n")
     command = ["--variant", str(folder), "--text", valid, "--card", "--json"]
@@ -129,9 +243,32 @@ def test_cards_take_up_the_figures_of_each_context(variants, valid):
     assert card.startswith("# masks\n\n## Measured")
     assert card.endswith("\n\n## Use\n\nLike this.\n")
     assert "| distinct 2 |" in card
+    assert card.count("| tokens that are | how many | cross-entropy of the base | above it | KL |") == 2
+    assert re.findall(r"^\| (0 to \d+) \| [\d,]+ \| \d\.\d{3} \| [+-]\d\.\d{3} ± ", card, re.M) == [
+        "0 to 15",
+        "0 to 31",
+    ]
+    assert card.count("a million tokens of the text's other blocks") == 2
     assert "without" not in card  # the first figures at 32 had ablations
     (folder / "README.md").write_text("# masks\n")
+    capsys.readouterr()
     assert main([*command, "--context", "32"]) == 2
+    said = capsys.readouterr()
+    assert f"before a card's section '## Use', which there is not in {folder / 'README.md'}" in said.err
+    assert not said.out  # said before the text is read
+
+
+def test_a_card_takes_up_answers(reciter):
+    variant, text, _ = reciter
+    (Path(variant) / "README.md").write_text("# masks\n\n## Use\n\nLike this.\n")
+    command = ["--variant", variant, "--text", text, "--context", "256", "--recall", "5", "--card"]
+    assert main(command) == 0
+    card = (Path(variant) / "README.md").read_text()
+    lines = re.findall(
+        r"^\| (associative|needle) \| (0|64) \| -\d\.\d\d, \d+% \| .* \| the base is at chance \|$", card, re.M
+    )
+    assert ("associative", "64") in lines
+    assert "by chance 12.5%" in card
 
 
 def test_a_card_needs_a_folder(variants, valid, capsys):
@@ -178,7 +315,7 @@ def test_options_without_a_meaning_are_refused_before_anything_is_loaded(options
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_figures_are_numbers(value, variants, valid, monkeypatch, capsys):
-    monkeypatch.setattr("trainer.evaluate.measure_each", lambda *_, **__: [Fidelity(9, value, 1.0, 1.0, 1.0)] * 4)
+    monkeypatch.setattr("trainer.fidelity.Reading.means", property(lambda _: Fidelity(9, value, 1.0, 1.0, 1.0)))
     for options, named in ([], "kl"), (["--ablate"], "ablations window(3) kl"):
         assert main(["--variant", variants["masks"], "--text", valid, "--context", "32", "--json", *options]) == 2
         out, err = capsys.readouterr()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attention
-from trainer.fidelity import Reader, measure, measure_each, switched_off
+from trainer.fidelity import Reader, measure, measure_each, predicted, read_each, switched_off
 
 MASKS = attention.MasksConfig(candidates=("window(3)", "first(1)"))
 PERFORMER = attention.PerformerConfig(num_features=4, window=3)
@@ -44,6 +44,22 @@ def test_figures_are_those_of_the_definition(base, variant, length, context, bat
     expected = (kl / count, math.exp(loss / count), math.exp(base_loss / count), same / count)
     found = (figures.kl, figures.perplexity, figures.base_perplexity, figures.top1_agreement)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@given(length=st.integers(2, 70), context=st.integers(1, 32), batch_size=st.integers(1, 4))
+def test_every_predicted_token_is_read_in_its_place(base, variant, length, context, batch_size):
+    places = predicted(length, context)
+    assert places.tolist() == [place for place in range(length) if place % context]
+    if not len(places):
+        return
+    tokens = np.random.default_rng(length).integers(0, 300, length).astype(np.int32)
+    (reading,) = read_each([Reader(variant)], base, tokens, context, batch_size)
+    assert reading.kl.shape == reading.loss.shape == reading.base_loss.shape == places.shape
+    for place, loss, base_loss in zip(places, reading.loss, reading.base_loss, strict=True):
+        block = torch.from_numpy(tokens[place // context * context : place + 1].astype(np.int64))[None]
+        with torch.no_grad():
+            found = [-model(block[:, :-1]).logits[0, -1].log_softmax(-1)[block[0, -1]] for model in (variant, base)]
+        assert [loss, base_loss] == pytest.approx([one.item() for one in found], rel=1e-4)
 
 
 def test_the_base_is_perfect(base):

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import attention
 from trainer.config import SampleConfig
 from trainer.samples import (
+    SETTLED,
     Writing,
     continue_texts,
+    count_new_names,
     describe_texts,
     draw_prompts,
     measure_writing,
@@ -43,25 +45,25 @@ def parrot(workplace):
     return model
 
 
-def test_writing_of_a_model_that_repeats_itself(parrot):
-    writing = measure_writing(parrot, parrot, torch.arange(6).view(3, 2), 20, seed=0)
+def test_writing_of_a_model_that_repeats_itself(parrot, tokenizer):
+    writing = measure_writing(parrot, parrot, tokenizer, torch.arange(6).view(3, 2), 20, seed=0)
     assert writing.sample_perplexity == pytest.approx(1.0)
     assert [writing.distinct_1, writing.distinct_2, writing.distinct_3] == [1 / (3 * 20), 1 / (3 * 19), 1 / (3 * 18)]
     assert writing.repetition == pytest.approx(16 / 17)
 
 
-def test_the_base_judges_what_was_written_and_not_the_prompts(base, parrot):
+def test_the_base_judges_what_was_written_and_not_the_prompts(base, parrot, tokenizer):
     prompts = draw_prompts(np.arange(100, dtype=np.int32), 4, 5, seed=1)
-    writing = measure_writing(parrot, base, prompts, 10, seed=0)
+    writing = measure_writing(parrot, base, tokenizer, prompts, 10, seed=0)
     texts = torch.cat([prompts, torch.full((4, 10), 7)], 1)
     with torch.no_grad():
         logs = base(texts).logits[:, 4:-1].log_softmax(-1)
     assert math.log(writing.sample_perplexity) == pytest.approx(-logs[..., 7].mean().item(), rel=1e-4)
 
 
-def test_the_perplexity_of_samples_is_that_of_their_distribution(base):
+def test_the_perplexity_of_samples_is_that_of_their_distribution(base, tokenizer):
     prompts = torch.zeros(256, 1, dtype=torch.long)
-    writing = measure_writing(base, base, prompts, 4, seed=0)
+    writing = measure_writing(base, base, tokenizer, prompts, 4, seed=0)
     with torch.no_grad():
         probabilities = base(torch.zeros(1, 1, dtype=torch.long)).logits.softmax(-1)
     entropy = -(probabilities * probabilities.log()).sum().item()
@@ -72,9 +74,10 @@ def test_the_perplexity_of_samples_is_that_of_their_distribution(base):
 def test_figures_without_each_text(count, length, vocabulary, seed):
     rng = np.random.default_rng(seed)
     losses, texts = rng.random(count), rng.integers(0, vocabulary, (count, length))
-    writing = describe_texts(losses, texts)
+    names = rng.integers(0, 3, count)
+    writing = describe_texts(losses, texts, names)
     for one in range(count):
-        rest = describe_texts(np.delete(losses, one), np.delete(texts, one, 0))
+        rest = describe_texts(np.delete(losses, one), np.delete(texts, one, 0), np.delete(names, one))
         for name, values in writing.without.items():
             assert values[one] == pytest.approx(getattr(rest, name))
 
@@ -82,7 +85,7 @@ def test_figures_without_each_text(count, length, vocabulary, seed):
 def test_the_error_of_a_difference_is_that_of_means_of_pairs():
     rng = np.random.default_rng(0)
     losses, texts = rng.normal(3.0, 0.2, (2, 400)), np.tile(np.arange(4), (400, 1))
-    other, own = (describe_texts(each, texts) for each in losses)
+    other, own = (describe_texts(each, texts, np.ones(400)) for each in losses)
     found = other.beside(own)["sample_perplexity"]
     ratio = math.exp(losses[0].mean() - losses[1].mean())
     assert found["difference"] == pytest.approx(ratio - 1)
@@ -91,18 +94,63 @@ def test_the_error_of_a_difference_is_that_of_means_of_pairs():
     assert other.beside(own)["distinct_1"]["difference"] == 0
 
 
+def test_more_new_names_than_the_bases_are_drift():
+    rng = np.random.default_rng(0)
+    names = rng.poisson(3, 400)
+    more = names + rng.integers(0, 2, 400)
+    own, other = (describe_texts(np.ones(400), np.tile(np.arange(4), (400, 1)), each) for each in (names, more))
+    found = other.beside(own)["new_names"]
+    ratio = more.mean() / names.mean()
+    assert (found["variant"], found["base"]) == (more.mean(), names.mean())
+    assert found["difference"] == pytest.approx(ratio - 1)
+    assert found["error"] == pytest.approx(np.std(more - ratio * names) / names.mean() / 20, rel=0.02)
+
+
+TEXT = (
+    "Once Peter met Bobbie. Mother and Phyllis came, then Peter saw Doctor Forrest. Roberta met Phyllis, Roberta knew"
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "names"),
+    [
+        ("", {"Peter", "Bobbie", "Phyllis", "Doctor", "Forrest", "Roberta"}),  # not the first words of sentences
+        ("Once Peter met Bobbie. Moth", {"Phyllis", "Doctor", "Forrest", "Roberta"}),
+        ("Once Peter met Bobbie. Mother and Phyll", {"Doctor", "Forrest", "Roberta"}),
+        ("Once Peter met Bobbie. Mother and Phyllis came, then Peter saw Doctor Forrest.", {"Roberta"}),
+        ("Once Peter met Bobbie. Mother and Phyllis came, then Peter saw Doctor Forrest. Roberta", set()),
+        (TEXT, set()),
+    ],
+)
+def test_names_are_new_where_they_were_not_before(tokenizer, start, names):
+    head, tail = (tokenizer(part)["input_ids"] if part else [] for part in (start, TEXT.removeprefix(start)))
+    assert tokenizer.decode(head + tail) == TEXT
+    assert count_new_names(tokenizer, head + tail, len(head)) == len(names)
+
+
+def test_names_are_counted_after_the_prompt_and_50_tokens(base, tokenizer, monkeypatch):
+    counted = []
+    monkeypatch.setattr("trainer.samples.count_new_names", lambda _, text, start: counted.append((text, start)) or 3)
+    writing = measure_writing(base, base, tokenizer, torch.arange(6).view(3, 2), 20, seed=0)
+    assert writing.new_names == 3
+    assert [(text[:2], len(text), start) for text, start in counted] == [
+        ([first, first + 1], 22, 2 + SETTLED) for first in (0, 2, 4)
+    ]
+    assert SETTLED == 50
+
+
 def test_a_single_text_has_no_error():
-    text = describe_texts(np.array([2.0]), np.array([[1, 1, 1, 1, 1]]))
+    text = describe_texts(np.array([2.0]), np.array([[1, 1, 1, 1, 1]]), np.ones(1))
     assert text.beside(text)["sample_perplexity"] == {
         **{"variant": math.exp(2), "base": math.exp(2)},
         **{"difference": 0.0, "error": None},
     }
 
 
-def test_the_same_seed_writes_the_same(base):
+def test_the_same_seed_writes_the_same(base, tokenizer):
     prompts = draw_prompts(np.arange(100, dtype=np.int32), 20, 3, seed=0)
-    again, other = (measure_writing(base, base, prompts, 8, seed=seed) for seed in (0, 1))
-    assert measure_writing(base, base, prompts, 8, seed=0) == again != other
+    again, other = (measure_writing(base, base, tokenizer, prompts, 8, seed=seed) for seed in (0, 1))
+    assert measure_writing(base, base, tokenizer, prompts, 8, seed=0) == again != other
 
 
 def test_samples_are_continuations_of_eos(base):
@@ -138,7 +186,7 @@ def test_a_models_own_way_of_generating_changes_nothing(own, swapped, workplace,
     def written() -> tuple[torch.Tensor, Writing, list[list[str]]]:
         with seeded(3, model.device):
             texts = sample_texts(model, 4, 24)
-        writing = measure_writing(model, base, torch.arange(6).view(3, 2), 20, seed=0)
+        writing = measure_writing(model, base, tokenizer, torch.arange(6).view(3, 2), 20, seed=0)
         cooler = options.model_copy(update={"temperature": 0.0})
         return texts, writing, [write_texts(model, tokenizer, one, seed=1) for one in (options, cooler)]
 
@@ -198,6 +246,6 @@ def test_prompts_are_passages():
 
 
 @pytest.mark.parametrize("length", [3, 63])
-def test_texts_that_do_not_fit(base, length):
+def test_texts_that_do_not_fit(base, tokenizer, length):
     with pytest.raises(ValueError, match=f"texts must have 4 to 62, not {length}"):
-        measure_writing(base, base, torch.zeros(1, 2, dtype=torch.long), length, seed=0)
+        measure_writing(base, base, tokenizer, torch.zeros(1, 2, dtype=torch.long), length, seed=0)
