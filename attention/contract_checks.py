@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, cycle, repeat, takewhile
 from typing import Any, NamedTuple
 
@@ -126,6 +126,12 @@ class Case:
     def rows(self) -> int:
         return self.inputs[0].shape[0]
 
+    def first_row(self) -> Case:
+        """The same with one row, which is enough for what is not about batches."""
+        return replace(
+            self, inputs=part(self.inputs, None, None, slice(1)), others=part(self.others, None, None, slice(1))
+        )
+
     def judge(self, found: float, good: str, bad: str) -> Result:
         """A result with the sentence that suits the difference."""
         holds = found <= self.tolerance
@@ -233,7 +239,7 @@ def cached(case: Case, parts: Sequence[int], positions: bool = True) -> Result:
 
 def cached_one_by_one(case: Case) -> Result:
     """Half a text, then token by token."""
-    return cached(case, parts_of(case.length, [case.length // 2], repeat(1)))
+    return cached(case, parts_of(case.length, [max(1, case.length // 2)], repeat(1)))
 
 
 def cached_in_blocks(case: Case) -> Result:
@@ -249,7 +255,7 @@ def cached_after_short_prompt(case: Case) -> Result:
 def cached_without_position_ids(case: Case) -> Result:
     """Blocks, then token by token, while nobody says where the tokens are."""
     short = min(case.length, 2 * sum(BLOCKS))
-    case = Case(case.subject, part(case.inputs, None, short), part(case.others, None, short), case.tolerance)
+    case = replace(case, inputs=part(case.inputs, None, short), others=part(case.others, None, short))
     return cached(case, parts_of(case.length, BLOCKS, repeat(1)), positions=False)
 
 
@@ -497,6 +503,9 @@ CHECKS: dict[str, Check] = {
 }
 
 
+OF_BATCHES = {"batch", "padded_left", "padded_right", "generate_padded"}
+
+
 def examine(
     subject: Subject,
     inputs: Inputs,
@@ -527,7 +536,7 @@ def examine(
     add("precision", rounded)
     case = Case(subject, inputs, others, tolerance)
     for name, check in checks.items():
-        add(name, attempt(check, case))
+        add(name, attempt(check, case if name in OF_BATCHES else case.first_row()))
     return results
 
 
