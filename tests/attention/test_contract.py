@@ -1,6 +1,7 @@
-"""What every method promises, over random shapes and configurations."""
+"""What every method promises, over random shapes and configurations; the checks are those of `attention.contract`."""
 
 import itertools
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention import contract_checks as contract
+from attention.contract_checks import Inputs, Result, Subject, module_in_float64, nudged
 from attention.mechanism import LayerShape, Mechanism, repeat_heads
 from attention.registry import METHODS, config_from_dict
 from attention.state import State
@@ -38,6 +41,56 @@ class Case:
     def run(self, inputs: tuple[Tensor, ...], state: State | None = None, lengths: Tensor | None = None) -> Tensor:
         *heads, x, tokens = inputs
         return self.mechanism(*heads, x, state, lengths, tokens)
+
+
+class Mixer(Subject):
+    """A mechanism as the contract sees it: of every input (q, k, v, x, tokens) the second dimension is time."""
+
+    def __init__(self, mechanism: Mechanism):
+        self.mechanism = mechanism
+        self.dtype = torch.float32
+
+    def run(self, inputs, memory=None, *, mask=None, positions=None):
+        *floats, tokens = inputs
+        q, k, v, x = (t.to(self.dtype) for t in floats)
+        lengths = None if mask is None else mask.sum(1)
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        return self.mechanism(*heads, x, memory, lengths, tokens).transpose(1, 2)
+
+    def memory(self) -> State:
+        return self.mechanism.new_state()
+
+    @contextmanager
+    def float64(self):
+        self.dtype = torch.float64
+        with module_in_float64(self.mechanism):
+            yield
+        self.dtype = torch.float32
+
+    def nudged(self):
+        return nudged(self.mechanism)
+
+
+def promised(case: Case, tolerance: float | None = None) -> contract.Case:
+    """A case for the checks of the contract; the tolerance is what rounding makes of this mechanism, unless given."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    inputs = by_time(case.inputs)
+    others = [7 * torch.randn(t.shape, generator=generator) for t in inputs[:4]]
+    others.append(torch.randint(5, inputs[4].shape, generator=generator))
+    mixer = Mixer(case.mechanism)
+    if tolerance is None:
+        tolerance = contract.precision(mixer, inputs)[1]
+    return contract.Case(mixer, inputs, tuple(others), tolerance)
+
+
+def by_time(inputs: Inputs) -> Inputs:
+    """q, k, v, x and tokens with time as the second dimension, laid out as parts of them are: or bits might differ."""
+    *heads, x, tokens = inputs
+    return (*(t.transpose(1, 2).contiguous() for t in heads), x, tokens)
+
+
+def hold(result: Result) -> None:
+    assert result.holds, result.sentence
 
 
 @st.composite
@@ -80,15 +133,32 @@ def test_config_survives_a_round_trip(method, data):
 def test_strictly_causal(method, data):
     """What comes after a token changes nothing at it, to the last bit."""
     case = data.draw(cases(method))
-    cut = data.draw(st.integers(0, case.length))
-    before = case.run(case.inputs)
-    changed = [t.clone() for t in case.inputs]
-    for tensor in changed[:3]:
-        tensor[:, :, cut:] = 7 * torch.randn_like(tensor[:, :, cut:])
-    changed[3][:, cut:] = torch.randn_like(changed[3][:, cut:])
-    changed[4][:, cut:] = torch.randint_like(changed[4][:, cut:], 5)
-    after = case.run(changed)
-    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+    hold(contract.replaced_tokens(promised(case, tolerance=0), [data.draw(st.integers(0, case.length))]))
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_a_start_gives_the_same_whatever_follows(method, data):
+    """Its length is odd, prime or round: no size inside a method may come from the length of the text."""
+    case = data.draw(cases(method))
+    hold(contract.prefixes(promised(case)))
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other(method, data):
+    hold(contract.batch(promised(data.draw(cases(method, max_batch=3)))))
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_padding_behind_a_row_is_not_read(method, data):
+    case = data.draw(cases(method, max_batch=3))
+    lengths = [data.draw(st.integers(1, case.length)) for _ in range(case.inputs[0].shape[0])]
+    hold(contract.padded(promised(case), "right", lengths))
 
 
 @every_method
@@ -96,10 +166,17 @@ def test_strictly_causal(method, data):
 @torch.no_grad()
 def test_cached_equals_uncached_in_any_split(method, data):
     case = data.draw(cases(method))
-    expected = case.run(case.inputs)
-    state = case.mechanism.new_state()
-    torch.testing.assert_close(run_in_parts(case, state, data), expected, **TOLERANCE)
-    assert state.seen == case.length
+    sizes = st.sampled_from([1, 1, 2, 5, 16, 40])
+    hold(contract.cached(promised(case), contract.parts_of(case.length, [], iter(lambda: data.draw(sizes), None))))
+
+
+@every_method
+@pytest.mark.parametrize("split", ["one_by_one", "in_blocks", "after_short_prompt"])
+@settings(max_examples=5)
+@given(data=st.data())
+@torch.no_grad()
+def test_cached_equals_uncached_as_texts_are_written(method, split, data):
+    hold(getattr(contract, f"cached_{split}")(promised(data.draw(cases(method)))))
 
 
 @every_method
@@ -109,6 +186,7 @@ def test_a_state_starts_anew_after_a_reset(method, data):
     case = data.draw(cases(method))
     state = case.mechanism.new_state()
     first = run_in_parts(case, state, data)
+    assert state.seen == case.length
     state.reset()
     assert state.seen == 0
     torch.testing.assert_close(run_in_parts(case, state, data), first, **TOLERANCE)
