@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -30,9 +30,21 @@ CARD = "README.md"
 HISTORY = "training.jsonl"
 SHARD_SIZE = "8MB"  # a Space refuses plain files of more than 10 MB
 
+LARGEST_JSON = 64 * 2**20  # bytes of a config, an index or a manifest
+LONGEST_HEADER = 8 * 2**20  # bytes of a safetensors file's header; some 70,000 tensors
+MOST_TENSORS = 50_000
+
+# The files of tokenizers, whatever their class calls them.
+VOCABULARIES = ("*.txt", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "*.tokenizer")
 # What is read of a checkpoint: neither code nor pickles, so nothing of it can run.
-PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", "merges.txt", "tokenizer.model", "*.jinja", "README.md")
+PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", *VOCABULARIES, "*.jinja", "README.md")
 OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds files of a tokenizer; some have settings alone."""
+    names = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "added_tokens.json", *VOCABULARIES)
+    return any(fnmatch(path.name, name) for path in folder.iterdir() for name in names)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -45,9 +57,14 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise NotAModelError(f"{folder} has no {WEIGHTS}; weights in other formats, such as pickles, are not read")
-    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise BrokenCheckpointError(folder, [f"{INDEX} has no weight_map that names a file for each tensor"])
+    names = sorted(set(places.values()))
     if any(Path(name).name != name for name in names):
         raise NotAModelError(f"{folder / INDEX} points outside its folder")
+    if strange := [name for name in names if not name.endswith(".safetensors") or "\0" in name]:
+        raise NotAModelError(f"{folder / INDEX} names {strange[:3]}, which are no safetensors files")
     return [folder / name for name in names]
 
 
@@ -61,11 +78,32 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
+            with path.open("rb") as file:
+                _check_header(path, file.read(8))
             with safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no iterator)
-        except (SafetensorError, OSError) as error:
+                names = file.keys()
+                _check_count(path, len(tensors) + len(names))
+                tensors.update({name: file.get_tensor(name) for name in names})
+        except CheckpointError:
+            raise
+        except Exception as error:  # SafetensorError, OSError, and what an unknown dtype leads to
             raise BrokenCheckpointError(folder, [f"{path.name} cannot be read: {error}"]) from error
     return tensors
+
+
+def _check_header(path: Path, start: bytes) -> None:
+    """Refuses a safetensors file, by its first 8 bytes, whose header alone would take seconds to read."""
+    if (length := int.from_bytes(start, "little")) > LONGEST_HEADER:
+        raise BrokenCheckpointError(
+            path.parent, [f"{path.name} has a header of {length:,} bytes; the most is {LONGEST_HEADER:,}"]
+        )
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > MOST_TENSORS:
+        raise BrokenCheckpointError(
+            path.parent, [f"{path.name} brings {count:,} tensors; the most is {MOST_TENSORS:,}"]
+        )
 
 
 def parse_weights(path: Path, content: bytes) -> dict[str, Tensor]:
@@ -74,10 +112,13 @@ def parse_weights(path: Path, content: bytes) -> dict[str, Tensor]:
     Raises:
         BrokenCheckpointError: if it is not one.
     """
+    _check_header(path, content[:8])
     try:
-        return load(content)
-    except (SafetensorError, KeyError, ValueError) as error:
+        tensors = load(content)
+    except Exception as error:  # SafetensorError, KeyError, ValueError, and what an unknown dtype leads to
         raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
+    _check_count(path, len(tensors))
+    return tensors
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str = SHARD_SIZE) -> None:
@@ -133,7 +174,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any] | None]:
         files = json.loads(content)["files"]
         intact = content == _dump_manifest(files)  # so that no single bit of it can change unnoticed
         intact = intact and all(Path(name).name == name and _is_entry(entry) for name, entry in files.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise BrokenCheckpointError(folder, [f"{MANIFEST} was changed or cut short"])
@@ -173,7 +214,11 @@ def read_json(path: Path) -> dict[str, Any]:
         BrokenCheckpointError: if it is not one.
     """
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise BrokenCheckpointError(path.parent, [f"{path.name} has {size:,} bytes; the most is {LARGEST_JSON:,}"])
         content = path.read_bytes()
+    except CheckpointError:
+        raise
     except OSError as error:
         raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
     return parse_json(path, content)

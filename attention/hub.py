@@ -174,6 +174,18 @@ def cached_origin(folder: Path) -> HubSpec | None:
     return None
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether nothing that belongs to a folder can be missing: it is no part of the Hub's cache, or was pulled whole.
+
+    The cache lists a commit's files when `pull` was there; whoever fetched single files left no list.
+    """
+    place = cached_origin(folder)
+    if place is None:
+        return True
+    root = folder.parents[len(Path(place.subfolder).parts)]  # "snapshots"
+    return any(path.is_file() for path in (root.parent / "trees").glob(f"{place.revision}*"))
+
+
 def _selection(spec: HubSpec) -> dict[str, object]:
     """What of a repository to download: this folder's files, not those of folders below."""
     return {
