@@ -248,15 +248,16 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place when the block ends well, and vanishes otherwise.
 
-    Files of `folder` that are not written anew are copied over, unless they are read when the old variant is loaded.
-    A crash between the two renames leaves the old folder beside, where `existing` and the next call find it. One
-    process at a time may replace a folder.
+    Where `folder` is a link, its target is replaced. Files of `folder` that are not written anew are copied over,
+    unless they are read when the old variant is loaded. A crash between the two renames leaves the old folder beside,
+    where `existing` and the next call find it. One process at a time may replace a folder.
 
     Raises:
         CheckpointError: if `folder` holds something else than a variant, or the disk refuses.
     """
+    folder = _followed(folder)
     _restore(folder)
-    if folder.exists() and not _may_replace(folder):
+    if _exists(folder) and not _may_replace(folder):
         raise CheckpointError(f"{folder} exists and is not a variant; choose a new folder, or delete it first")
     for stale in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -283,13 +284,23 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 def existing(folder: Path) -> Path:
     """`folder`, or where its content lies if its replacement was interrupted."""
-    backup = _backup(folder)
-    return backup if backup.is_dir() and not folder.exists() else folder
+    backup = _backup(_followed(folder))
+    return backup if _exists(backup) and not _exists(folder) else folder
+
+
+def _followed(folder: Path) -> Path:
+    """Where a link leads, also one whose target is missing; other paths as they are."""
+    return Path(os.path.realpath(folder)) if os.path.islink(folder) else folder
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something; not, for a name that is too long for the disk."""
+    return os.path.exists(path)
 
 
 def _restore(folder: Path) -> None:
     backup = _backup(folder)
-    if not backup.is_dir():
+    if not os.path.isdir(backup):
         return
     if folder.exists():
         shutil.rmtree(backup, ignore_errors=True)

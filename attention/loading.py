@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def hub_size(spec: str | Path, hub: HubOptions = HUB) -> int:
         CheckpointError: if it cannot be found.
     """
     folder = Path(spec).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         size, config = 0, read_json(folder.resolve() / CONFIG)
     else:
         place = HubSpec.parse(str(spec))

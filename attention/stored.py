@@ -63,7 +63,7 @@ def locate(spec: str | Path, hub: HubOptions = HUB, progress: Progress | None = 
         CheckpointError: of the class that says why there is none.
     """
     folder = existing(Path(spec).expanduser().absolute())
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False for names that no disk takes, where Path.is_dir raises
         return folder.resolve()
     if isinstance(spec, Path) or str(spec).startswith((".", "/", "~")):
         raise MissingCheckpointError(f"there is no folder {spec}")
@@ -143,7 +143,7 @@ class Stored:
         if not base["id"].startswith("."):
             return base
         path = Path(os.path.normpath(self.folder / base["id"]))
-        place = None if path.is_dir() else cached_origin(path)
+        place = None if os.path.isdir(path) else cached_origin(path)
         if place is None:
             return base | {"id": str(path)}
         return base | {"id": place.name, "revision": place.revision}
@@ -251,7 +251,7 @@ def open_stored(
         CheckpointError: if it cannot be found, is damaged, or is no causal language model.
     """
     folder = existing(Path(spec, subfolder).expanduser().absolute())
-    if folder.is_dir() or not (subfolder or revision):
+    if os.path.isdir(folder) or not (subfolder or revision):
         folder = locate(Path(spec, subfolder) if subfolder else spec, hub, progress)
     else:
         place = HubSpec.parse(str(spec))
