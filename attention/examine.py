@@ -22,7 +22,8 @@ from .errors import BrokenCheckpointError, CheckpointError, NotAModelError
 MOST_LAYERS = 1000
 MOST_EXPERTS = 10_000
 LARGEST = 2**27  # any other size in a config: widths, vocabularies, positions
-LAYERS = re.compile(r"layers?$|depth$|blocks?$")
+COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # of which every model has one, at least 1
+LAYERS = re.compile(r"layers?$|depth$")
 SIZES = re.compile(r"^(n|num|max)_|_(size|dim|rank|layers?|experts|ctx|positions?|embeddings|heads?)$")
 SPARE_MODULES, SPARE_ELEMENTS = 10_000, 2**20  # beyond what the files justify: parts without weights, tied matrices
 CGROUP = Path("/sys/fs/cgroup")
@@ -56,18 +57,29 @@ def _line(error: BaseException) -> str:
 
 
 def config_problems(content: Mapping[str, Any]) -> list[str]:
-    """What in a config.json no model has: numbers that are none, and sizes past every bound. A sentence each."""
+    """What in a config.json no model has: numbers that are none, and sizes past every bound. A sentence each.
+
+    The options of the attention have bounds of their own, see `mechanism.MechanismConfig`.
+    """
     problems = []
-    for place, key, value in _numbers(content, ""):
+    for place, key, value in _numbers({name: part for name, part in content.items() if name != "attention"}, ""):
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{place} is {value}; it must be a finite number")
             continue
         most = MOST_LAYERS if LAYERS.search(key) else MOST_EXPERTS if key.endswith("experts") else LARGEST
-        if (SIZES.search(key) or LAYERS.search(key)) and value > most:
+        least = 1 if key in COUNTS else -1  # which stands for "none" in some
+        if is_size(key) and value < least:
+            problems.append(f"{place} is {value}; it must be at least {least}")
+        if is_size(key) and value > most:
             problems.append(
                 f"{place} is {value:.6g}; the most is {most:,}" if value < 1e300 else f"{place} is too large"
             )
     return problems[:20]
+
+
+def is_size(name: str) -> bool:
+    """Whether an entry of a config says how large something is, by its name."""
+    return bool(SIZES.search(name) or LAYERS.search(name))
 
 
 def _numbers(value: Any, place: str, key: str = "") -> Iterator[tuple[str, str, int | float]]:

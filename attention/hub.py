@@ -316,14 +316,20 @@ def reason(error: BaseException) -> str:
 class _Limited(tqdm):
     """A progress bar that stops a download when it passes the size that was announced."""
 
+    def __init__(self, *args, name: str | None = None, initial: int = 0, **kwargs):
+        self.counts = name in ("huggingface_hub.snapshot_download", "huggingface_hub.http_get")
+        self.done = initial or 0
+        super().__init__(*args, name=name, initial=initial, **kwargs)
+
     def update(self, n: float | None = 1) -> bool | None:
-        self.done = getattr(self, "done", self.initial) + (n or 0)
-        _check_total(self.done, self.total, getattr(self, "unit", ""))
+        if self.counts:
+            self.done += n or 0
+            _check_total(self.done, self.total)
         return super().update(n)
 
 
-def _check_total(done: float, total: float | None, unit: str) -> None:
-    if unit == "B" and total and done > total:
+def _check_total(done: float, total: float | None) -> None:
+    if total and done > total:
         raise NetworkError(f"the download was stopped: {int(done):,} bytes came, and {int(total):,} were announced")
 
 
@@ -344,7 +350,7 @@ def _reporting(progress: Progress) -> type[tqdm]:
         def update(self, n: float | None = 1) -> None:
             if self.counts:
                 self.done += int(n or 0)
-                _check_total(self.done, self.total, "B")
+                _check_total(self.done, self.total)
                 progress(self.done, int(self.total or 0))
 
     return Reporting

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BrokenCheckpointError, NotAModelError, WrongBaseError
-from .examine import bounded, refuse_numbers, refusing, shape_problems
+from .examine import bounded, is_size, refuse_numbers, refusing, shape_problems
 from .files import HISTORY, read_json
 from .hub import HUB, HubOptions, HubSpec, Progress, download_size, pull_file
 from .mechanism import is_mechanism
@@ -175,6 +175,14 @@ def _check_base(model: PreTrainedModel, base: dict[str, Any], hub: HubOptions, p
 
 def _put_on(stored: Stored, base: PreTrainedModel) -> Variant:
     """The variant in a folder, around the tensors of a model in memory, which are used as they are."""
+    own, given = stored.plain_config().to_dict(), base.config.to_dict()
+    problems = [
+        f"{CONFIG} says {name} {own[name]!r:.100}, and the base {given[name]!r:.100}"
+        for name in own.keys() & given.keys()
+        if is_size(name) and own[name] != given[name]
+    ]
+    if problems:
+        raise BrokenCheckpointError(stored.folder, sorted(problems))
     weights = {name: tensor for name, tensor in stored.weights.items() if stored.base or is_mechanism(name)}
     refuse_numbers(stored.folder, {name: stored.magnitudes[name] for name in weights}, base.dtype)
     with bounded({**base.state_dict(), **weights}):
