@@ -24,7 +24,7 @@ MOST_EXPERTS = 10_000
 LARGEST = 2**27  # any other size in a config: widths, vocabularies, positions
 COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # of which every model has one, at least 1
 LAYERS = re.compile(r"layers?$|depth$")
-SIZES = re.compile(r"^(n|num|max)_|_(size|dim|rank|layers?|experts|ctx|positions?|embeddings|heads?)$")
+SIZES = re.compile(r"^(n|num|max)_|_(size|dim|rank|layers?|experts|ctx|positions?|heads?)$")
 SPARE_MODULES, SPARE_ELEMENTS = 10_000, 2**20  # beyond what the files justify: parts without weights, tied matrices
 CGROUP = Path("/sys/fs/cgroup")
 

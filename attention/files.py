@@ -78,8 +78,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            with path.open("rb") as file:
-                _check_header(path, file.read(8))
+            if path.stat().st_size > LONGEST_HEADER:
+                with path.open("rb") as file:
+                    _check_header(path, file.read(8))
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
                 _check_count(path, len(tensors) + len(names))

@@ -36,6 +36,7 @@ LONGEST_WAIT = 60.0  # seconds
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 logger = logging.getLogger(__name__)
 
 
@@ -231,7 +232,7 @@ def _asked(spec: HubSpec, hub: HubOptions, ask: Callable[[], T]) -> T:
             with _translated(spec):
                 return ask()
         except NetworkError as error:
-            answer = _answer(error)
+            answer = _cause(error, HfHubHTTPError)
             if answer is None or answer.response.status_code not in PASSING or number == hub.tries:
                 raise
             wait = pause(answer, number)
@@ -240,13 +241,18 @@ def _asked(spec: HubSpec, hub: HubOptions, ask: Callable[[], T]) -> T:
     raise ValueError(f"tries must be at least 1; got {hub.tries}")
 
 
-def _answer(error: BaseException) -> HfHubHTTPError | None:
-    """The Hub's answer among the causes of an error, if it gave one."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error
+def _cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first of a kind among an error and its causes; None if there is none."""
+    while error is not None and not isinstance(error, kind):
         error = error.__cause__
-    return None
+    return error
+
+
+def _not_the_hub(spec: HubSpec, error: BaseException) -> str:
+    return (
+        f"what answered for {spec} is not the Hub ({reason(error)}): perhaps a proxy, or the page of a network that "
+        "wants you to log in. Check HF_ENDPOINT and the network"
+    )
 
 
 def pause(error: Exception, number: int) -> float:
@@ -284,8 +290,10 @@ def _translated(spec: HubSpec) -> Iterator[None]:
             "for a private one log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, DryRunError, OfflineModeIsEnabled, httpx2.TransportError) as error:
-        if (answer := _answer(error)) is not None:
+        if (answer := _cause(error, HfHubHTTPError)) is not None:
             raise NetworkError(_said(spec, answer)) from answer
+        if (stranger := _cause(error, FileMetadataError)) is not None:
+            raise NetworkError(_not_the_hub(spec, stranger)) from error
         raise NetworkError(
             f"{spec} is not in the cache, and the Hub cannot be reached ({reason(error)}). Check the network, or "
             "HF_HUB_OFFLINE; a local folder works without either"
@@ -297,10 +305,7 @@ def _translated(spec: HubSpec) -> Iterator[None]:
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, FileMetadataError) as error:
-        raise NetworkError(
-            f"what answered for {spec} is not the Hub ({reason(error)}): perhaps a proxy, or the page of a network "
-            "that wants you to log in. Check HF_ENDPOINT and the network"
-        ) from error
+        raise NetworkError(_not_the_hub(spec, error)) from error
     except OSError as error:  # the disk, or a download that is not what was announced
         raise NetworkError(f"{spec} could not be downloaded: {reason(error)}") from error
 

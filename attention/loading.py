@@ -194,7 +194,7 @@ def _put_on(stored: Stored, base: PreTrainedModel) -> Variant:
     if problems:
         raise BrokenCheckpointError(stored.folder, problems)
     own = {name: _like(tensor, base) for name, tensor in weights.items()}
-    variant.config.tie_word_embeddings = stored.config.get("tie_word_embeddings", True)
+    variant.config.tie_word_embeddings = stored.plain_config().tie_word_embeddings
     load_weights(variant, variant.state_dict() | own)
     variant.config.name_or_path = str(stored.folder)
     return variant

@@ -342,7 +342,11 @@ def whole_weights(stored: Stored, hub: HubOptions = HUB) -> dict[str, Tensor]:
     dtypes = {tensor.dtype for tensor in source.weights.values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     plain = source.plain(dtype)
-    return without_copies(plain, plain.state_dict()) | stored.weights
+    weights = without_copies(plain, plain.state_dict()) | stored.weights
+    output = matrix_names(plain)[1]
+    if stored.plain_config().tie_word_embeddings and output not in stored.weights:
+        weights.pop(output, None)  # tied in the variant, though not in its base
+    return weights
 
 
 def origin(model: PreTrainedModel) -> dict[str, Any] | None:

@@ -18,8 +18,17 @@ from attention import files
 
 opened = []
 
+def of_a_tokenizer(frame):  # whose class in transformers looks into config.json by itself
+    while frame is not None:
+        if "tokenization" in frame.f_globals.get("__name__", ""):
+            return True
+        frame = frame.f_back
+    return False
+
 def look(event, arguments):
-    if event == "open" and isinstance(arguments[0], str) and "r" in (arguments[1] or "r"):
+    if event != "open" or not isinstance(arguments[0], str) or "r" not in (arguments[1] or "r"):
+        return
+    if not of_a_tokenizer(sys._getframe(1)):
         opened.append(arguments[0])
 
 def counted(path, *args, **kwargs):  # it opens in Rust, which no hook sees
