@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -31,9 +31,21 @@ HISTORY = "training.jsonl"
 PAIRS = "pairs.safetensors"  # of a base: which pairs of tokens are frequent
 SHARD_SIZE = "8MB"  # a Space refuses plain files of more than 10 MB
 
+LARGEST_JSON = 64 * 2**20  # bytes of a config, an index or a manifest
+LONGEST_HEADER = 8 * 2**20  # bytes of a safetensors file's header; some 70,000 tensors
+MOST_TENSORS = 50_000
+
+# The files of tokenizers, whatever their class calls them.
+VOCABULARIES = ("*.txt", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "*.tokenizer")
 # What is read of a checkpoint: neither code nor pickles, so nothing of it can run.
-PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", PAIRS, "merges.txt", "tokenizer.model", "*.jinja", "README.md")
+PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", PAIRS, *VOCABULARIES, "*.jinja", "README.md")
 OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds files of a tokenizer; some have settings alone."""
+    names = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "added_tokens.json", *VOCABULARIES)
+    return any(fnmatch(path.name, name) for path in folder.iterdir() for name in names)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -46,9 +58,14 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise NotAModelError(f"{folder} has no {WEIGHTS}; weights in other formats, such as pickles, are not read")
-    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise BrokenCheckpointError(folder, [f"{INDEX} has no weight_map that names a file for each tensor"])
+    names = sorted(set(places.values()))
     if any(Path(name).name != name for name in names):
         raise NotAModelError(f"{folder / INDEX} points outside its folder")
+    if strange := [name for name in names if not name.endswith(".safetensors") or "\0" in name]:
+        raise NotAModelError(f"{folder / INDEX} names {strange[:3]}, which are no safetensors files")
     return [folder / name for name in names]
 
 
@@ -62,11 +79,33 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
+            if path.stat().st_size > LONGEST_HEADER:
+                with path.open("rb") as file:
+                    _check_header(path, file.read(8))
             with safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no iterator)
-        except (SafetensorError, OSError) as error:
+                names = file.keys()
+                _check_count(path, len(tensors) + len(names))
+                tensors.update({name: file.get_tensor(name) for name in names})
+        except CheckpointError:
+            raise
+        except Exception as error:  # SafetensorError, OSError, and what an unknown dtype leads to
             raise BrokenCheckpointError(folder, [f"{path.name} cannot be read: {error}"]) from error
     return tensors
+
+
+def _check_header(path: Path, start: bytes) -> None:
+    """Refuses a safetensors file, by its first 8 bytes, whose header alone would take seconds to read."""
+    if (length := int.from_bytes(start, "little")) > LONGEST_HEADER:
+        raise BrokenCheckpointError(
+            path.parent, [f"{path.name} has a header of {length:,} bytes; the most is {LONGEST_HEADER:,}"]
+        )
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > MOST_TENSORS:
+        raise BrokenCheckpointError(
+            path.parent, [f"{path.name} brings {count:,} tensors; the most is {MOST_TENSORS:,}"]
+        )
 
 
 def parse_weights(path: Path, content: bytes) -> dict[str, Tensor]:
@@ -75,10 +114,13 @@ def parse_weights(path: Path, content: bytes) -> dict[str, Tensor]:
     Raises:
         BrokenCheckpointError: if it is not one.
     """
+    _check_header(path, content[:8])
     try:
-        return load(content)
-    except (SafetensorError, KeyError, ValueError) as error:
+        tensors = load(content)
+    except Exception as error:  # SafetensorError, KeyError, ValueError, and what an unknown dtype leads to
         raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
+    _check_count(path, len(tensors))
+    return tensors
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str = SHARD_SIZE) -> None:
@@ -134,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any] | None]:
         files = json.loads(content)["files"]
         intact = content == _dump_manifest(files)  # so that no single bit of it can change unnoticed
         intact = intact and all(Path(name).name == name and _is_entry(entry) for name, entry in files.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise BrokenCheckpointError(folder, [f"{MANIFEST} was changed or cut short"])
@@ -174,7 +216,11 @@ def read_json(path: Path) -> dict[str, Any]:
         BrokenCheckpointError: if it is not one.
     """
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise BrokenCheckpointError(path.parent, [f"{path.name} has {size:,} bytes; the most is {LARGEST_JSON:,}"])
         content = path.read_bytes()
+    except CheckpointError:
+        raise
     except OSError as error:
         raise BrokenCheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
     return parse_json(path, content)
@@ -221,16 +267,16 @@ def write_file(path: Path, content: bytes) -> Path:
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place when the block ends well, and vanishes otherwise.
 
-    Files of `folder` that are not written anew are copied over, unless they are read when the old variant is loaded.
-    A crash between the two renames leaves the old folder beside, where `existing` and the next call find it. One
-    process at a time may replace a folder. Of a link, what it points to is replaced.
+    Where `folder` is a link, its target is replaced. Files of `folder` that are not written anew are copied over,
+    unless they are read when the old variant is loaded. A crash between the two renames leaves the old folder beside,
+    where `existing` and the next call find it. One process at a time may replace a folder.
 
     Raises:
         CheckpointError: if `folder` holds something else than a variant, or the disk refuses.
     """
-    folder = _real(folder)
+    folder = _followed(folder)
     _restore(folder)
-    if folder.exists() and not _may_replace(folder):
+    if _exists(folder) and not _may_replace(folder):
         raise CheckpointError(f"{folder} exists and is not a variant; choose a new folder, or delete it first")
     for stale in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -257,18 +303,23 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 def existing(folder: Path) -> Path:
     """`folder`, or where its content lies if its replacement was interrupted."""
-    backup = _backup(_real(folder))
-    return backup if backup.is_dir() and not folder.exists() else folder
+    backup = _backup(_followed(folder))
+    return backup if _exists(backup) and not _exists(folder) else folder
 
 
-def _real(folder: Path) -> Path:
-    """What a link points to, whether it is there or not; other folders as they are."""
-    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+def _followed(folder: Path) -> Path:
+    """Where a link leads, also one whose target is missing; other paths as they are."""
+    return Path(os.path.realpath(folder)) if os.path.islink(folder) else folder
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something; not, for a name that is too long for the disk."""
+    return os.path.exists(path)
 
 
 def _restore(folder: Path) -> None:
     backup = _backup(folder)
-    if not backup.is_dir():
+    if not os.path.isdir(backup):
         return
     if folder.exists():
         shutil.rmtree(backup, ignore_errors=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     DryRunError,
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -23,10 +27,17 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from .errors import MissingCheckpointError, MissingRevisionError, NetworkError
+from .errors import CheckpointError, MissingCheckpointError, MissingRevisionError, NetworkError
 from .files import PATTERNS
 
+LONGEST_NAME = 200  # bytes of each part; the disk takes 255, some of which the cache needs
+PASSING = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
+LONGEST_WAIT = 60.0  # seconds
+
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class HubSpec:
         """
         name, _, revision = text.partition("@")
         parts = name.split("/")
-        if not all(re.fullmatch(r"[\w][\w.\-]*", part) for part in parts):
+        if not all(re.fullmatch(r"[\w][\w.\-]*", part) for part in parts) or not _is_short(parts, revision):
             raise MissingCheckpointError(
                 f"{text!r} is neither a folder nor a name on the Hub (user/repo[/subfolder][@revision])"
             )
@@ -71,6 +82,11 @@ class HubSpec:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
+def _is_short(parts: list[str], revision: str) -> bool:
+    """Whether the cache can have files of these names."""
+    return all(len(part.encode()) <= LONGEST_NAME for part in [*parts, *revision.split("/")]) and len(parts) <= 20
+
+
 @dataclass(frozen=True)
 class HubOptions:
     """How to reach the Hub.
@@ -80,12 +96,16 @@ class HubOptions:
         cache_dir: where pulled files are kept; by default the Hub's cache.
         local_files_only: use the cache alone.
         force_download: pull files again that the cache holds.
+        tries: how often to ask where it may help, after as long as the Hub asks to wait.
+        sleep: waits some seconds.
     """
 
     api: HfApi | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
     force_download: bool = False
+    tries: int = 3
+    sleep: Callable[[float], object] = time.sleep
 
     @property
     def client(self) -> HfApi:
@@ -108,19 +128,22 @@ def pull(spec: HubSpec, hub: HubOptions = HUB, progress: Progress | None = None)
         MissingCheckpointError, MissingRevisionError, NetworkError: each saying what to do.
     """
     arguments = {**_selection(spec), "cache_dir": hub.cache_dir}
-    with _translated(spec):
+
+    def download() -> str:
         try:
-            root = hub.client.snapshot_download(
+            return hub.client.snapshot_download(
                 **arguments,
                 local_files_only=hub.local_files_only,
                 force_download=hub.force_download,
-                tqdm_class=_reporting(progress) if progress else None,
+                tqdm_class=_reporting(progress) if progress else _Limited,
             )
         except httpx2.TransportError as error:  # of the kinds that the client does not fall back from by itself
             try:
-                root = hub.client.snapshot_download(**arguments, local_files_only=True)
+                return hub.client.snapshot_download(**arguments, local_files_only=True)
             except LocalEntryNotFoundError:
                 raise error from None
+
+    root = _asked(spec, hub, download)
     folder = Path(root, spec.subfolder)
     if not (folder / "config.json").is_file():
         where = f"no folder {spec.subfolder!r} with a config.json" if spec.subfolder else "no config.json"
@@ -130,16 +153,19 @@ def pull(spec: HubSpec, hub: HubOptions = HUB, progress: Progress | None = None)
 
 def pull_file(spec: HubSpec, name: str, hub: HubOptions = HUB) -> Path:
     """Downloads one file of a checkpoint's folder unless the cache has it; raises what `pull` raises."""
-    with _translated(spec):
-        path = hub.client.hf_hub_download(
+
+    def download() -> str:
+        return hub.client.hf_hub_download(
             spec.repo_id,
             spec.path(name),
             revision=spec.revision,
             cache_dir=hub.cache_dir,
             local_files_only=hub.local_files_only,
             force_download=hub.force_download,
+            tqdm_class=_Limited,
         )
-    return Path(path)
+
+    return Path(_asked(spec, hub, download))
 
 
 def download_size(spec: HubSpec, hub: HubOptions = HUB) -> int:
@@ -150,9 +176,10 @@ def download_size(spec: HubSpec, hub: HubOptions = HUB) -> int:
     """
     if hub.local_files_only:
         return 0
-    with _translated(spec):
+
+    def measure() -> list[Any]:
         try:
-            files = hub.client.snapshot_download(
+            return hub.client.snapshot_download(
                 **_selection(spec),
                 cache_dir=hub.cache_dir,
                 force_download=hub.force_download,
@@ -161,6 +188,8 @@ def download_size(spec: HubSpec, hub: HubOptions = HUB) -> int:
             )
         except DryRunError as error:
             raise error.__cause__ or error from None
+
+    files = _asked(spec, hub, measure)
     return sum(file.file_size for file in files if file.will_download)
 
 
@@ -174,6 +203,18 @@ def cached_origin(folder: Path) -> HubSpec | None:
     return None
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether nothing that belongs to a folder can be missing: it is no part of the Hub's cache, or was pulled whole.
+
+    The cache lists a commit's files when `pull` was there; whoever fetched single files left no list.
+    """
+    place = cached_origin(folder)
+    if place is None:
+        return True
+    root = folder.parents[len(Path(place.subfolder).parts)]  # "snapshots"
+    return any(path.is_file() for path in (root.parent / "trees").glob(f"{place.revision}*"))
+
+
 def _selection(spec: HubSpec) -> dict[str, object]:
     """What of a repository to download: this folder's files, not those of folders below."""
     return {
@@ -182,6 +223,54 @@ def _selection(spec: HubSpec) -> dict[str, object]:
         "allow_patterns": [spec.path(pattern) for pattern in PATTERNS],
         "ignore_patterns": [spec.path("*/*")],
     }
+
+
+def _asked(spec: HubSpec, hub: HubOptions, ask: Callable[[], T]) -> T:
+    """What `ask` gives, tried again while the Hub says that it may answer later."""
+    for number in range(1, hub.tries + 1):
+        try:
+            with _translated(spec):
+                return ask()
+        except NetworkError as error:
+            answer = _cause(error, HfHubHTTPError)
+            if answer is None or answer.response.status_code not in PASSING or number == hub.tries:
+                raise
+            wait = pause(answer, number)
+            logger.warning("%s Trying again in %.0f s (%d of %d).", error, wait, number + 1, hub.tries)
+            hub.sleep(wait)
+    raise ValueError(f"tries must be at least 1; got {hub.tries}")
+
+
+def _cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first of a kind among an error and its causes; None if there is none."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error
+
+
+def _not_the_hub(spec: HubSpec, error: BaseException) -> str:
+    return (
+        f"what answered for {spec} is not the Hub ({reason(error)}): perhaps a proxy, or the page of a network that "
+        "wants you to log in. Check HF_ENDPOINT and the network"
+    )
+
+
+def pause(error: Exception, number: int) -> float:
+    """Seconds before try `number` + 1: what the Hub asks for, or twice as many every time; a minute at most."""
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return min(LONGEST_WAIT, float(asked) if asked.isdigit() else 2.0**number)
+
+
+def _said(spec: HubSpec, error: HfHubHTTPError) -> str:
+    """A status that is no success, in a sentence."""
+    status, said = error.response.status_code, error.server_message or reason(error)
+    if status == 429:
+        return f"the Hub asks for fewer requests (429: {said}), so {spec} was not pulled; wait some minutes"
+    if status == 503:
+        return f"the Hub is not available at the moment (503: {said}), so {spec} was not pulled; try later"
+    if status >= 500:
+        return f"the Hub has a problem of its own ({status}: {said}), so {spec} was not pulled; try later"
+    return f"the Hub answered {status} for {spec}: {said}"
 
 
 @contextmanager
@@ -201,6 +290,10 @@ def _translated(spec: HubSpec) -> Iterator[None]:
             "for a private one log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, DryRunError, OfflineModeIsEnabled, httpx2.TransportError) as error:
+        if (answer := _cause(error, HfHubHTTPError)) is not None:
+            raise NetworkError(_said(spec, answer)) from answer
+        if (stranger := _cause(error, FileMetadataError)) is not None:
+            raise NetworkError(_not_the_hub(spec, stranger)) from error
         raise NetworkError(
             f"{spec} is not in the cache, and the Hub cannot be reached ({reason(error)}). Check the network, or "
             "HF_HUB_OFFLINE; a local folder works without either"
@@ -208,7 +301,13 @@ def _translated(spec: HubSpec) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise MissingCheckpointError(f"{spec} holds no model: {reason(error)}") from error
     except HfHubHTTPError as error:
-        raise NetworkError(f"the Hub answered {error.response.status_code} for {spec}: {reason(error)}") from error
+        raise NetworkError(_said(spec, error)) from error
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, FileMetadataError) as error:
+        raise NetworkError(_not_the_hub(spec, error)) from error
+    except OSError as error:  # the disk, or a download that is not what was announced
+        raise NetworkError(f"{spec} could not be downloaded: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -217,6 +316,26 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+class _Limited(tqdm):
+    """A progress bar that stops a download when it passes the size that was announced."""
+
+    def __init__(self, *args, name: str | None = None, initial: int = 0, **kwargs):
+        self.counts = name in ("huggingface_hub.snapshot_download", "huggingface_hub.http_get")
+        self.done = initial or 0
+        super().__init__(*args, name=name, initial=initial, **kwargs)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        if self.counts:
+            self.done += n or 0
+            _check_total(self.done, self.total)
+        return super().update(n)
+
+
+def _check_total(done: float, total: float | None) -> None:
+    if total and done > total:
+        raise NetworkError(f"the download was stopped: {int(done):,} bytes came, and {int(total):,} were announced")
 
 
 class _Silent(tqdm):
@@ -236,6 +355,7 @@ def _reporting(progress: Progress) -> type[tqdm]:
         def update(self, n: float | None = 1) -> None:
             if self.counts:
                 self.done += int(n or 0)
+                _check_total(self.done, self.total)
                 progress(self.done, int(self.total or 0))
 
     return Reporting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import BrokenCheckpointError, WrongBaseError
+from .errors import BrokenCheckpointError, NotAModelError, WrongBaseError
+from .examine import bounded, is_size, refuse_numbers, refusing, shape_problems
 from .files import HISTORY, read_json
 from .hub import HUB, HubOptions, HubSpec, Progress, download_size, pull_file
 from .mechanism import is_mechanism
@@ -57,7 +59,11 @@ def describe(spec: str | Path, hub: HubOptions = HUB, progress: Progress | None 
     Raises:
         CheckpointError: if it cannot be found, is damaged, or is no causal language model.
     """
-    stored = open_stored(spec, hub, progress)
+    with refusing(spec):
+        return _describe(open_stored(spec, hub, progress))
+
+
+def _describe(stored: Stored) -> Checkpoint:
     if not stored.is_variant:
         return Checkpoint(stored.folder, "softmax", {}, None, stored.config)
     details = stored.method.to_dict()
@@ -91,23 +97,23 @@ def load(
         CheckpointError: of the class that says what is wrong; nothing that is damaged or does not fit is loaded.
         ValueError: if `base` contradicts the rest of the arguments.
     """
-    stored = open_stored(spec, hub, progress)
-    tokenizer = stored.tokenizer()
     device = _device(device, base)
-    if not stored.is_variant:
-        if base is not None:
-            raise ValueError(f"{spec} is a plain model; only a variant has a base")
-        model = stored.plain(dtype or _default_dtype(device, stored.config), device)
-        read_generation_config(model, stored.folder)
-        return model, tokenizer
+    with refusing(spec):
+        stored = open_stored(spec, hub, progress)
+    if base is not None and not stored.is_variant:
+        raise ValueError(f"{spec} is a plain model; only a variant has a base")
     if base is not None and (device != base.device or dtype not in (None, base.dtype)):
         raise ValueError(f"the base is {base.dtype} on {base.device}; a variant that shares it can be nothing else")
-    if stored.base is None or base is None:
-        source = stored if stored.base is None else open_base(stored.base, hub, progress)
-        base = source.plain(dtype or _default_dtype(device, stored.config), device)
-    else:
-        _check_base(base, stored.base, hub, progress)
-    return _put_on(stored, base), tokenizer
+    with refusing(spec):
+        tokenizer = stored.tokenizer()
+        if stored.is_variant and stored.base is not None and base is not None:
+            _check_base(base, stored.base, hub, progress)
+        else:
+            source = stored if stored.base is None else open_base(stored.base, hub, progress)
+            base = source.plain(dtype or _default_dtype(device, stored.config), device)
+        model = _put_on(stored, base) if stored.is_variant else base
+        read_generation_config(model, stored.folder)
+        return model, tokenizer
 
 
 def hub_size(spec: str | Path, hub: HubOptions = HUB) -> int:
@@ -117,7 +123,7 @@ def hub_size(spec: str | Path, hub: HubOptions = HUB) -> int:
         CheckpointError: if it cannot be found.
     """
     folder = Path(spec).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         size, config = 0, read_json(folder.resolve() / CONFIG)
     else:
         place = HubSpec.parse(str(spec))
@@ -140,7 +146,11 @@ def _device(device: torch.device | str | None, base: PreTrainedModel | None) -> 
 def _default_dtype(device: torch.device, config: dict[str, Any]) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise NotAModelError(f"{CONFIG} names the dtype {name!r:.100}, which is none that a model can have")
+    return dtype
 
 
 def _check_base(model: PreTrainedModel, base: dict[str, Any], hub: HubOptions, progress: Progress | None) -> None:
@@ -165,18 +175,27 @@ def _check_base(model: PreTrainedModel, base: dict[str, Any], hub: HubOptions, p
 
 def _put_on(stored: Stored, base: PreTrainedModel) -> Variant:
     """The variant in a folder, around the tensors of a model in memory, which are used as they are."""
-    variant = assemble(base, stored.method, stored.base, share=True)
-    own = {name: _like(tensor, base) for name, tensor in stored.weights.items()}
-    if stored.base is None:
-        own = {name: tensor for name, tensor in own.items() if is_mechanism(name)}
-    problems = [f"the tensor {name} is missing" for name in variant.new_parameters if name not in own]
+    own, given = stored.plain_config().to_dict(), base.config.to_dict()
+    problems = [
+        f"{CONFIG} says {name} {own[name]!r:.100}, and the base {given[name]!r:.100}"
+        for name in own.keys() & given.keys()
+        if is_size(name) and own[name] != given[name]
+    ]
+    if problems:
+        raise BrokenCheckpointError(stored.folder, sorted(problems))
+    weights = {name: tensor for name, tensor in stored.weights.items() if stored.base or is_mechanism(name)}
+    refuse_numbers(stored.folder, {name: stored.magnitudes[name] for name in weights}, base.dtype)
+    with bounded({**base.state_dict(), **weights}):
+        variant = assemble(base, stored.method, stored.base, share=True)
+    problems = [f"the tensor {name} is missing" for name in variant.new_parameters if name not in weights]
     places = variant.state_dict()
-    problems += [f"the variant has no place for the tensor {name}" for name in own if name not in places]
+    problems += [f"the variant has no place for the tensor {name}" for name in weights if name not in places]
+    problems += shape_problems(weights, places)
     if problems:
         raise BrokenCheckpointError(stored.folder, problems)
-    variant.config.tie_word_embeddings = stored.config.get("tie_word_embeddings", True)
+    own = {name: _like(tensor, base) for name, tensor in weights.items()}
+    variant.config.tie_word_embeddings = stored.plain_config().tie_word_embeddings
     load_weights(variant, variant.state_dict() | own)
-    read_generation_config(variant, stored.folder)
     variant.config.name_or_path = str(stored.folder)
     return variant
 

@@ -28,10 +28,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from .block_attention import block_attention
 from .masks_content import Best, Columns, ContentState, best_columns, followers_of_one, induction_columns
 from .masks_plan import CONTENT, SYNTAX, Candidate, Layout, Plan
-from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
+from .mechanism import LARGEST_SEED, LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
 from .reference import causal_mask, combined_mask, effective_mask, masked_softmax_weights, softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
+
+MOST_CANDIDATES = 256  # of a layer
+MOST_LISTS = 1000  # as many as a model has layers
+LARGEST_SCALE = 100.0  # σ of α is 0 or 1 long before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +70,15 @@ class MasksConfig(MechanismConfig):
     seed: int = 0
 
     def problems(self) -> list[str]:
+        if len(self.first_layers) > MOST_LISTS:
+            return [f"first_layers has {len(self.first_layers)} lists; the most is {MOST_LISTS}, one a layer"]
         lists = {"candidates": self.candidates}
         lists |= {f"first_layers[{layer}]": texts for layer, texts in enumerate(self.first_layers)}
         problems = [problem for where, texts in lists.items() for problem in _list_problems(where, texts)]
-        if not (isfinite(self.scale) and self.scale >= 0):
-            problems.append(f"scale is {self.scale}; it must be a finite number, 0 or more")
-        if self.seed < 0:
-            problems.append(f"seed is {self.seed}; it must be 0 or more")
+        if not (isfinite(self.scale) and 0 <= self.scale <= LARGEST_SCALE):
+            problems.append(f"scale is {self.scale}; it must be a finite number between 0 and {LARGEST_SCALE}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            problems.append(f"seed is {self.seed}; it must lie between 0 and {LARGEST_SEED}")
         return problems
 
     def of_layer(self, layer_idx: int) -> tuple[Candidate, ...]:
@@ -90,6 +96,8 @@ class MasksConfig(MechanismConfig):
 
 def _list_problems(where: str, texts: tuple[str, ...]) -> list[str]:
     """What is wrong with the masks of a layer, which the option `where` names."""
+    if len(texts) > MOST_CANDIDATES:
+        return [f"{where} lists {len(texts)} masks; the most is {MOST_CANDIDATES}"]
     problems, names = [], []
     for text in texts:
         try:

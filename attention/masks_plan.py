@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FARTHEST = 65_536  # the largest number in a candidate: bounds what a typo can allocate
-MOST = {"top": 1024, "induction": 64}  # the same, where a query's columns grow with the number
+from .mechanism import FARTHEST
+
+MOST = {"top": 1024, "induction": 64}  # the largest number in a candidate, where a query's columns grow with it
 SMALLEST = {
     "last": (0,),
     "window": (1,),

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from .state import State
 
+LARGEST_SEED = 2**32 - 1  # of an option; `seeded_generator` multiplies it
+FARTHEST = 65_536  # the most tokens that an option may reach back: bounds what a typo, or a stranger, can allocate
+
 
 class ConfigError(ValueError):
     """A configuration with mistakes; the message lists all of them, one a line.

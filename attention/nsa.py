@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
-from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
+from .mechanism import FARTHEST, LARGEST_SEED, LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
 from .nsa_kernel import (
     choose_blocks,
     compressed_branch,
@@ -43,6 +43,8 @@ CHUNK = 512  # queries whose weights in the compressed branch exist at the same 
 LEADERS = 64  # the same, of those whose weights are needed to choose blocks
 GROUP = 8  # spans that φ averages by one matrix product
 FORCED = 3  # blocks that are always read: the first one, the one before the query's, the query's own
+MOST = {"select_block": 4096, "num_selected": 1024, "window": FARTHEST, "mlp_width": 4096}
+LARGEST_NETWORK = 2**18  # l times the width of φ, whose first layer has D times as many weights a head
 
 Index = TypeVar("Index", int, Tensor)
 
@@ -89,6 +91,14 @@ class NSAConfig(MechanismConfig):
         found = [f"{name} is {getattr(self, name)}; expected at least 1" for name in sizes if getattr(self, name) < 1]
         if self.num_selected < FORCED:
             found.append(f"num_selected is {self.num_selected}; expected at least {FORCED}, the blocks always read")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                found.append(f"{name} is {getattr(self, name)}; expected at most {most}")
+        if self.compress_block * self.mlp_width > LARGEST_NETWORK:
+            found.append(
+                f"compress_block times mlp_width is {self.compress_block * self.mlp_width}; expected at most "
+                f"{LARGEST_NETWORK}"
+            )
         if self.compress_block > self.select_block:
             found.append(f"compress_block is {self.compress_block}; expected at most select_block={self.select_block}")
         for part, whole in (
@@ -102,8 +112,8 @@ class NSAConfig(MechanismConfig):
         for name in BRANCHES:
             if not 0 < (gate := getattr(self, f"{name}_gate")) < 1:
                 found.append(f"{name}_gate is {gate}; expected a number between 0 and 1, both excluded")
-        if self.seed < 0:
-            found.append(f"seed is {self.seed}; expected at least 0")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            found.append(f"seed is {self.seed}; expected a number between 0 and {LARGEST_SEED}")
         return found
 
     def build(self, layer: LayerShape) -> NativeSparseAttention:

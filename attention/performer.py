@@ -12,13 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .mechanism import LayerShape, Mechanism, MechanismConfig, repeat_heads, writes_in_place
+from .mechanism import (
+    FARTHEST,
+    LARGEST_SEED,
+    LayerShape,
+    Mechanism,
+    MechanismConfig,
+    repeat_heads,
+    writes_in_place,
+)
 from .performer_features import FEATURE_MAPS, FeatureMap, FeatureState, RandomMap
 from .performer_kernel import ScaledOne, Steps, linear_chunks, rescaled, window_attention
 from .reference import softmax_weights
 
 CPU_SEGMENT, SEGMENT = 512, 8192  # tokens worked on at a time: on a CPU what is temporary must fit its cache
 NOTHING = -1e30  # log of a feature that no key has; finite, so that differences of two are not NaN
+
+MOST_FEATURES = 8192  # of a layer, for each of its heads
+MOST_LAYERS = 1000
+LARGEST = {"hidden": 8192, "redraw_every": LARGEST_SEED, "window": FARTHEST, "seed": LARGEST_SEED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +81,11 @@ class PerformerConfig(MechanismConfig):
             problems.append(f"num_features is {self.num_features}; it must be at least {least}{but}")
         if self.feature_map == "favor" and self.hyperbolic and any(number % 2 for number in self._numbers):
             problems.append(f"num_features is {self.num_features}; with hyperbolic features it must be even")
-        for name in ("hidden", "redraw_every", "window", "seed"):
-            if (value := getattr(self, name)) < 0:
-                problems.append(f"{name} is {value}; it must not be negative")
+        if max(self._numbers, default=0) > MOST_FEATURES or len(self._numbers) > MOST_LAYERS:
+            problems.append(f"num_features is too large; the most is {MOST_FEATURES}, and {MOST_LAYERS} numbers")
+        for name, most in LARGEST.items():
+            if not 0 <= (value := getattr(self, name)) <= most:
+                problems.append(f"{name} is {value}; it must lie between 0 and {most}")
         if not 1 <= self.chunk_size <= 128:
             problems.append(f"chunk_size is {self.chunk_size}; it must lie between 1 and 128")
         if self.redraw_every and self.feature_map == "learned":

@@ -33,7 +33,7 @@ from .files import (
     write_manifest,
     write_weights,
 )
-from .hub import HUB, HubOptions, HubSpec, reason
+from .hub import HUB, HubOptions, HubSpec, pause, reason
 from .saving import save_model
 from .stored import Stored, locate, open_stored, whole_weights
 
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 ANY_REPOSITORY = '"user/repo"'  # in a card's snippets
 IMAGES = (".png", ".svg")
-LONGEST_WAIT = 60.0
 
 
 @dataclass(frozen=True)
@@ -248,11 +247,11 @@ def _persistently(
     for number in range(1, tries + 1):
         try:
             return attempt()
-        except (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled, ValueError) as error:
+        except Exception as error:  # of the Hub's client, of Xet and of what they are built on
             what, retry = _explain(error)
             if not retry or number == tries or isinstance(error, OfflineModeIsEnabled):
                 raise PushError(what, retry=retry, command=command) from error
-            wait = _wait(error, number)
+            wait = pause(error, number)
             logger.warning("%s Trying again in %.0f s (%d of %d).", what, wait, number + 1, tries)
             sleep(wait)
     raise ValueError(f"tries must be at least 1; got {tries}")
@@ -262,8 +261,11 @@ def _explain(error: Exception) -> tuple[str, bool]:
     """What went wrong, in a sentence or two, and whether trying again may help."""
     if isinstance(error, httpx2.TransportError | OfflineModeIsEnabled):
         return f"The Hub could not be reached, or stopped answering ({reason(error)}).", True
+    if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
+        return f"Files could not be uploaded to where the Hub wants them ({reason(error)}).", True
     if not isinstance(error, HfHubHTTPError):
-        return f"The Hub's client refuses the commit: {error}.", False
+        cause = str(error) if isinstance(error, ValueError) else reason(error)
+        return f"The Hub's client refuses the commit: {cause}.", not isinstance(error, ValueError)
     status = error.response.status_code
     said = error.server_message or reason(error)
     if status == 401:
@@ -279,12 +281,6 @@ def _explain(error: Exception) -> tuple[str, bool]:
     if status >= 500 or status == 408:
         return f"The Hub has a problem of its own ({status}: {said}).", True
     return f"The Hub refuses the commit ({status}: {said}).", False
-
-
-def _wait(error: Exception, number: int) -> float:
-    """Seconds before the next try: what the Hub asks for, or twice as many every time; a minute at most."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return min(LONGEST_WAIT, float(asked) if asked.isdigit() else 2.0**number)
 
 
 def _command(folder: Path, spec: HubSpec, private: bool, include_base: bool | None) -> str:

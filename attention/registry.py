@@ -19,6 +19,9 @@ METHODS: dict[str, type[MechanismConfig]] = {
 }
 
 
+MOST_CHOICES = 1000  # as many as a model has layers
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig(MechanismConfig):
     """A method for each layer.
@@ -34,6 +37,8 @@ class LayersConfig(MechanismConfig):
     layers: tuple[dict[str, Any], ...]
 
     def problems(self) -> list[str]:
+        if len(self.layers) > MOST_CHOICES:
+            return [f"layers has {len(self.layers)} entries; the most is {MOST_CHOICES}"]
         problems = [] if self.layers else ["layers is empty; name every layer of the model once"]
         for place, choice in enumerate(self.layers):
             numbers = choice.get("layers")
@@ -76,7 +81,7 @@ def _is_number(value: object) -> bool:
 
 def _choice(choice: Mapping[str, Any]) -> MechanismConfig:
     options = {name: value for name, value in choice.items() if name != "layers"}
-    if options.get("method") not in METHODS:
+    if not isinstance(options.get("method"), str) or options["method"] not in METHODS:
         raise ConfigError("attention", [f"method {options.get('method')!r} does not exist; choose one of {[*METHODS]}"])
     return config_from_dict(options)
 

@@ -70,12 +70,9 @@ def save(
     """
     folder = Path(folder).expanduser().absolute()
     source = _find_base(variant, base, hub)
-    if source is not None and source.folder == folder.resolve():
-        raise CheckpointError(
-            f"{folder} is the variant's base, which saving there would destroy; choose another folder"
-        )
+    _spare_base(variant, source, folder)
     if tokenizer is None and source is not None:
-        tokenizer = source.tokenizer()
+        tokenizer = _tokenizer_of(source)
     with replaced(folder) as new:
         write_model(new, variant, None if self_contained else source, folder, dtype, state_dict, max_shard_size)
         if tokenizer is not None:
@@ -95,8 +92,10 @@ def save_model(
 ) -> None:
     """What `save_pretrained` does: config and weights, in the variant's own dtype; the tokenizer saves itself."""
     folder = Path(folder).expanduser().absolute()
+    source = _find_base(variant, None, HUB)
+    _spare_base(variant, source, folder)
     with replaced(folder) as new:
-        write_model(new, variant, _find_base(variant, None, HUB), folder, None, state_dict, max_shard_size)
+        write_model(new, variant, source, folder, None, state_dict, max_shard_size)
         write_manifest(new)
 
 
@@ -151,6 +150,30 @@ def _find_base(variant: PreTrainedModel, base: PreTrainedModel | str | Path | No
         return open_stored(spec, hub)
     except CheckpointError as error:
         logger.warning("the base of the variant cannot be read, so all weights are saved: %s", error)
+        return None
+
+
+def _spare_base(variant: PreTrainedModel, source: Stored | None, folder: Path) -> None:
+    """Refuses to write where the base lies, by whatever name, also if it cannot be read at this moment.
+
+    Raises:
+        CheckpointError: if `folder` is the base.
+    """
+    places = [] if source is None else [source.folder]
+    if variant.config.base is not None:
+        places.append(Path(variant.config.base["id"]))
+    if any(place.is_absolute() and os.path.realpath(place) == os.path.realpath(folder) for place in places):
+        raise CheckpointError(
+            f"{folder} is the variant's base, which saving there would destroy; choose another folder"
+        )
+
+
+def _tokenizer_of(source: Stored) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer; None, with a warning, where it cannot be read: the weights are worth saving without."""
+    try:
+        return source.tokenizer()
+    except CheckpointError as error:
+        logger.warning("the variant is saved without a tokenizer: %s", error)
         return None
 
 

@@ -22,22 +22,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .errors import MissingCheckpointError, NotAModelError, WrongBaseError
+from .errors import BrokenCheckpointError, MissingCheckpointError, NotAModelError, WrongBaseError
+from .examine import bounded, check_memory, config_problems, largest, refuse_numbers, refusing, shape_problems
 from .files import (
     MANIFEST,
     OWN_WEIGHTS,
     check,
     existing,
     fingerprint,
+    has_tokenizer,
     parse_json,
     parse_weights,
     read_json,
     read_weights,
 )
-from .hub import HUB, HubOptions, HubSpec, Progress, cached_origin, pull
+from .hub import HUB, HubOptions, HubSpec, Progress, cached_origin, is_complete, pull
 from .mechanism import ConfigError, MechanismConfig, is_mechanism
 from .registry import config_from_dict
 
@@ -60,7 +63,7 @@ def locate(spec: str | Path, hub: HubOptions = HUB, progress: Progress | None = 
         CheckpointError: of the class that says why there is none.
     """
     folder = existing(Path(spec).expanduser().absolute())
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False for names that no disk takes, where Path.is_dir raises
         return folder.resolve()
     if isinstance(spec, Path) or str(spec).startswith((".", "/", "~")):
         raise MissingCheckpointError(f"there is no folder {spec}")
@@ -80,15 +83,29 @@ class Stored:
     folder: Path
     config: dict[str, Any]
     _weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    _counted: int | None = field(default=None, repr=False)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         return read_weights(self.folder) if self._weights is None else self._weights
 
     @cached_property
+    def magnitudes(self) -> dict[str, float]:
+        """The largest magnitude in each tensor, NaN where one holds NaN; one pass over all weights."""
+        return {name: largest(tensor) for name, tensor in self.weights.items()}
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tensors, see `files.fingerprint`."""
         return fingerprint(self.weights)
+
+    def __post_init__(self) -> None:
+        problems = config_problems(self.config)
+        for name in ("model_type", "family"):
+            if not isinstance(self.config.get(name), str | None):
+                problems.append(f"{name} is {self.config[name]!r:.100}; it must be a name")
+        if problems:
+            raise BrokenCheckpointError(self.folder, [f"{CONFIG}: {problem}" for problem in problems])
 
     @property
     def is_variant(self) -> bool:
@@ -103,42 +120,60 @@ class Stored:
     @cached_property
     def method(self) -> MechanismConfig:
         """The attention of a variant."""
-        try:
-            return config_from_dict(self.config.get("attention") or {})
-        except ConfigError as error:
-            raise NotAModelError(f"{self.folder} was made by another version of this package: {error}") from error
+        content = self.config.get("attention") or {}
+        if not isinstance(content, dict):
+            raise NotAModelError(
+                f"{self.folder / CONFIG} does not say what attention the variant has: {content!r:.100}"
+            )
+        with refusing(self.folder / CONFIG):
+            try:
+                return config_from_dict(content)
+            except ConfigError as error:
+                raise NotAModelError(f"{self.folder} was made by another version of this package: {error}") from error
 
     @cached_property
     def base(self) -> dict[str, Any] | None:
         """`base` of a variant's config with its path made absolute; through the Hub's cache it becomes a name."""
         base = self.config.get("base")
-        if base is None or not base["id"].startswith("."):
+        if base is None:
+            return None
+        kinds = {"id": str, "revision": str | None, "sha256": str}
+        if not isinstance(base, dict) or not all(isinstance(base.get(name), kind) for name, kind in kinds.items()):
+            raise NotAModelError(f"{self.folder / CONFIG} does not name the variant's base: {base!r:.200}")
+        if not base["id"].startswith("."):
             return base
         path = Path(os.path.normpath(self.folder / base["id"]))
-        place = None if path.is_dir() else cached_origin(path)
+        place = None if os.path.isdir(path) else cached_origin(path)
         if place is None:
             return base | {"id": str(path)}
         return base | {"id": place.name, "revision": place.revision}
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer in the folder, None if it holds none."""
-        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        if not has_tokenizer(self.folder):
+            if not is_complete(self.folder):
+                raise NotAModelError(
+                    f"the cache holds no tokenizer of {cached_origin(self.folder)}, and no list of what the Hub has; "
+                    "load it once with the network, and without HF_HUB_OFFLINE"
+                )
             return None
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
-        except ValueError as error:
-            raise NotAModelError(f"the tokenizer in {self.folder} cannot be read: {error}") from error
+        with refusing(f"the tokenizer in {self.folder}"):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            names = {*tokenizer.vocab_files_names.values()} - {"tokenizer_config.json"}
+            if names and not any((self.folder / name).is_file() for name in names | {"tokenizer.json"}):
+                raise NotAModelError(
+                    f"{self.folder} holds the settings of a {type(tokenizer).__name__} and none of its files "
+                    f"({', '.join(sorted(names))}); copy or download them, too"
+                )
+        return tokenizer
 
     def plain_config(self) -> PreTrainedConfig:
         """The config of the model without a mechanism."""
         content = deepcopy(self.config)
         for name in ("model_type", "family", "attention", "base", "versions", "auto_map"):
             content.pop(name, None)
-        try:
-            config = CONFIG_MAPPING[self.family].from_dict(content)
-        except Exception as error:  # configs of transformers raise what they like
-            raise NotAModelError(f"{self.folder / CONFIG} is no config of {self.family!r}: {error}") from error
-        return config
+        with refusing(f"{self.folder / CONFIG}, as one of {self.family!r},"):
+            return CONFIG_MAPPING[self.family].from_dict(content)
 
     def plain(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The model without a mechanism, from its own tensors alone, in evaluation mode.
@@ -146,25 +181,44 @@ class Stored:
         Raises:
             CheckpointError: if the tensors are not those of such a model.
         """
-        config = self.plain_config()
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-        # Copies: what is stored is kept for the next model of this folder, and whoever trains this one changes it.
-        weights = {name: tensor.clone() for name, tensor in self.weights.items() if not is_mechanism(name)}
-        try:
+        with refusing(self.folder):
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config := self.plain_config())]
+            model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+            weights = {name: tensor for name, tensor in self.weights.items() if not is_mechanism(name)}
+            stored = sum(tensor.nbytes for tensor in weights.values())
+            check_memory(stored + self._elements(model_class) * dtype.itemsize, device, self.folder)
+            # Copies: what is stored is kept for the next model of this folder, and whoever trains this one changes it.
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
             with building, _without_bars():
                 model, report = model_class.from_pretrained(
                     None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
                 )
-        except Exception as error:  # models of transformers raise what they like when sizes are wrong
-            raise NotAModelError(f"{self.folder} is no {model_class.__name__}: {error}") from error
+        left_out = set(report["unexpected_keys"])
+        refuse_numbers(self.folder, {n: m for n, m in self.magnitudes.items() if n not in left_out}, dtype)
         if report["missing_keys"] or report["mismatched_keys"]:
             wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
             raise NotAModelError(
                 f"{self.folder} lacks weights of a {model_class.__name__}, or has other sizes: {wrong}"
             )
         model.config.name_or_path = model.name_or_path = str(self.folder)
-        return model.to(device).eval()
+        with refusing(self.folder):
+            return model.to(device).eval()
+
+    def _elements(self, model_class: type[PreTrainedModel]) -> int:
+        """How many numbers the model has, by a copy of it without memory, whose tensors are those of the files.
+
+        Raises:
+            BrokenCheckpointError: naming the tensors that have other sizes than the config asks for.
+        """
+        if self._counted is None:
+            weights = {name: tensor for name, tensor in self.weights.items() if not is_mechanism(name)}
+            with building, bounded(weights), torch.device("meta"), no_init_weights():
+                skeleton = model_class(self.plain_config())
+            problems = shape_problems(weights, skeleton.state_dict(), skeleton.base_model_prefix)
+            if problems:
+                raise BrokenCheckpointError(self.folder, problems)
+            self._counted = sum(each.numel() for each in (*skeleton.parameters(), *skeleton.buffers()))
+        return self._counted
 
 
 @contextmanager
@@ -197,7 +251,7 @@ def open_stored(
         CheckpointError: if it cannot be found, is damaged, or is no causal language model.
     """
     folder = existing(Path(spec, subfolder).expanduser().absolute())
-    if folder.is_dir() or not (subfolder or revision):
+    if os.path.isdir(folder) or not (subfolder or revision):
         folder = locate(Path(spec, subfolder) if subfolder else spec, hub, progress)
     else:
         place = HubSpec.parse(str(spec))
@@ -288,7 +342,11 @@ def whole_weights(stored: Stored, hub: HubOptions = HUB) -> dict[str, Tensor]:
     dtypes = {tensor.dtype for tensor in source.weights.values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     plain = source.plain(dtype)
-    return without_copies(plain, plain.state_dict()) | stored.weights
+    weights = without_copies(plain, plain.state_dict()) | stored.weights
+    output = matrix_names(plain)[1]
+    if stored.plain_config().tie_word_embeddings and output not in stored.weights:
+        weights.pop(output, None)  # tied in the variant, though not in its base
+    return weights
 
 
 def origin(model: PreTrainedModel) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ It keeps repositories in memory, serves the routes that pulling and pushing use,
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -42,7 +43,8 @@ class Fault:
     """What to do instead of answering: a status, "refuse" (hang up at once), "half" (hang up with half of what is
     sent not yet read) or "lose" (do it, then hang up).
 
-    For a file's content, "cut" sends half of it.
+    For a file's content, "cut" sends half of it, "more" sends it without its size and then a hundred times as much.
+    "html" answers 200 with a page, as proxies do.
     """
 
     route: str
@@ -59,6 +61,8 @@ class HubServer:
         repos: by "user/name".
         requests: (method, path) of everything that was asked.
         writers: tokens that may write; None for everybody.
+        sent: bytes of answers that are longer than announced.
+        upload_mode: how contents are to be uploaded, "regular" (in the commit) or "lfs", for which there is no place.
         open: False once it has stopped answering.
     """
 
@@ -66,6 +70,8 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
         self.writers: set[str] | None = None
+        self.upload_mode = "regular"
+        self.sent = 0
         self.open = True
         self._faults: list[Fault] = []
         self._lock = threading.RLock()
@@ -147,13 +153,19 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault and isinstance(fault.action, int):
                 raise _Answer(fault.action, {"error": f"told to answer {fault.action}"}, **fault.headers)
+            if fault and fault.action == "html":
+                raise _Answer(200, b"<html><body>Please log in</body></html>", Content_Type="text/html")
             self._route(path)
             raise _Answer(404, {"error": f"no route {path}"})
         except _Answer as answer:
             if fault and fault.action == "lose":
                 self.close_connection = True
                 return
-            self._send(answer, cut=bool(fault) and fault.action == "cut" and self.command == "GET")
+            how = fault.action if fault and self.command == "GET" else None
+            if how == "more":
+                self._send_more(answer)
+            else:
+                self._send(answer, cut=how == "cut")
 
     def _route(self, path: str) -> None:
         for methods, pattern, name in self.ROUTES:
@@ -173,6 +185,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             self.close_connection = True
+
+    def _send_more(self, answer: _Answer) -> None:
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # whoever reads may have had enough
+            for _ in range(100):
+                self.wfile.write(answer.body)
+                self.hub.sent += len(answer.body)
 
     # Routes; each ends by raising its answer.
 
@@ -205,7 +229,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._may_write()
         present = self._repo(name).files(self._revision(name, branch))
         files = [
-            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": _oid(present, file["path"])}
+            {
+                "path": file["path"],
+                "uploadMode": self.hub.upload_mode,
+                "shouldIgnore": False,
+                "oid": _oid(present, file["path"]),
+            }
             for file in json.loads(self.content)["files"]
         ]
         raise _Answer(200, {"files": files})

@@ -14,10 +14,10 @@ TIERS = (
     ("kernels", "block_attention masks_plan nsa_kernel performer_kernel"),
     ("methods", "softmax masks masks_content performer performer_features nsa"),
     ("choice", "registry"),
-    ("storage", "files hub stored saving pushing"),
+    ("storage", "files hub examine stored saving pushing"),
     ("model", "variant"),
     ("families", "families"),
-    ("entry points", "convert recording loading contract checkpoint __init__"),
+    ("entry points", "convert recording loading contract contract_checks checkpoint __init__"),
 )
 TIER = {name: number for number, (_, names) in enumerate(TIERS) for name in names.split()}
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]

@@ -51,3 +51,17 @@ def make_variant(base: Path, method: str = "masks", *, train: bool = True) -> at
                 if name.startswith("transformer.h.0.attn."):
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return variant
+
+
+def bare(base: Path) -> Path:
+    """Takes the tokenizer out of a base."""
+    for path in base.glob("*token*"):
+        path.unlink()
+    return base
+
+
+def write_bert_vocabulary(folder: Path) -> None:
+    """A BERT tokenizer of seven words, as old models have it: a list of words and settings."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')

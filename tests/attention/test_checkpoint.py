@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, pipeline
 
 import attention
-from attention import checkpoint, files
+from attention import checkpoint, examine, files
 from attention.errors import (
     BrokenCheckpointError,
     CheckpointError,
@@ -21,8 +21,10 @@ from attention.errors import (
     NotAModelError,
     WrongBaseError,
 )
+from attention.hub import HubSpec
+from attention.pushing import publish
 
-from .checkpoints import damage, make_variant, save_base, tiny_tokenizer
+from .checkpoints import bare, damage, make_variant, save_base, tiny_tokenizer, write_bert_vocabulary
 from .models import ALL_METHODS, small_config, tiny_gpt2
 
 every_method = pytest.mark.parametrize("method", ALL_METHODS)
@@ -165,6 +167,13 @@ def test_card_history_and_versions_are_kept(tmp_path, base, saved):
     assert (copied / "training.jsonl").read_bytes() == (saved / "training.jsonl").read_bytes()
 
 
+def test_the_generation_config_is_a_copy(base, saved):
+    model, _ = attention.load(base)
+    for variant in (attention.convert(model, small_config("masks")), attention.load(saved, base=model)[0]):
+        variant.generation_config.max_new_tokens = 3
+        assert model.generation_config.max_new_tokens is None
+
+
 def test_a_given_tokenizer_wins_over_that_of_the_base(tmp_path, base):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["dog"])
@@ -183,7 +192,151 @@ def test_describe(base, saved):
     assert plain.history is None
 
 
+# Tokenizers
+
+
+def test_a_list_of_words_is_a_tokenizer(tmp_path, base):
+    write_bert_vocabulary(bare(base))
+    tokenizer = attention.load(base)[1]
+    assert tokenizer.tokenize("the cat") == ["the", "cat"]
+    attention.save(make_variant(base), tmp_path / "variant")
+    assert attention.load(tmp_path / "variant")[1]("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+
+
+def test_settings_alone_are_a_tokenizer_of_bytes(tmp_path, base):
+    ByT5Tokenizer().save_pretrained(bare(base))
+    (base / "added_tokens.json").unlink(missing_ok=True)
+    attention.save(make_variant(base), tmp_path / "variant")
+    for folder in (base, tmp_path / "variant"):
+        assert attention.load(folder)[1].encode("hé", add_special_tokens=False) == [107, 198, 172]
+
+
+def test_a_tokenizer_without_its_files_is_refused(tmp_path, base, caplog):
+    variant = make_variant(base)
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(NotAModelError, match=r"vocab\.json"):
+        attention.load(base)
+    attention.save(variant, tmp_path / "variant")  # the weights are worth saving without
+    assert "without a tokenizer" in caplog.text
+    assert attention.load(tmp_path / "variant")[1] is None
+
+
+def test_a_tokenizer_that_makes_no_sense_is_refused(base):
+    for content in ("[]", "{", '{"model": {"type": "BPE"}}', 3000 * "["):
+        (base / "tokenizer.json").write_text(content)
+        with pytest.raises(NotAModelError, match="tokenizer"):
+            attention.load(base)
+
+
 # Bases
+
+
+@pytest.mark.parametrize(("name", "shape"), [("v_head.summary.weight", (1, 16)), ("score.weight", (2, 16))])
+def test_tensors_that_the_base_has_no_place_for_are_left_out(tmp_path, base, name, shape):
+    expected = attention.load(base)[0](IDS).logits
+    save_file(weights(base) | {name: torch.full(shape, float("nan"))}, base / "model.safetensors")
+    model, _ = attention.load(base)
+    assert torch.equal(model(IDS).logits, expected)
+    variant = make_variant(base)
+    attention.save(variant, tmp_path / "variant", dtype=None)
+    attention.save(variant, tmp_path / "whole", dtype=None, self_contained=True)
+    assert name not in weights(tmp_path / "variant").keys() | weights(tmp_path / "whole").keys()
+    for loaded in (
+        attention.load(tmp_path / "variant")[0],
+        attention.load(tmp_path / "variant", base=model)[0],
+        attention.load(tmp_path / "whole")[0],
+        AutoModelForCausalLM.from_pretrained(tmp_path / "variant"),
+    ):
+        assert torch.equal(loaded(IDS).logits, variant(IDS).logits)
+
+
+def ways_back(variant, folder):
+    """A variant saved in each way and loaded in each."""
+    attention.save(variant, folder / "part", dtype=None)
+    attention.save(variant, folder / "whole", dtype=None, self_contained=True)
+    variant.save_pretrained(folder / "own")
+    for name in ("part", "whole", "own"):
+        yield attention.load(folder / name)[0]
+        yield AutoModelForCausalLM.from_pretrained(folder / name)
+    publish(folder / "part", make(folder / "work"), HubSpec("me/repo"), True)
+    yield attention.load(folder / "work")[0]
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_a_head_that_differs_in_the_file_is_the_head(tmp_path, base):
+    tensors = weights(base)
+    save_file(tensors | {"lm_head.weight": -tensors["transformer.wte.weight"]}, base / "model.safetensors")
+    model, _ = attention.load(base)
+    expected = model(IDS).logits
+    variant = attention.convert(model, attention.SoftmaxConfig())
+    torch.testing.assert_close(variant(IDS).logits, expected)
+    for loaded in ways_back(variant, tmp_path):
+        torch.testing.assert_close(loaded(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_head_changed_in_memory_is_kept(tmp_path, base, after):
+    model, _ = attention.load(base)
+    variant = attention.convert(model, attention.SoftmaxConfig()) if after else None
+    changed = variant if after else model
+    changed.lm_head.weight = torch.nn.Parameter(1.5 * changed.lm_head.weight.detach())
+    expected = changed(IDS).logits
+    variant = variant or attention.convert(model, attention.SoftmaxConfig())
+    for loaded in ways_back(variant, tmp_path):
+        torch.testing.assert_close(loaded(IDS).logits, expected)
+        assert loaded.lm_head.weight is not loaded.transformer.wte.weight
+
+
+def test_a_head_tied_in_memory_stays_tied(tmp_path):
+    model, _ = attention.load(save_base(tmp_path / "base", tie_word_embeddings=False))
+    model.lm_head.weight = model.transformer.wte.weight
+    variant = attention.convert(model, attention.SoftmaxConfig())
+    for loaded in ways_back(variant, tmp_path):
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 62}, {"n_ctx": 64, "n_positions": None}, {"n_embd": 32}, {"n_inner": 8}]
+)
+def test_sizes_that_are_not_the_files_are_named(base, change):
+    config = json.loads((base / "config.json").read_text()) | change
+    files.write_json(base / "config.json", {name: value for name, value in config.items() if value is not None})
+    with pytest.raises(BrokenCheckpointError, match=r"transformer\.\S+ is \[.*the config asks for"):
+        attention.load(base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("of_base", [False, True])
+def test_numbers_that_are_none_are_named(base, saved, value, of_base):
+    folder = base if of_base else saved
+    tensors, name = weights(folder), "transformer.h.0.attn.c_attn.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if not of_base:
+        files.write_manifest(saved)
+    with pytest.raises(BrokenCheckpointError, match=re.escape(name) + " holds numbers that are infinite or none"):
+        attention.load(folder)
+
+
+def test_numbers_too_large_for_the_dtype_are_named(tmp_path):
+    base = save_base(tmp_path / "base", torch.float32)
+    tensors = weights(base)
+    tensors["transformer.wte.weight"][3, 5] = 1e6
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    attention.load(base)
+    with pytest.raises(BrokenCheckpointError, match=r"wte\.weight holds 1e\+06, which is infinite in torch\.float16"):
+        attention.load(base, dtype=torch.float16)
+
+
+def test_a_model_for_which_the_memory_does_not_suffice_is_refused(base, monkeypatch):
+    monkeypatch.setattr(examine, "free_memory", lambda device: 1000)
+    with pytest.raises(CheckpointError, match="GB of memory on cpu"):
+        attention.load(base)
 
 
 def test_a_base_made_in_memory_is_saved_with_the_variant(tmp_path):
@@ -430,6 +583,37 @@ def test_other_things_are_not_overwritten(tmp_path, base):
         with pytest.raises(CheckpointError, match=r"not a variant|is the variant.s base"):
             attention.save(variant, folder)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("way", ["attention.save", "save_pretrained"])
+@pytest.mark.parametrize("place", ["itself", "a link", "broken"])
+def test_a_base_with_a_manifest_is_not_saved_over(tmp_path, base, way, place):
+    files.write_manifest(base)  # as one that was trained from nothing
+    variant = make_variant(base)
+    folder = base
+    if place == "a link":
+        folder = tmp_path / "link"
+        folder.symlink_to(base)
+    elif place == "broken":
+        (base / "model.safetensors").write_bytes(b"")
+    before = tree(tmp_path)
+    with pytest.raises(CheckpointError, match="is the variant's base"):
+        attention.save(variant, folder) if way == "attention.save" else variant.save_pretrained(folder)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_as_target_is_kept(tmp_path, base, saved, there):
+    link, target = tmp_path / "link", saved if there else tmp_path / "elsewhere" / "new"
+    link.symlink_to(target)
+    variant = make_variant(base, "softmax")
+    attention.save(variant, link, dtype=None)
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    for folder in (link, target):
+        assert_same(attention.load(folder)[0], variant)
+    target.rename(target.with_name(f".{target.name}.old"))  # a crash between the two renames
+    assert_same(attention.load(link)[0], variant)
 
 
 def test_saving_again_replaces_the_variant_and_keeps_the_rest(base, saved):

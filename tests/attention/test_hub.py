@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from attention.errors import (
 from attention.hub import HubOptions, HubSpec, cached_origin
 
 from ..hub_server import HubServer
-from .checkpoints import make_variant, save_base
+from .checkpoints import bare, make_variant, save_base, write_bert_vocabulary
 from .models import small_config
 from .test_checkpoint import assert_same, weights
 
@@ -405,12 +406,100 @@ def test_errors_are_distinct(server, api, hub, saved, base):
                 attention.hub_size(spec, options)
 
 
-@pytest.mark.parametrize("status", [403, 500])
-def test_a_hub_in_trouble(server, hub, base, status):
+TROUBLES = [
+    (403, "answered 403"),
+    (429, "asks for fewer requests"),
+    (500, "problem of its own"),
+    (502, "problem of its own"),
+    (503, "not available at the moment"),
+]
+
+
+@pytest.mark.parametrize(("status", "says"), TROUBLES)
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_hub_in_trouble(server, hub, base, status, says, measured):
     server.add("me/base", contents(base))
     server.fail("GET /api/models", status, 99)
-    with pytest.raises(NetworkError, match=str(status)):
+    pauses = []
+    hub = replace(hub, sleep=pauses.append)
+    with pytest.raises(NetworkError, match=says) as caught:
+        attention.hub_size("me/base", hub) if measured else attention.load("me/base", hub=hub)
+    assert "cannot be reached" not in str(caught.value)
+    assert pauses == ([] if status == 403 else [2.0, 4.0])
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_recovers_is_asked_when_it_says(server, hub, base, status):
+    server.add("me/base", contents(base))
+    server.fail("GET /api/models", status, Retry_After="7")
+    pauses = []
+    assert_same(attention.load("me/base", hub=replace(hub, sleep=pauses.append))[0], attention.load(base)[0])
+    assert pauses == [7.0]
+
+
+@pytest.mark.parametrize("route", ["GET /api/models", "GET /api/models/.*/tree", "HEAD .*/resolve"])
+def test_what_is_not_the_hub_is_said(server, hub, base, route):
+    server.add("me/base", contents(base))
+    server.fail(route, "html", 99)
+    with pytest.raises(NetworkError, match=r"is not the Hub|could not be downloaded"):
         attention.load("me/base", hub=hub)
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_a_download_stops_when_it_passes_its_size(server, hub, base, reported, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+    server.add("me/base", {**contents(base), "tokenizer.json": 4_000_000 * b" "})
+    server.fail("GET .*/tokenizer.json", "more")
+    with pytest.raises(NetworkError, match=r"were announced"):
+        attention.load("me/base", hub=hub, progress=(lambda done, total: None) if reported else None)
+    assert server.sent < 40_000_000
+
+
+@pytest.mark.parametrize("text", [300 * "x", "me/" + 5000 * "y", "me/repo@" + 400 * "z", "me/" + "/".join(200 * "s")])
+def test_names_that_are_too_long_are_refused(text):
+    with pytest.raises(MissingCheckpointError):
+        attention.load(text)
+
+
+def test_long_names_of_folders_are_no_surprise(tmp_path, base):
+    for length in (250, 253, 300):
+        with pytest.raises(MissingCheckpointError, match="there is no folder"):
+            attention.load(tmp_path / (length * "x"))
+    base.rename(tmp_path / (252 * "b"))  # too long for the name of its backup
+    attention.load(tmp_path / (252 * "b"))
+
+
+def test_a_tokenizer_that_the_cache_may_lack_is_said(server, hub, base):
+    server.add("me/base", contents(base))
+    for name in ("config.json", "model.safetensors"):  # as transformers fetches a model
+        hub.client.hf_hub_download("me/base", name, cache_dir=hub.cache_dir)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        attention.load("me/base", hub=replace(hub, local_files_only=True))
+    assert attention.load("me/base", hub=hub)[1] is not None
+    server.add("me/bare", {name: content for name, content in contents(base).items() if "token" not in name})
+    for options in (hub, replace(hub, local_files_only=True)):
+        assert attention.load("me/bare", hub=options)[1] is None
+
+
+def test_a_tokenizer_of_any_kind_is_pulled(server, hub, base, tmp_path):
+    folder = bare(base)
+    write_bert_vocabulary(folder)
+    server.add("me/bert", contents(folder))
+    assert attention.load("me/bert", hub=hub)[1].tokenize("the cat") == ["the", "cat"]
+
+
+@pytest.mark.parametrize("xet", [False, True])
+def test_a_server_without_a_place_for_large_files(server, api, saved, xet, monkeypatch):
+    if not xet:
+        monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    before, pauses = contents(saved), []
+    server.upload_mode = "lfs"
+    with pytest.raises(PushError) as caught:
+        attention.push(saved, "me/repo", api=api, tries=2, sleep=pauses.append)
+    assert caught.value.command == f"python -m attention.checkpoint push {saved} me/repo"
+    assert len(pauses) == (1 if caught.value.retry else 0)
+    assert server.count(COMMIT) == 0
+    assert contents(saved) == before
 
 
 @pytest.mark.parametrize("how", ["closed", "refuse", "offline", "local_files_only"])
