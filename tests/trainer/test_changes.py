@@ -539,12 +539,17 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(
     assert "are of an earlier version" in (tmp_path / "run" / "train.log").read_text()
 
 
+def has(stage: str, option: str) -> bool:
+    kinds = {"pretrain": PretrainConfig, "transfer": TransferConfig, "distil": DistilConfig}
+    return option in options_of(kinds[stage], "stages.")
+
+
 CLOSE = ("stages.micro_batch_size", "gradient_checkpointing")  # equal up to rounding
 CASES = [
     (option, stage)
     for option, value in OTHER.items()
-    for stage in STOPS
-    if value is not None and not (option in ("base", "variant", "attention") and stage == "pretrain")
+    for stage in (STOPS if option.startswith("stages.") else ["distil"])
+    if value is not None and (not option.startswith("stages.") or has(stage, option))
 ]
 
 
@@ -555,8 +560,6 @@ def test_each_option_does_what_its_kind_says(
 ):
     name, _ = STOPS[stage]
     options = RECIPES[name](place)
-    if option.startswith("stages.") and not has(stage, option):
-        pytest.skip(f"{stage} has no {option}")
     put(options, option, OTHER[option], stage, place)
     kind, source = KINDS[option], stopped[stage]
     if kind is Kind.STAGE or kind is Kind.MODEL:
@@ -564,7 +567,6 @@ def test_each_option_does_what_its_kind_says(
         return
     if option in ("cpu", "push_to", "push_every"):
         pytest.skip("needs another machine")
-    before = yaml.safe_load((source / "config.yaml").read_text())
     code, log = goes_on(source, tmp_path, options)
     if code == 2:  # a value that does not go with the rest is a mistake of its own
         assert content(tmp_path / "run") == content(source)
@@ -573,16 +575,11 @@ def test_each_option_does_what_its_kind_says(
     assert code == 0, log
     changes = [line for row in rows(tmp_path / "run", "change") for line in row["changes"]]
     if kind in (Kind.NOTED, Kind.FIGURE):
-        assert changes, (option, before)
+        assert any(option.removeprefix("stages.") in change for change in changes)
     elif kind is Kind.FREE:
         same = torch.allclose if option in CLOSE else torch.equal
         for one, other in zip(*(tensors(folder) for folder in (tmp_path / "run", whole[name])), strict=True):
             assert same(one.float(), other.float())
-
-
-def has(stage: str, option: str) -> bool:
-    kinds = {"pretrain": PretrainConfig, "transfer": TransferConfig, "distil": DistilConfig}
-    return option in options_of(kinds[stage], "stages.")
 
 
 def tensors(folder: Path) -> list[torch.Tensor]:
@@ -591,7 +588,7 @@ def tensors(folder: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_pairs_of_changes_go_on_or_are_refused_but_never_break(
     seed: int, place: Path, stopped: dict[str, Path], tmp_path: Path
 ):
@@ -614,11 +611,11 @@ def test_pairs_of_changes_go_on_or_are_refused_but_never_break(
 
 
 @pytest.fixture(scope="module")
-def records(place: Path) -> dict[str, resume.Record]:
+def records(workplace: Path) -> dict[str, resume.Record]:
     """What a record of each recipe looks like."""
     made = {}
     for name, make in RECIPES.items():
-        config = RunConfig.model_validate({**make(place), "output": "run"}).model_dump(mode="json")
+        config = RunConfig.model_validate({**make(workplace), "output": "run"}).model_dump(mode="json")
         texts = {"train": [100, "a"], "valid": [10, "b"]}
         made[name] = {
             "config": json.loads(json.dumps(config)),
