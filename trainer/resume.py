@@ -57,7 +57,7 @@ OPTIONS = {
 KINDS = {option: kind for kind, options in OPTIONS.items() for option in options.split()}
 SECTIONS = ("new", "data", "eval", "samples", "checkpoint", "card", "schedule", "objective")  # the rest are values
 TEXTS = {"train": "training", "valid": "validation", "test": "test"}
-NOT_THE_MODEL = ("transformers_version", "architectures", "dtype", "attention", "base", "versions")  # of its config
+NOT_THE_MODEL = ("transformers_version", "architectures", "dtype", "base", "versions")  # of what its config says
 
 
 @dataclass

@@ -310,27 +310,39 @@ def test_two_stages_of_one_kind_cannot_be_swapped_or_cut(place: Path, tmp_path: 
 
 
 NOTED = {
-    "lr": ("distil", {"stages.lr": 1e-4}, "stages.1.lr 0.0005 -> 0.0001"),
-    "seed": ("distil", {"seed": 1}, "seed 0 -> 1"),
-    "batch": ("distil", {"stages.batch_size": 2}, "stages.1.batch_size 4 -> 2"),
-    "more steps": ("distil", {"stages.steps": 9}, "stages.1.steps 5 -> 9"),
-    "fewer steps, more than made": ("distil", {"stages.steps": 4}, "stages.1.steps 5 -> 4"),
-    "steps of a coming stage": ("transfer", {"max_steps": 12}, "stages.1.steps 5 -> 8"),
-    "text": ("distil", {"data.train": "other.txt"}, "training text "),
-    "objective": ("distil", {"stages.objective.jsd": 0.5}, "stages.1.objective.jsd 0.0 -> 0.5"),
-    "muon's rate": ("pretrain", {"stages.muon_lr": 0.01}, "stages.0.muon_lr 0.02 -> 0.01"),
-    "a final context to come": ("distil", {"stages.final_context": 64}, "stages.1.final_context 32 -> 64"),
-    "validation": ("distil", {"eval.context": 16, "eval.tokens": 64}, "eval.tokens 128 -> 64"),
+    "rate, batch, seed, loss": (
+        "distil",
+        {"stages.lr": 1e-4, "stages.batch_size": 2, "seed": 1, "stages.objective.jsd": 0.5},
+        (
+            "stages.1.lr 0.0005 -> 0.0001",
+            "stages.1.batch_size 4 -> 2",
+            "seed 0 -> 1",
+            "stages.1.objective.jsd 0.0 -> 0.5",
+        ),
+    ),
+    "more steps, a final context to come": (
+        "distil",
+        {"stages.steps": 9, "stages.final_context": 64},
+        ("stages.1.steps 5 -> 9", "stages.1.final_context 32 -> 64"),
+    ),
+    "fewer steps, more than made": ("distil", {"stages.steps": 4}, ("stages.1.steps 5 -> 4",)),
+    "steps of a coming stage": ("transfer", {"max_steps": 12}, ("stages.0.steps 3 -> 4", "stages.1.steps 5 -> 8")),
+    "text, validation": (
+        "distil",
+        {"data.train": "other.txt", "eval.tokens": 64},
+        ("training text ", "data.train [", "eval.tokens 128 -> 64"),
+    ),
+    "muon's rate": ("pretrain", {"stages.muon_lr": 0.01}, ("stages.0.muon_lr 0.02 -> 0.01",)),
 }
 
 
 @pytest.mark.parametrize("name", NOTED)
 def test_other_changes_are_in_the_log_and_the_history(name: str, place: Path, stopped: dict[str, Path], tmp_path: Path):
-    stage, changes, sentence = NOTED[name]
+    stage, changes, sentences = NOTED[name]
     options = RECIPES[STOPS[stage][0]](place)
     for option, value in changes.items():
         put(options, option, value, stage, place)
-    is_noted(stopped[stage], tmp_path, options, sentence)
+    is_noted(stopped[stage], tmp_path, options, *sentences)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["resume"] is True
 
 
@@ -539,12 +551,17 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(
     assert "are of an earlier version" in (tmp_path / "run" / "train.log").read_text()
 
 
+def has(stage: str, option: str) -> bool:
+    kinds = {"pretrain": PretrainConfig, "transfer": TransferConfig, "distil": DistilConfig}
+    return option in options_of(kinds[stage], "stages.")
+
+
 CLOSE = ("stages.micro_batch_size", "gradient_checkpointing")  # equal up to rounding
 CASES = [
     (option, stage)
     for option, value in OTHER.items()
-    for stage in STOPS
-    if value is not None and not (option in ("base", "variant", "attention") and stage == "pretrain")
+    for stage in (STOPS if option.startswith("stages.") else ["distil"])
+    if value is not None and (not option.startswith("stages.") or has(stage, option))
 ]
 
 
@@ -555,8 +572,6 @@ def test_each_option_does_what_its_kind_says(
 ):
     name, _ = STOPS[stage]
     options = RECIPES[name](place)
-    if option.startswith("stages.") and not has(stage, option):
-        pytest.skip(f"{stage} has no {option}")
     put(options, option, OTHER[option], stage, place)
     kind, source = KINDS[option], stopped[stage]
     if kind is Kind.STAGE or kind is Kind.MODEL:
@@ -564,7 +579,6 @@ def test_each_option_does_what_its_kind_says(
         return
     if option in ("cpu", "push_to", "push_every"):
         pytest.skip("needs another machine")
-    before = yaml.safe_load((source / "config.yaml").read_text())
     code, log = goes_on(source, tmp_path, options)
     if code == 2:  # a value that does not go with the rest is a mistake of its own
         assert content(tmp_path / "run") == content(source)
@@ -573,16 +587,11 @@ def test_each_option_does_what_its_kind_says(
     assert code == 0, log
     changes = [line for row in rows(tmp_path / "run", "change") for line in row["changes"]]
     if kind in (Kind.NOTED, Kind.FIGURE):
-        assert changes, (option, before)
+        assert any(option.removeprefix("stages.") in change for change in changes)
     elif kind is Kind.FREE:
         same = torch.allclose if option in CLOSE else torch.equal
         for one, other in zip(*(tensors(folder) for folder in (tmp_path / "run", whole[name])), strict=True):
             assert same(one.float(), other.float())
-
-
-def has(stage: str, option: str) -> bool:
-    kinds = {"pretrain": PretrainConfig, "transfer": TransferConfig, "distil": DistilConfig}
-    return option in options_of(kinds[stage], "stages.")
 
 
 def tensors(folder: Path) -> list[torch.Tensor]:
@@ -591,7 +600,7 @@ def tensors(folder: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_pairs_of_changes_go_on_or_are_refused_but_never_break(
     seed: int, place: Path, stopped: dict[str, Path], tmp_path: Path
 ):
@@ -614,11 +623,11 @@ def test_pairs_of_changes_go_on_or_are_refused_but_never_break(
 
 
 @pytest.fixture(scope="module")
-def records(place: Path) -> dict[str, resume.Record]:
+def records(workplace: Path) -> dict[str, resume.Record]:
     """What a record of each recipe looks like."""
     made = {}
     for name, make in RECIPES.items():
-        config = RunConfig.model_validate({**make(place), "output": "run"}).model_dump(mode="json")
+        config = RunConfig.model_validate({**make(workplace), "output": "run"}).model_dump(mode="json")
         texts = {"train": [100, "a"], "valid": [10, "b"]}
         made[name] = {
             "config": json.loads(json.dumps(config)),
@@ -697,7 +706,7 @@ def test_stages_before_the_current_one_are_neither_moved_nor_cut(order, cut, num
 
 
 @pytest.mark.parametrize("method", ["validate", "write_samples"])
-@pytest.mark.parametrize(("step", "every"), [(4, 2), (4, None), (8, None)])
+@pytest.mark.parametrize(("step", "every"), [(4, None), (8, 2)])
 def test_whatever_fails_in_measuring_the_step_was_saved_before(
     method: str, step: int, every: int | None, place: Path, whole: dict[str, Path], tmp_path: Path
 ):
