@@ -110,7 +110,7 @@ def measure(
     *,
     description: str | None = None,
 ) -> Fidelity:
-    """Measures one variant; see `measure_each`. None as the base measures a base alone, with itself as the base."""
+    """The means of one variant; see `read_each`. None as the base measures a base alone, with itself as the base."""
     readers = [Reader(variant)]
     return measure_each(readers, base or variant, tokens, context, batch_size, description=description)[0]
 
@@ -124,7 +124,7 @@ def measure_each(
     *,
     description: str | None = None,
 ) -> list[Fidelity]:
-    """The means of what `read_each` gives."""
+    """The means of what each of several readers makes of a text; see `read_each`."""
     readings = read_each(readers, base, tokens, context, batch_size, description=description)
     return [reading.means for reading in readings]
 

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer.card import task_cells, with_tasks
-from trainer.evaluate import find_cards, load, table
+from trainer.evaluate import find_cards, load
+from trainer.tables import table
 
 Row = dict[str, Any]
 ERROR = "_stderr"  # of a metric's name, at its end

@@ -226,6 +226,13 @@ def test_answers_are_beside_the_bases_own(reciter, capsys):
         assert [line.split()[0] for line in lines] == [variant, base]
 
 
+@pytest.mark.parametrize("option", ["--recall", "--samples"])
+def test_numbers_below_0_are_refused(reciter, option, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--variant", reciter[0], "--text", reciter[1], option, "-1"])
+    assert f"argument {option}: must be 0 or more; got -1" in capsys.readouterr().err
+
+
 def test_questions_that_do_not_fit_are_refused(reciter, capsys):
     variant, text, _ = reciter
     assert main(["--variant", variant, "--text", text, "--context", "32", "--recall", "5"]) == 2
