@@ -9,7 +9,7 @@ import os
 from demo.context import App
 from demo.example import CHECKPOINTS
 from demo.models import ModelStore, bundled
-from demo.page import launch
+from demo.page import serve
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     options = parse(arguments)
     app = App(ModelStore([*bundled(CHECKPOINTS), *options.checkpoints]))
-    launch(app, options.host, options.port, mcp_server=options.mcp or None)
+    serve(app, options.host, options.port, mcp_server=options.mcp or None)
 
 
 if __name__ == "__main__":
