@@ -371,7 +371,7 @@ def _explained(source: str) -> Iterator[None]:
         raise
     except Exception as error:  # files of strangers: what they make libraries raise has no end
         if not isinstance(error, OSError | ValueError):
-            logger.warning("%s cannot be used", source, exc_info=error)
+            logger.debug("%s cannot be used", source, exc_info=error)
         raise LoadError(f"{source} cannot be used: {said(error)}") from error
 
 

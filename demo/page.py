@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_function_description
 
 from .components.address import Address
 from .components.notices import Notices
@@ -43,6 +44,7 @@ def build(app: App) -> gr.Blocks:
             for tab in [build_tab(app, session) for build_tab in TABS]:
                 _keep_in_address(tab)
         blocks.load(open_tab, None, tabs, show_progress="hidden", api_visibility="private", queue=False)
+        describe_parameters(blocks)
         poll = gr.Timer(1, active=False)
         refresh: dict[str, Any] = {
             "fn": lambda: (app.store.names(), notices_of(app.store), gr.Timer(active=bool(app.store.pulling))),
@@ -70,6 +72,16 @@ def open_tab(request: gr.Request) -> dict[str, Any]:
     name = request.query_params.get("tab")
     known = {build_tab.__name__.removeprefix("build_").removesuffix("_tab") for build_tab in TABS}
     return gr.Tabs(selected=name) if name in known else gr.skip()
+
+
+def describe_parameters(blocks: gr.Blocks) -> None:
+    """Takes what "Use via API" says of each parameter of an endpoint from the function's docstring."""
+    for function in blocks.fns.values():
+        if function.api_visibility == "public" and function.fn is not None:
+            _, said, _ = get_function_description(function.fn)
+            for component, (name, text) in zip(function.inputs, said.items(), strict=True):
+                component.label = name
+                component._api_info = {**component.api_info(), "additional_description": text}
 
 
 def notices_of(store: ModelStore) -> list[dict[str, str]]:

@@ -63,7 +63,9 @@ def test_the_example_is_long_and_of_a_length_that_the_checkpoints_hold():
 
 
 def test_models_that_the_app_was_started_with_are_ticked(checkpoints, tmp_path):
-    mine = [shutil.copytree(checkpoints / "masks", tmp_path / name / "variant") for name in ("mine", "yours")]
+    for name in ("mine", "yours"):
+        shutil.copytree(checkpoints, tmp_path / name)
+    mine = [(tmp_path / name / "masks").rename(tmp_path / name / "variant") for name in ("mine", "yours")]
     store = ModelStore([*bundled(CHECKPOINTS), *mine], access=Access())
     chosen = ticked(store)
     assert {"mine", "yours"} <= set(chosen)
