@@ -31,6 +31,8 @@ from .text import PromptError, TokenTexts, encode, room_for_prompt
 
 logger = logging.getLogger(__name__)
 
+FRAME_SECONDS = 0.07  # the page is not sent more often than it can be read
+
 
 def warpers(settings: Settings) -> LogitsProcessorList:
     """The sampling options as transformers applies them in `generate`, in its order."""
@@ -270,3 +272,15 @@ class RemoteGeneration(Generation):
                     return
                 self.run = run
             yield run
+
+
+def frames(generation: Generation) -> Iterator[Run]:
+    """A generation's states, not more often than every `FRAME_SECONDS`, and always the last."""
+    shown = 0.0
+    run = None
+    for run in generation.stream():
+        if time.monotonic() - shown >= FRAME_SECONDS:
+            yield run
+            shown = time.monotonic()
+    if run is not None:
+        yield run

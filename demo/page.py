@@ -22,6 +22,7 @@ from .tabs import (
     build_attention_tab,
     build_generate_tab,
     build_models_tab,
+    build_score_tab,
     build_speed_tab,
     build_training_tab,
 )
@@ -29,7 +30,14 @@ from .tabs import (
 TITLE = "Efficient attention, side by side"
 SUBTITLE = "One language model, several ways to attend: what each writes, sees and costs."
 STYLE = Path(__file__).with_name("page.css")
-TABS = (build_generate_tab, build_attention_tab, build_speed_tab, build_training_tab, build_models_tab)
+TABS = (
+    build_generate_tab,
+    build_score_tab,
+    build_attention_tab,
+    build_speed_tab,
+    build_training_tab,
+    build_models_tab,
+)
 SESSIONS = 100  # visitors whose state is kept; the one who was away longest goes
 UPLOAD_LIMIT = "1mb"  # the page takes no files, but Gradio's route for them is there
 
@@ -41,9 +49,10 @@ def build(app: App) -> gr.Blocks:
         notices = Notices(elem_id="notices")
         session = Session(blocks, runs=gr.State([]), names=gr.State([]), address=Address(elem_id="address"))
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
-            for tab in [build_tab(app, session) for build_tab in TABS]:
-                _keep_in_address(tab)
-        blocks.load(open_tab, None, tabs, show_progress="hidden", api_visibility="private", queue=False)
+            built = [build_tab(app, session) for build_tab in TABS]
+            for tab in built:
+                _keep_in_address(tab, is_first=tab is built[0])
+        blocks.load(open_tab, None, tabs, show_progress="hidden", api_visibility="private")
         describe_parameters(blocks)
         poll = gr.Timer(1, active=False)
         refresh: dict[str, Any] = {
@@ -57,12 +66,13 @@ def build(app: App) -> gr.Blocks:
     return blocks.queue(max_size=app.limits.queue, default_concurrency_limit=16)
 
 
-def _keep_in_address(tab: gr.Tab) -> None:
-    """Names the tab that is open in the address, without the server."""
+def _keep_in_address(tab: gr.Tab, is_first: bool) -> None:
+    """Names the tab that is open in the address, without the server; the first one needs no name."""
+    change = 'query.delete("tab")' if is_first else f'query.set("tab", {json.dumps(tab.id)})'
     show = f"""() => {{
       const query = new URLSearchParams(location.search);
-      query.set("tab", {json.dumps(tab.id)});
-      history.replaceState(null, "", location.pathname + "?" + query);
+      {change};
+      history.replaceState(null, "", location.pathname + (query.size ? "?" + query : ""));
     }}"""
     tab.select(None, js=show, api_visibility="private", queue=False)
 
@@ -169,7 +179,8 @@ def serve(app: App, host: str | None = None, port: int | None = None, **options:
 
 
 def close_server(blocks: gr.Blocks) -> None:
-    """Stops serving; pages that are open are given a second."""
+    """Stops serving; pages that are open are given a second, and what is cut off then is no error."""
+    logging.getLogger("uvicorn.error").disabled = True
     blocks.server.config.timeout_graceful_shutdown = 1
     blocks.server.should_exit = True
     blocks.server.thread.join(timeout=3)

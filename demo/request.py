@@ -16,6 +16,7 @@ from .text import clean
 
 _SETTINGS = TypeAdapter(Settings)
 OPTIONS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+FIELDS = ("prompt", "models", *OPTIONS)
 
 
 class RequestError(ValueError):

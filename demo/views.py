@@ -101,6 +101,7 @@ def _token_view(column: Column, index: int) -> TokenView:
 
 
 KL_LOW, KL_HIGH = 0.01, 10.0  # nats
+KL_LEGEND = "Colour: KL to the base at this token, in nats; each mark is ten times the one before"
 KL_TICKS = ["0.01", "0.1", "1", "10"]  # what the colour's scale is marked with, at equal steps
 
 
@@ -151,6 +152,11 @@ def _cost_cells(cost: Cost | None) -> list[float | None]:
         cost.state_bytes / 1e6,
         cost.keys_read,
     ]
+
+
+def visible_text(token: str) -> str:
+    """A token as a label: its white space is visible too."""
+    return token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥") or "(part of a character)"
 
 
 def settings_line(settings: Settings) -> str:

@@ -128,7 +128,7 @@ def wilson(successes: int, total: int, confidence: float = CONFIDENCE) -> tuple[
     share = successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return (centre - half if successes else 0.0), (centre + half if successes < total else 1.0)
 
 
 def bradley_terry(games: Sequence[tuple[str, str, float]], reference: str, steps: int = 200) -> dict[str, float]:

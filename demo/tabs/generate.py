@@ -14,13 +14,14 @@ from ..components.costs import CostTable
 from ..components.notices import Notices
 from ..components.tokens import TokenColumns
 from ..context import GENERATE, App, Session
-from ..engine import Generation, RemoteGeneration
+from ..engine import Generation, RemoteGeneration, frames
 from ..example import EXAMPLE_PROMPT, PROMPTS, FirstRun, ticked
 from ..gpu import IS_LENT, with_gpu
 from ..models import ModelStore
-from ..request import OPTIONS, RequestError, from_query, in_address, read_settings
+from ..request import FIELDS, RequestError, from_query, in_address, read_settings
 from ..runs import Run, Settings, newest
 from ..views import (
+    KL_LEGEND,
     KL_TICKS,
     columns_view,
     cost_table,
@@ -29,20 +30,12 @@ from ..views import (
     settings_line,
     what_it_reads,
 )
+from .blind import build_blind_test
 
-FRAME_SECONDS = 0.07  # the page is not sent more often than it can be read
-FIELDS = ("prompt", "models", *OPTIONS)
-LEGEND = "Colour: KL to the base at this token, in nats; each mark is ten times the one before"
 _RUN, _RUNS = TypeAdapter(Run), TypeAdapter(list[Run])
 
-# At once and in the browser: whoever waits in the queue sees that the click has counted.
-WAITING = """() => [
-  { __type__: "update", interactive: false, value: "Waiting …" },
-  { __type__: "update", interactive: true },
-]"""
-
 COPY_ADDRESS = """async () => {
-  const said = (text) => [{ level: "info", text }];
+  const said = (text) => [[{ level: "info", text }]]; // a list of outputs, of which there is one
   if (!new URLSearchParams(location.search).has("prompt")) {
     return said("This prompt is too long for a link. Download JSON keeps the run.");
   }
@@ -51,7 +44,7 @@ COPY_ADDRESS = """async () => {
     return said("The link is copied: whoever opens it sees this run made anew.");
   } catch {
     window.prompt("Link to this run", location.href);
-    return [];
+    return [[]];
   }
 }"""
 
@@ -89,20 +82,15 @@ class Buttons:
     link: gr.Button
     save: gr.Button
 
-    @property
-    def switched(self) -> list[gr.Button]:
-        """Generate and Stop, as `idle` and `running` set them."""
-        return [self.start, self.stop]
+
+def idle() -> list[Any]:
+    """Generate, Stop and whether there is a run, while there is none."""
+    return [gr.Button("Generate", interactive=True), gr.Button(interactive=False), False]
 
 
-def idle() -> list[dict[str, Any]]:
-    """Generate and Stop while nothing runs."""
-    return [gr.Button("Generate", interactive=True), gr.Button(interactive=False)]
-
-
-def running() -> list[dict[str, Any]]:
-    """Generate and Stop while texts are written."""
-    return [gr.Button("Writing …", interactive=False), gr.Button(interactive=True)]
+def busy(word: str) -> list[Any]:
+    """The same while there is one, which is only told of on Generate."""
+    return [gr.Button(word, interactive=False), gr.Button(interactive=True), True]
 
 
 def build_generate_tab(app: App, session: Session) -> gr.Tab:
@@ -126,7 +114,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
         columns = TokenColumns(
             columns_view(soon, app.store),
             elem_id="generate-columns",
-            legend=LEGEND,
+            legend=KL_LEGEND,
             ticks=KL_TICKS,
             takes=True,
         )
@@ -140,32 +128,36 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             earlier = gr.Radio(
                 [], label="Compare with", info="Shown below the newest one.", type="index", elem_id="generate-earlier"
             )
-            earlier_columns = TokenColumns(elem_id="generate-earlier-columns", legend=LEGEND, ticks=KL_TICKS)
+            earlier_columns = TokenColumns(elem_id="generate-earlier-columns", legend=KL_LEGEND, ticks=KL_TICKS)
             earlier_costs = CostTable(elem_id="generate-earlier-costs")
+        build_blind_test(app, session, controls.fields, handlers.generation)
         gr.api(handlers.generate, api_name="generate", **app.lane(GENERATE))
-        current, linked = gr.State(), gr.State()
+        current, linked, is_busy = gr.State(), gr.State(), gr.State(False)
         file = gr.Textbox(visible=False)
 
     views = [notes, shown, columns, costs]
-    switches = [*buttons.switched, buttons.link]
-    page = [*views, session.address, current, session.runs, *switches]
+    switches = [buttons.start, buttons.stop, is_busy]
+    page = [*views, session.address, current, session.runs, *switches, buttons.link]
     queued: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     private = {**queued, "queue": False}  # changes of a State are only told of by events in the queue
-    asked = [buttons.start.click, controls.prompt.submit]
-    gr.on(asked, None, None, buttons.switched, js=WAITING, **private)
-    run = gr.on(
-        [*asked, linked.change],
+    accepted = gr.on(
+        [buttons.start.click, controls.prompt.submit, linked.change],
+        handlers.accept,
+        [*controls.fields, is_busy],
+        switches,
+        validator=handlers.validate,
+        **queued,
+    )
+    run = accepted.success(
         handlers.stream,
         [*controls.fields, session.runs],
         page,
-        validator=handlers.validate,
         show_progress="minimal",
         show_progress_on=shown,
         api_visibility="private",
-        trigger_mode="once",
         **app.lane(GENERATE),
     )
-    run.failure(idle, None, buttons.switched, **private)
+    run.failure(idle, None, switches, **private)
     buttons.stop.click(handlers.stop, [current, session.runs], page, cancels=[run], **queued)
     buttons.link.click(None, None, said, js=COPY_ADDRESS, **private)
     buttons.save.click(handlers.dump, session.runs, file, **private).then(None, file, js=SAVE_FILE, **private)
@@ -265,7 +257,13 @@ class Handlers:
                 verdicts.append(gr.validate(True, ""))
             except RequestError as error:
                 verdicts.append(gr.validate(False, str(error)))
-        return [*verdicts, gr.validate(True, "")]  # the runs
+        return [*verdicts, gr.validate(True, "")]  # whether there is a run
+
+    def accept(self, *values: Any) -> list[Any]:
+        """Takes a request that is valid: it now waits for its turn, and another one has to wait for its end."""
+        if values[-1]:
+            raise gr.Error("A run is under way: stop it, or wait for its end.", print_exception=False)
+        return busy("Waiting …")
 
     def _write(self, settings: Settings) -> Iterator[Run]:
         self.store.use("cuda")
@@ -283,15 +281,14 @@ class Handlers:
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from None
         generation = self.generation(settings)
-        unchanged = [gr.skip()] * 3
-        accepted = [in_address(settings), generation, gr.skip(), *running(), gr.Button(interactive=True)]
+        first = [in_address(settings), generation, gr.skip(), *busy("Writing …"), gr.Button(interactive=True)]
         for run in frames(generation):
             notes, line, columns, costs = self._show(run)
-            if accepted:
-                yield notes, line, columns, costs, *accepted
-                accepted = []
+            if first:
+                yield notes, line, columns, costs, *first
+                first = []
             else:
-                yield notes, gr.skip(), columns, *unchanged, gr.skip(), *unchanged
+                yield notes, gr.skip(), columns, *[gr.skip()] * 8
         yield self._finished(generation, runs)
 
     def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
@@ -421,18 +418,6 @@ def with_token(run: Run, column: int, index: int, of_base: bool, rank: int) -> S
 def listed(value: Any) -> Any:
     """A value as Gradio takes it."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def frames(generation: Generation) -> Iterator[Run]:
-    """A generation's states, not more often than every `FRAME_SECONDS`, and always the last."""
-    shown = 0.0
-    run = None
-    for run in generation.stream():
-        if time.monotonic() - shown >= FRAME_SECONDS:
-            yield run
-            shown = time.monotonic()
-    if run is not None:
-        yield run
 
 
 def plain(run: Run, scores: bool) -> dict[str, Any]:
