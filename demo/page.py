@@ -38,6 +38,12 @@ TABS = (
     build_training_tab,
     build_models_tab,
 )
+# The address as it was when the page was asked for: tabs have named themselves in it since.
+OPEN_TAB = """() => {
+  const asked = new URL(performance.getEntriesByType("navigation")[0].name);
+  const tab = document.getElementById(asked.searchParams.get("tab") + "-tab-button");
+  if (tab?.getAttribute("role") === "tab") tab.click();
+}"""
 SESSIONS = 100  # visitors whose state is kept; the one who was away longest goes
 UPLOAD_LIMIT = "1mb"  # the page takes no files, but Gradio's route for them is there
 
@@ -48,11 +54,11 @@ def build(app: App) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\n## {SUBTITLE}", elem_id="title")
         notices = Notices(elem_id="notices")
         session = Session(blocks, runs=gr.State([]), names=gr.State([]), address=Address(elem_id="address"))
-        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             built = [build_tab(app, session) for build_tab in TABS]
             for tab in built:
                 _keep_in_address(tab, is_first=tab is built[0])
-        blocks.load(open_tab, None, tabs, show_progress="hidden", api_visibility="private")
+        blocks.load(None, js=OPEN_TAB, api_visibility="private")
         describe_parameters(blocks)
         poll = gr.Timer(1, active=False)
         refresh: dict[str, Any] = {
@@ -75,13 +81,6 @@ def _keep_in_address(tab: gr.Tab, is_first: bool) -> None:
       history.replaceState(null, "", location.pathname + (query.size ? "?" + query : ""));
     }}"""
     tab.select(None, js=show, api_visibility="private", queue=False)
-
-
-def open_tab(request: gr.Request) -> dict[str, Any]:
-    """The tab that the address names."""
-    name = request.query_params.get("tab")
-    known = {build_tab.__name__.removeprefix("build_").removesuffix("_tab") for build_tab in TABS}
-    return gr.Tabs(selected=name) if name in known else gr.skip()
 
 
 def describe_parameters(blocks: gr.Blocks) -> None:

@@ -228,7 +228,8 @@ HEADERS = ["Model", "Base found", "95 % interval", "Chance is 50 %", "Preferred 
 
 def table(votes: Sequence[Vote]) -> dict[str, Any]:
     """The standings as `TextTable` shows them."""
-    return {"headers": HEADERS, "rows": [_row(standing) for standing in standings(votes)]}
+    rows = [_row(standing) for standing in standings(votes)]
+    return {"headers": HEADERS if rows else [], "rows": rows}
 
 
 def _row(standing: Standing) -> list[str]:

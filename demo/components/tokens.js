@@ -19,8 +19,8 @@ let unfolded = false;
 function buildLegend() {
   const ticks = el("span", "ticks", null, ...(props.ticks || []).map((tick) => el("span", null, tick)));
   const scale = el("span", "scale", null, el("span", "ramp"), ticks);
-  const mark = el("span", null, null, el("span", "difference", "≠"), " " + props.mark);
-  return el("div", "legend muted hidden", null, el("span", null, props.legend), scale, mark);
+  const mark = props.mark ? [el("span", null, null, el("span", "difference", "≠"), " " + props.mark)] : [];
+  return el("div", "legend muted hidden", null, el("span", null, props.legend), scale, ...mark);
 }
 
 function addColumn() {

@@ -21,7 +21,7 @@ class TokenColumns(ScriptedHTML):
         value: the columns.
         legend: what the colour means, shown once a token has a score.
         ticks: marks of the colour's scale from 0 to 1, at equal steps.
-        mark: what "≠" at a token means.
+        mark: what "≠" at a token means; "" where none has it.
         takes: whether the card of a locked token offers others in its place: `select` then fires with `column`,
             `index`, `of_base` (whether it stands in `base_top` rather than in `top`) and `rank` (its place there).
         kwargs: further arguments of `gr.HTML`.

@@ -26,7 +26,7 @@ from ..votes import Text, Vote, dump, merged, read, reading_seconds, table
 
 LEAST_SECONDS = 5.0
 KEPT_CHARACTERS = 3_000_000  # of votes in the visitor's browser, which holds about five million
-FIRST, SECOND, EQUAL = "Text 1", "Text 2", "They are equal"
+FIRST, SECOND, EQUAL = "A", "B", "They are equal"
 CHOICES = {FIRST: "first", SECOND: "second", EQUAL: "tie"}
 
 SAVE_FILE = """(text) => {
@@ -85,8 +85,8 @@ def build_blind_test(
         said = Notices(elem_id="blind-said")
         texts = TokenColumns(elem_id="blind-texts", legend=KL_LEGEND, ticks=KL_TICKS)
         with gr.Row(visible=False, elem_id="blind-questions") as questions:
-            base = gr.Radio([FIRST, SECOND], label="Which one is the base's?", elem_id="blind-base")
-            better = gr.Radio([FIRST, EQUAL, SECOND], label="Which one reads better?", elem_id="blind-better")
+            base = gr.Radio([FIRST, SECOND], label="Which is the base's?", elem_id="blind-base")
+            better = gr.Radio([FIRST, EQUAL, SECOND], label="Which reads better?", elem_id="blind-better")
             answer = gr.Button("Answer", variant="primary", elem_id="blind-answer")
         tally = TextTable(elem_id="blind-tally")
         with gr.Row(elem_classes="actions"):

@@ -23,6 +23,7 @@ from ..views import KL_TICKS, colour, lines, visible_text
 from .generate import model_choices
 
 FILE_BYTES = 100_000
+SHOWN_PLACES = 20
 PART = 1000  # tokens on the page at once
 LONGEST_IN_ADDRESS = 4000  # characters
 NOTHING = {"headers": [], "rows": []}
@@ -46,7 +47,7 @@ def build_score_tab(app: App, session: Session) -> gr.Tab:
             with gr.Column(scale=3, min_width=320):
                 text = gr.Textbox(
                     STORY.read_text(encoding="utf-8"),
-                    label="Text",
+                    label="Passage",
                     info="Any text: every token of it is predicted by each model from what comes before it.",
                     lines=5,
                     max_lines=8,
@@ -75,7 +76,7 @@ def build_score_tab(app: App, session: Session) -> gr.Tab:
         with gr.Row():
             chosen = gr.Radio([], label="Coloured by", elem_id="score-chosen")
             part = gr.Slider(0, PART, 0, step=PART, label="From token", visible=False, buttons=[], elem_id="score-part")
-        columns = TokenColumns(elem_id="score-columns", legend=LEGEND, ticks=KL_TICKS)
+        columns = TokenColumns(elem_id="score-columns", legend=LEGEND, ticks=KL_TICKS, mark="")
         places = TextTable(NOTHING, elem_id="score-places")
         current, linked = gr.State(), gr.State()
         file, name = gr.Textbox(visible=False), gr.Textbox(visible=False)
@@ -248,7 +249,7 @@ def places_table(scores: TextScores) -> dict[str, Any]:
             *(f"{each['probability']:.1%}" for each in place["models"].values()),
             "…" + place["before"].replace("\n", " "),
         ]
-        for place in scores.places()
+        for place in scores.places(SHOWN_PLACES)
     ]
     headers = ["Token no.", "Token", "Parting, nats", *(f"{name}: probability" for name in scores.seen), "After"]
     return {"headers": headers if rows else [], "rows": rows}

@@ -59,7 +59,7 @@ def browser() -> BrowserContext:
 @pytest.fixture(scope="session")
 def store(checkpoints: Path) -> ModelStore:  # noqa: F811
     """A tiny base and a variant."""
-    limits = Limits(new_tokens=60, prompt_characters=2000, seconds=60)
+    limits = Limits(new_tokens=60, prompt_characters=5000, seconds=60)
     return ModelStore([checkpoints / "base", checkpoints / "masks"], limits, Access(None, (checkpoints,)))
 
 
