@@ -65,7 +65,7 @@ def test_endpoints_are_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert {"/generate", "/models", "/attention"} <= set(endpoints)
     parameters = {p["parameter_name"]: p for p in endpoints["/generate"]["parameters"]}
-    assert parameters["temperature"]["type"] == {"type": "number"}
+    assert parameters["temperature"]["type"]["type"] == "number"
     assert parameters["temperature"]["parameter_default"] == 0.8
     assert "same seed" in endpoints["/generate"]["description"]
 
