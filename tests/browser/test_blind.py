@@ -44,7 +44,7 @@ def test_no_name_reaches_the_page_before_the_vote(page: Page):
     expect(page.locator("#blind-answer")).to_be_enabled()
     shown = page.locator("#blind").evaluate("node => node.outerHTML")
     assert "Two captains met" in shown
-    hints = page.locator("#blind-texts").inner_html() + page.locator("#blind-said").inner_html()
+    hints = page.locator("#blind-texts .columns").inner_html() + page.locator("#blind-said .view").inner_html()
     for name in NAMES:
         assert name not in hints
     events = [answer for answer in answers if "/queue/data" in answer.url]
