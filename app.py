@@ -13,7 +13,7 @@ if __name__ == "__main__" and sys.flags.safe_path:  # `python -P`
 from demo.context import App
 from demo.example import CHECKPOINTS
 from demo.models import ModelStore, bundled, words
-from demo.page import launch
+from demo.page import serve
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(arguments)
         app = App(ModelStore([*bundled(CHECKPOINTS), *options.checkpoints]))
-        launch(app, options.host, options.port, mcp_server=options.mcp or None)
+        serve(app, options.host, options.port, mcp_server=options.mcp or None)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

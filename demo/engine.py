@@ -25,11 +25,13 @@ from attention.state import State
 
 from .compare import mark_parting, score
 from .memory import PeakMemory
-from .models import LoadedModel, LoadError, ModelStore
+from .models import LoadedModel, LoadError, ModelStore, said
 from .runs import Column, Cost, Run, Settings
-from .text import PromptError, TokenTexts, encode
+from .text import PromptError, TokenTexts, encode, room_for_prompt
 
 logger = logging.getLogger(__name__)
+
+FRAME_SECONDS = 0.07  # the page is not sent more often than it can be read
 
 
 def warpers(settings: Settings) -> LogitsProcessorList:
@@ -86,9 +88,12 @@ class Decoder:
         self._step_seconds: list[float] = []
         ends = loaded.model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
-        for token_id in encode(loaded.tokenizer, settings.prompt, loaded.context):
+        prompt = encode(loaded.tokenizer, settings.prompt)
+        read = prompt[-room_for_prompt(loaded.context, settings.max_new_tokens) :]
+        for token_id in read:
             self._append(token_id)
-        column.prompt_length = len(column.token_ids)
+        column.prompt_length = len(read)
+        column.dropped = len(prompt) - len(read)
         column.method = loaded.method
         column.stage = "writing"
 
@@ -120,6 +125,8 @@ class Decoder:
             logits = model(input_ids, cache=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             logits = logits.float().cpu()  # waits for a device, so that the time is right
             self._forward_seconds.append(time.perf_counter() - start)
+        if not logits.isfinite().all():
+            raise ArithmeticError("what it predicts is not finite; its weights are broken")
         return logits
 
     def _sample(self, logits: Tensor) -> int:
@@ -154,7 +161,7 @@ class Decoder:
 class Generation:
     """All of a run's models, one token each in turn; the same settings give the same text.
 
-    A model that fails says so in its own column, and the others go on.
+    A model that fails says so in its own column, and the others go on. When the app closes, all runs end.
 
     Attributes:
         run: what there is so far; it grows.
@@ -180,6 +187,8 @@ class Generation:
             self._start(column)
         while active := [decoder for decoder in self._decoders if decoder.column.stage == "writing"]:
             for decoder in active:
+                if self.store.closing.is_set():
+                    return
                 self._step(decoder)
                 yield self.run
         yield self.finish()
@@ -199,15 +208,17 @@ class Generation:
 
     def _start(self, column: Column) -> None:
         try:
+            if time.monotonic() > self._deadline and column.name not in self.store.loaded():
+                raise LoadError("The time limit was reached before it was loaded.")
             loaded = self.store.get(column.name)
             with self._lock:
                 if not self._finished:
                     self._decoders.append(Decoder(loaded, column, self.run.settings))
-        except (PromptError, LoadError) as error:
-            column.problem, column.stage = str(error), "failed"
-        except KeyError:
-            choices = ", ".join(self.store.names())
-            column.problem, column.stage = f"There is no model {column.name!r} here; there are: {choices}.", "failed"
+        except (LoadError, PromptError) as error:
+            self._fail(column, str(error))
+        except Exception as error:
+            logger.exception("%s failed before it wrote", column.name)
+            self._fail(column, f"The model failed: {said(error)}")
 
     def _step(self, decoder: Decoder) -> None:
         column = decoder.column
@@ -218,7 +229,7 @@ class Generation:
                 decoder.step()
             except Exception as error:
                 logger.exception("%s failed while writing", column.name)
-                column.problem, column.stage = f"The model failed: {error}", "failed"
+                self._fail(column, f"The model failed: {said(error)}")
                 return
             if column.stopped is None and time.monotonic() > self._deadline:
                 column.stopped = "time"
@@ -233,10 +244,14 @@ class Generation:
             try:
                 column.cost = decoder.cost()
                 column.scores = score(decoder.loaded, column)
-            except RuntimeError as error:  # of memory, most likely: the text is worth showing without
+            except Exception as error:  # of memory, most likely: the text is worth showing without
                 logger.exception("%s could not be compared with its base", column.name)
-                column.problem = f"It could not be compared with its base: {error}"
+                column.problem = f"It could not be compared with its base: {said(error)}"
         mark_parting(self.run)
+
+    @staticmethod
+    def _fail(column: Column, problem: str) -> None:
+        column.problem, column.stage = problem, "failed"
 
 
 class RemoteGeneration(Generation):
@@ -257,3 +272,15 @@ class RemoteGeneration(Generation):
                     return
                 self.run = run
             yield run
+
+
+def frames(generation: Generation) -> Iterator[Run]:
+    """A generation's states, not more often than every `FRAME_SECONDS`, and always the last."""
+    shown = 0.0
+    run = None
+    for run in generation.stream():
+        if time.monotonic() - shown >= FRAME_SECONDS:
+            yield run
+            shown = time.monotonic()
+    if run is not None:
+        yield run

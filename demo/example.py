@@ -13,20 +13,22 @@ from pydantic import TypeAdapter, ValidationError
 
 from .engine import Generation
 from .limits import Limits
-from .models import ModelStore, bundled
+from .models import LoadError, ModelStore, bundled
 from .runs import Column, Run, Settings
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 FILE = Path(__file__).with_name("examples") / "first.json"
+STORY = Path(__file__).with_name("examples") / "lighthouse.txt"
 PROMPTS = {
+    "A lighthouse (long)": STORY.read_text(encoding="utf-8"),
     "A house": "The old house stood at the end of the lane, and",
     "A ship": "It was a dark night when the ship left the harbour. The captain",
     "A detective": '"My dear fellow," said the detective, lighting his pipe, "there is one thing that you have',
     "A little girl": "Once upon a time there was a little girl who lived with her grandmother in a",
 }
-EXAMPLE_PROMPT = PROMPTS["A house"]
+EXAMPLE_PROMPT = PROMPTS["A lighthouse (long)"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,22 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def ticked(store: ModelStore) -> list[str]:
+    """What is chosen on a page that was just opened: the plain models, those that the app was started with besides the
+    bundled ones, and then these, as many as one run takes."""
+
+    def key(name: str) -> tuple[bool, bool]:
+        entry = store.entry(name)
+        return not entry.is_base, entry.folder.resolve().is_relative_to(CHECKPOINTS)
+
+    first = sorted(store.names(), key=key)[: store.limits.models_per_run]
+    return [name for name in store.names() if name in first]
+
+
 def example_settings(store: ModelStore, models: Iterable[str]) -> Settings:
     """The first prompt with the first of `models`, as many as one run takes."""
     names = tuple(models)[: store.limits.models_per_run]
-    return Settings(EXAMPLE_PROMPT, names, max_new_tokens=min(60, store.limits.new_tokens))
+    return Settings(EXAMPLE_PROMPT, names, max_new_tokens=min(120, store.limits.new_tokens))
 
 
 def make(store: ModelStore) -> Example:
@@ -73,7 +87,7 @@ def stored(store: ModelStore, file: Path = FILE) -> Run | None:
     try:
         example = _EXAMPLE.validate_json(file.read_bytes())
         current = {name: fingerprint(store.entry(name).folder) for name in example.fingerprints}
-    except (OSError, ValidationError, KeyError) as error:
+    except (OSError, ValidationError, LoadError) as error:
         logger.info("no stored example: %s", error)
         return None
     expected = example_settings(store, example.run.settings.models)

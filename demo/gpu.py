@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from math import ceil
 from typing import TypeVar
 
 try:
@@ -15,9 +16,12 @@ T = TypeVar("T")
 IS_LENT = spaces is not None and "SPACES_ZERO_GPU" in os.environ
 
 
-def with_gpu(function: Callable[..., Iterator[T]], seconds: float) -> Callable[..., Iterator[T]]:
-    """`function` with a GPU for at most `seconds` a call where one is lent, elsewhere `function` itself.
+def with_gpu(function: Callable[..., Iterator[T]], seconds: Callable[..., float]) -> Callable[..., Iterator[T]]:
+    """`function` with a GPU where one is lent, elsewhere `function` itself.
 
     Its arguments and what it yields are copied from one process to the other; what it changes is not.
+
+    Args:
+        seconds: how long a call with the same arguments may take; a Space refuses by what is declared.
     """
-    return spaces.GPU(function, duration=round(seconds)) if IS_LENT else function
+    return spaces.GPU(function, duration=lambda *given: ceil(seconds(*given))) if IS_LENT else function

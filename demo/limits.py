@@ -23,7 +23,7 @@ class Limits:
         download_bytes: the largest model that is pulled from the Hub.
     """
 
-    prompt_characters: int = 20_000
+    prompt_characters: int = 100_000
     new_tokens: int = 400
     models_per_run: int = 6
     seconds: float = 60.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import threading
 from collections import OrderedDict
@@ -27,12 +28,18 @@ logger = logging.getLogger(__name__)
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_LENT else "cpu"
 
 LONGEST_SOURCE = 300
+SAY_NOTHING = {"variant", "model", "checkpoint", "final", "best", "last", "latest", "output"}
 
 Progress = Callable[[int, int], None]
 
 
 class LoadError(ValueError):
     """A model that cannot be used; the message says why and what to do."""
+
+
+def said(error: Exception) -> str:
+    """What an error says; its kind, where it says nothing."""
+    return str(error) or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,10 @@ class Access:
     def _check_folder(self, source: str) -> None:
         folder = Path(source).expanduser().resolve()
         if not any(folder.is_relative_to(root.resolve()) for root in self.folders):
+            allowed = " or ".join(f"{root}/" for root in self.folders) or "none; only the Hub's models can be added"
             raise LoadError(
-                f"{source}: this folder may not be read here; start the app with --checkpoints {shlex.quote(source)}."
+                f"{source}: this folder may not be read here. Those that may lie below: {allowed}. "
+                f"Whoever starts the app can name others: --checkpoints {shlex.quote(source)}."
             )
 
     def _check_repository(self, source: str) -> None:
@@ -157,7 +166,10 @@ def words(variable: str) -> list[str]:
 
 def is_local(source: str) -> bool:
     """Whether a source is a folder rather than a name on the Hub."""
-    return source.startswith((".", "/", "~")) or Path(source).is_dir()
+    try:
+        return source.startswith((".", "/", "~")) or Path(source).is_dir()
+    except OSError:  # no file's name can be that long
+        return False
 
 
 class ModelStore:
@@ -168,6 +180,7 @@ class ModelStore:
     Attributes:
         problems: for each source that could not be used, why.
         pulling: for each source that is being pulled, bytes done and bytes expected.
+        closing: set when the app ends; what computes stops at its next step.
     """
 
     def __init__(
@@ -183,6 +196,7 @@ class ModelStore:
         self.device = DEVICE
         self.problems: dict[str, str] = {}
         self.pulling: dict[str, tuple[int, int]] = {}
+        self.closing = threading.Event()
         self._entries: dict[str, Entry] = {}
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading: dict[str, threading.Lock] = {}
@@ -210,9 +224,12 @@ class ModelStore:
         """What is known of a model without loading it.
 
         Raises:
-            KeyError: if there is none of that name.
+            LoadError: if there is none of that name.
         """
-        return self._entries[name]
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise LoadError(f"There is no model {name!r} here; there are: {', '.join(self.names())}.") from None
 
     def loaded(self) -> list[str]:
         """The models that are in memory, least recently used first."""
@@ -266,7 +283,7 @@ class ModelStore:
             if len(self._entries) >= self.limits.listed_models:
                 raise LoadError(f"{source}: the list is full with {len(self._entries)} models.")
             entry = Entry(
-                name=self._free_name(found.folder.name if is_local(source) else source),
+                name=self._free_name(short_name(found.folder) if is_local(source) else source),
                 source=source,
                 folder=found.folder,
                 method=found.method,
@@ -300,8 +317,7 @@ class ModelStore:
         """The model, loaded if it is not; waits while another thread loads it.
 
         Raises:
-            KeyError: if there is none of that name.
-            LoadError: if it cannot be loaded; the message says why and what to do.
+            LoadError: if there is none of that name, or it cannot be loaded; the message says why and what to do.
         """
         entry = self.entry(name)
         base = None if entry.base is None else self.get(entry.base)
@@ -347,6 +363,14 @@ class ModelStore:
                 del self._loaded[name]
 
 
+def short_name(folder: Path) -> str:
+    """A folder's name, or that of the folder above where its own says nothing; a step's name with it."""
+    name, above = folder.resolve().name, folder.resolve().parent.name
+    if name.lower() in SAY_NOTHING and above:
+        return above
+    return f"{above}-{name}" if re.fullmatch(r"(checkpoint|step|epoch)?[-_]?\d+", name.lower()) and above else name
+
+
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turns what can go wrong with a checkpoint into a `LoadError` that names it."""
@@ -354,8 +378,10 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except LoadError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise LoadError(f"{source} cannot be used: {error}") from error
+    except Exception as error:  # files of strangers: what they make libraries raise has no end
+        if not isinstance(error, OSError | ValueError):
+            logger.debug("%s cannot be used", source, exc_info=error)
+        raise LoadError(f"{source} cannot be used: {said(error)}") from error
 
 
 def bundled(folder: Path) -> list[Path]:
@@ -365,7 +391,7 @@ def bundled(folder: Path) -> list[Path]:
     def key(model_folder: Path) -> tuple[int, str]:
         try:
             method = attention.describe(model_folder).method
-        except (OSError, ValueError):
+        except Exception:  # it is named, with what is wrong, when it is added
             return len(order), model_folder.name
         return order.index(method), model_folder.name
 

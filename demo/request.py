@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import QueryParams
 
+from .components.address import AddressView
 from .models import ModelStore
 from .runs import Settings
 from .text import clean
 
 _SETTINGS = TypeAdapter(Settings)
 OPTIONS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+FIELDS = ("prompt", "models", *OPTIONS)
 
 
 class RequestError(ValueError):
@@ -75,19 +77,51 @@ def _explain(detail: Any) -> str:
     return f"{name}: {detail['msg'].replace('Input should', 'should')}."
 
 
-def from_query(query: QueryParams, store: ModelStore) -> tuple[dict[str, Any], bool]:
-    """Settings out of a link: what is usable of it, and whether it asks for a run.
+@dataclass(frozen=True)
+class Link:
+    """What the page's address asks the generate tab for.
 
-    A link is written by anyone, so what is wrong in it is left out rather than shown.
+    Attributes:
+        settings: what is usable of it, by field name.
+        problems: what is not, in words.
+        prompt_given: whether it names a prompt, and so asks for a run.
     """
-    values = {name: query[name] for name in OPTIONS if name in query}
-    models = tuple(name for name in query.getlist("models") if name in store.names())
+
+    settings: dict[str, Any]
+    problems: list[str]
+    prompt_given: bool
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can be run."""
+        return self.prompt_given and not self.problems
+
+
+def from_query(query: QueryParams, store: ModelStore) -> Link:
+    """Reads the page's address, which anyone may have written."""
+    given: dict[str, Any] = {name: query[name] for name in ("prompt", *OPTIONS) if name in query}
+    if "models" in query:
+        given["models"] = tuple(query.getlist("models"))
     usable: dict[str, Any] = {}
+    problems: list[str] = []
     filler = {"prompt": "x", "models": store.names()[:1]}
-    for name, value in [*values.items(), ("prompt", query.get("prompt")), ("models", models)]:
+    for name, value in given.items():
         try:
             value = asdict(read_settings({**filler, name: value}, store))[name]
             usable[name] = list(value) if name == "models" else value
-        except RequestError:
-            continue
-    return usable, "prompt" in usable
+        except RequestError as error:
+            problems += error.problems
+    return Link(usable, problems, "prompt" in query)
+
+
+def in_address(settings: Settings) -> AddressView:
+    """The settings of a run as the page's address holds them; `from_query` reads them."""
+    values = asdict(settings)
+    listed = {name: list(value) if isinstance(value, tuple) else [f"{value}"] for name, value in values.items()}
+    return {"parameters": listed, "push": True}
+
+
+def position_in_query(query: QueryParams, name: str, default: int = 0) -> int:
+    """A whole number of at least 0 from the page's address, such as a layer's; `default` for anything else."""
+    value = query.get(name, "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else default

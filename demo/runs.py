@@ -31,7 +31,7 @@ class Settings:
     top_k: Annotated[int, Field(ge=0, le=1000)] = 40
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     repetition_penalty: Annotated[float, Field(ge=1, le=2)] = 1.1
-    max_new_tokens: Annotated[int, Field(ge=1)] = 60
+    max_new_tokens: Annotated[int, Field(ge=1)] = 120
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -87,6 +87,7 @@ class Column:
         token_ids: prompt and generated tokens.
         tokens: the text of each; a character of several tokens belongs to the last of them.
         prompt_length: how many of them are the prompt.
+        dropped: how many tokens of the prompt came before those and were left out, for want of room.
         stopped: why it ended: the length asked for, the model's end token, the end of the context, the time limit,
             or Stop.
         problem: why it failed, in words for the visitor.
@@ -99,6 +100,7 @@ class Column:
     token_ids: list[int] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     prompt_length: int = 0
+    dropped: int = 0
     stage: Stage = "waiting"
     stopped: Ending | None = None
     problem: str | None = None
@@ -110,6 +112,11 @@ class Column:
     def generated(self) -> int:
         """How many tokens the model wrote."""
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def prompt(self) -> str:
+        """What the model read of the prompt."""
+        return "".join(self.tokens[: self.prompt_length])
 
     @property
     def text(self) -> str:
@@ -145,7 +152,6 @@ class TokenView(TypedDict, total=False):
     """One token as a component shows it; plain JSON. Only `text` is required."""
 
     text: str
-    prompt: bool  # part of the prompt: never coloured
     score: float | None  # what the colour shows, in [0, 1]; None: no colour
     parts: bool  # the first token that differs from the reference's text
     details: list[list[str]]  # [label, value] rows of the card under the pointer
@@ -154,9 +160,16 @@ class TokenView(TypedDict, total=False):
 
 
 class ColumnView(TypedDict, total=False):
-    """One column of tokens as a component shows it; plain JSON."""
+    """One column of tokens as a component shows it; plain JSON.
+
+    Texts that grow are long, and a page that is sent all of one for every token does nothing else: the tokens are one
+    string that grows at its end, so that Gradio sends what was added to it and the page reads no more than that.
+    """
 
     title: str
     note: str  # one line under the title
     status: str  # e.g. "42 tokens", "waiting", or why it failed
-    tokens: list[TokenView]
+    busy: bool  # more is to come
+    prompt: str  # the text before the tokens, never coloured
+    prompt_tokens: int  # how many tokens it is
+    lines: str  # a TokenView as JSON and a newline for each token

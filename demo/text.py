@@ -15,21 +15,21 @@ def clean(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The prompt's token ids.
 
     Raises:
-        PromptError: if the prompt is empty or leaves no room for a new token in `context` tokens.
+        PromptError: if the prompt is empty.
     """
     ids = tokenizer(clean(prompt), verbose=False)["input_ids"]
     if not ids:
         raise PromptError("The prompt is empty: write a few words for the models to continue.")
-    if len(ids) >= context:
-        raise PromptError(
-            f"The prompt is {len(ids):,} tokens long; this model holds {context:,} together with what it writes. "
-            f"Shorten the prompt by at least {len(ids) - context + 1:,} tokens."
-        )
     return ids
+
+
+def room_for_prompt(context: int, new_tokens: int) -> int:
+    """How many tokens of a prompt are read: what the new ones leave of the context, and at least half of it."""
+    return max(context - new_tokens, context // 2, 1)
 
 
 class TokenTexts:

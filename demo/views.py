@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 from .models import Entry, ModelStore
@@ -21,32 +23,57 @@ ENDINGS = {
 
 def columns_view(run: Run, store: ModelStore) -> list[ColumnView]:
     """What `TokenColumns` shows of a run."""
-    return [_column_view(column, store) for column in run.columns]
+    return [_column_view(column, run.settings, store) for column in run.columns]
 
 
-def _column_view(column: Column, store: ModelStore) -> ColumnView:
+def _column_view(column: Column, settings: Settings, store: ModelStore) -> ColumnView:
     return {
         "title": column.name,
-        "note": store.entry(column.name).description if column.name in store.names() else "",
-        "status": _status(column),
-        "tokens": _prompt_views(column) + [_token_view(column, i) for i in range(column.generated)],
+        "note": what_it_reads(column.name, store) if column.name in store.names() else "",
+        "status": _status(column, settings),
+        "busy": column.stage in ("waiting", "loading", "writing"),
+        "prompt": column.prompt,
+        "prompt_tokens": column.prompt_length,
+        "lines": lines(_token_view(column, i) for i in range(column.generated)),
     }
 
 
-def _prompt_views(column: Column) -> list[TokenView]:
-    return [{"text": text, "prompt": True} for text in column.tokens[: column.prompt_length]]
+def lines(tokens: Iterable[TokenView]) -> str:
+    """Tokens as `ColumnView.lines` holds them."""
+    return "".join(json.dumps(token, ensure_ascii=False) + "\n" for token in tokens)
 
 
-def _status(column: Column) -> str:
+def prompt_notices(run: Run) -> list[dict[str, str]]:
+    """What `Notices` says at the prompt: which models could not read all of it."""
+    cut: dict[tuple[int, int], list[str]] = {}
+    for column in run.columns:
+        if column.dropped:
+            cut.setdefault((column.dropped + column.prompt_length, column.prompt_length), []).append(column.name)
+    return [
+        {
+            "level": "info",
+            "text": f"The prompt has {total:,} tokens. Together with the {run.settings.max_new_tokens:,} to be written "
+            f"that is more than {listed(names)} can hold: the last {used:,} are used.",
+        }
+        for (total, used), names in cut.items()
+    ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _status(column: Column, settings: Settings) -> str:
     if column.stage == "failed":
         return column.problem or "failed"
     if column.stage == "waiting":
-        return "waiting"
+        return "waiting …"
     if column.stage == "loading":
-        return "loading the model"
-    written = f"{column.generated} token{'s' * (column.generated != 1)}"
+        return "loading the model …"
     if column.stage == "writing":
-        return f"{written} …"
+        return f"{column.generated} of {settings.max_new_tokens:,} tokens …"
+    written = f"{column.generated} token{'s' * (column.generated != 1)}"
     return written + ENDINGS.get(column.stopped or "", "") + _distance(column)
 
 
@@ -73,9 +100,16 @@ def _token_view(column: Column, index: int) -> TokenView:
     return view
 
 
+KL_LOW, KL_HIGH = 0.01, 10.0  # nats
+KL_LEGEND = "Colour: KL to the base at this token, in nats; each mark is ten times the one before"
+KL_TICKS = ["0.01", "0.1", "1", "10"]  # what the colour's scale is marked with, at equal steps
+
+
 def colour(kl: float) -> float:
-    """KL in nats on a scale from 0 to 1: √(1 − e^−KL), which total variation never exceeds (Bretagnolle-Huber)."""
-    return math.sqrt(-math.expm1(-kl))
+    """KL in nats on a scale from 0, for 0.01 and less, to 1, for 10 and more; equal factors are equal steps."""
+    if kl <= KL_LOW:
+        return 0.0
+    return min(math.log(kl / KL_LOW) / math.log(KL_HIGH / KL_LOW), 1.0)
 
 
 def _details(score: TokenScore) -> list[list[str]]:
@@ -120,6 +154,11 @@ def _cost_cells(cost: Cost | None) -> list[float | None]:
     ]
 
 
+def visible_text(token: str) -> str:
+    """A token as a label: its white space is visible too."""
+    return token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥") or "(part of a character)"
+
+
 def settings_line(settings: Settings) -> str:
     """Settings in one line."""
     return (
@@ -135,16 +174,52 @@ def history_label(run: Run) -> str:
     return f"“{prompt[:48]}{'…' if len(prompt) > 48 else ''}” {settings_line(run.settings)}"
 
 
+BRIEF = {
+    "softmax": "every earlier token",
+    "masks": "a few places, by distance and by content",
+    "performer": "a running summary of fixed size",
+    "nsa": "the latest tokens, picked blocks, summaries of the rest",
+}
+WORDS = {"num_features": "features", "num_selected": "blocks", "candidates": "places"}
+
+
+def what_it_reads(name: str, store: ModelStore) -> str:
+    """A model in one short line: what tells it from others of its method, or else what a token of it reads."""
+    entry = store.entry(name)
+    entries = [store.entry(each) for each in store.names()]
+    return distinction(entry, entries) or BRIEF.get(entry.method) or entry.description
+
+
 def distinction(entry: Entry, entries: Sequence[Entry]) -> str:
     """The options that tell a model from others of its method, in words; empty where there is nothing to tell."""
     others = [other.options for other in entries if other.method == entry.method and other is not entry]
     differ = {name: value for name, value in entry.options.items() if any(o.get(name) != value for o in others)}
-    said = [f"{name} {option_text(value)}" for name, value in differ.items()][:MOST_OPTIONS]
-    return f" Here: {', '.join(said)}." if said else ""
+    return "; ".join([_said(name, value) for name, value in differ.items()][:MOST_OPTIONS])
+
+
+def _said(option: str, value: Any) -> str:
+    word = WORDS.get(option, option.replace("_", " "))
+    return f"no {word}" if value in (0, False, None) else f"{word} {option_text(value)}"
 
 
 def option_text(value: Any) -> str:
-    """An option's value as one reads it."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(option_text, value))
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    """An option's value as one reads it; numbers that are given for each layer by the layers that share them."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, list | tuple):
+        return str(value)
+    if len(value) > 1 and all(isinstance(each, int | float) for each in value):
+        return _by_layer(value)
+    return ", ".join(map(option_text, value))
+
+
+def _by_layer(values: Sequence[float]) -> str:
+    if len(set(values)) == 1:
+        return option_text(values[0])
+    said, start = [], 0
+    for value, run in groupby(values):
+        end = start + len(list(run)) - 1
+        where = f"{start}–{end}" if end > start else f"{start}"
+        said.append(f"{value} in {where}" if said else f"{value} in layer{'s' * (end > start)} {where}")
+        start = end + 1
+    return ", ".join(said)

@@ -8,8 +8,10 @@ function headerCell([label, explanation]) {
   return cell;
 }
 
-function numberCell(number, reference) {
+function numberCell(number, reference, [label, explanation] = [""]) {
   const cell = el("td", "number", formatNumber(number));
+  cell.dataset.label = label; // shown where there is no room for a head
+  cell.title = explanation || "";
   const comparable = typeof number === "number" && typeof reference === "number" && reference > 0;
   cell.append(el("span", "ratio muted small", comparable ? formatRatio(number / reference) : ""));
   return cell;
@@ -27,7 +29,7 @@ function draw() {
     const first = el("th", null, name);
     first.scope = "row";
     const base = reference === null || reference === index ? [] : rows[reference].slice(1);
-    body.append(el("tr", null, null, first, ...numbers.map((number, i) => numberCell(number, base[i]))));
+    body.append(el("tr", null, null, first, ...numbers.map((number, i) => numberCell(number, base[i], headers[i + 1]))));
   });
   const table = el("div", "scroll", null, el("table", "costs", null, head, body));
   root.replaceChildren(table, el("div", "muted small", props.note));

@@ -17,3 +17,13 @@ class Notices(ScriptedHTML):
 
     def __init__(self, value: list[dict[str, str]] | None = None, **kwargs: Any):
         super().__init__(value, scripts=("notices.js",), styles=("notices.css",), **kwargs)
+
+
+def notice(text: str) -> list[dict[str, str]]:
+    """One message, as `Notices` shows it."""
+    return [{"level": "info", "text": text}]
+
+
+def warning(problem: object) -> list[dict[str, str]]:
+    """One thing that went wrong, as `Notices` shows it."""
+    return [{"level": "warning", "text": str(problem)}]

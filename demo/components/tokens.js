@@ -2,33 +2,53 @@
 const root = element.querySelector(".view");
 const grid = el("div", "columns");
 const card = el("div", "card");
+const live = el("div", "unseen");
 const legend = buildLegend();
-root.append(grid, legend, card);
+root.append(grid, legend, card, live);
 card.hidden = true;
-card.setAttribute("role", "status");
+live.setAttribute("role", "status");
+
+const TAIL = 90; // characters of a prompt that stay when it is folded
 
 const columns = [];
 let hovered = null; // {column, index}
 let locked = null;
+let inCard = null; // the token that the card is of
+let unfolded = false;
 
 function buildLegend() {
-  const scale = el("span", null, null, props.legend + ": none ", el("span", "ramp"), " large");
-  const mark = el("span", null, null, el("span", "difference", "≠"), " first token that differs from the base's text");
-  return el("div", "legend muted hidden", null, scale, mark);
+  const ticks = el("span", "ticks", null, ...(props.ticks || []).map((tick) => el("span", null, tick)));
+  const scale = el("span", "scale", null, el("span", "ramp"), ticks);
+  const mark = props.mark ? [el("span", null, null, el("span", "difference", "≠"), " " + props.mark)] : [];
+  return el("div", "legend muted hidden", null, el("span", null, props.legend), scale, ...mark);
 }
 
 function addColumn() {
   const column = {
     node: el("section", "column"),
-    title: el("h4"),
+    title: el("h3"),
     note: el("div", "note muted"),
     text: el("div", "text"),
+    fold: el("button", "fold"),
+    prompt: el("span", "prompt"),
     status: el("div", "status muted"),
+    view: {},
+    lines: "",
     tokens: [],
     spans: [],
+    follows: false,
   };
   column.text.setAttribute("role", "group");
   column.text.dir = "ltr";
+  column.text.append(column.fold, column.prompt);
+  column.fold.addEventListener("click", () => {
+    unfolded = !unfolded;
+    columns.forEach(showPrompt);
+  });
+  column.text.addEventListener("scroll", () => {
+    const box = column.text;
+    column.follows = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+  });
   column.node.append(column.title, column.note, column.text, column.status);
   grid.append(column.node);
   columns.push(column);
@@ -39,13 +59,24 @@ function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+// A long prompt is folded to its last lines, from the beginning of a word on.
+function showPrompt(column) {
+  const prompt = column.view.prompt || "";
+  const start = prompt.length > 1.5 * TAIL ? prompt.indexOf(" ", prompt.length - TAIL) : -1;
+  const folds = start > 0;
+  column.fold.hidden = !folds;
+  setText(column.fold, unfolded ? "Fold the prompt" : "… " + (column.view.prompt_tokens || 0).toLocaleString("en") + " tokens");
+  column.fold.setAttribute("aria-expanded", String(unfolded));
+  column.fold.title = unfolded ? "" : "Show the whole prompt";
+  setText(column.prompt, readable(folds && !unfolded ? prompt.slice(start) : prompt));
+}
+
 function paintToken(span, token) {
   span.className = "token";
-  span.classList.toggle("prompt", Boolean(token.prompt));
   span.classList.toggle("parts", Boolean(token.parts));
-  const scored = token.score !== null && token.score !== undefined && !token.prompt;
+  const scored = token.score !== null && token.score !== undefined;
   span.classList.toggle("scored", scored);
-  span.style.setProperty("--score", scored ? Math.sqrt(clamp(token.score, 0, 1)) : 0); // small scores can be seen too
+  if (scored) span.style.setProperty("--score", clamp(token.score, 0, 1));
   span.replaceChildren();
   for (const piece of readable(token.text).split(/(\n)/)) {
     if (piece === "\n") span.append(el("span", "return", "↵"));
@@ -54,46 +85,74 @@ function paintToken(span, token) {
 }
 
 function sameLook(a, b) {
-  return a.text === b.text && a.score === b.score && a.prompt === b.prompt && a.parts === b.parts;
+  return a.text === b.text && a.score === b.score && a.parts === b.parts;
 }
 
-function updateColumn(column, view) {
-  setText(column.title, readable(view.title || ""));
-  setText(column.note, readable(view.note || ""));
-  column.note.title = view.note || "";
-  setText(column.status, readable(view.status || ""));
-  column.text.setAttribute("aria-label", (view.title || "Text") + ": tokens; arrow keys move, Enter keeps the card open");
-  const box = column.text;
-  const streams = column.spans.length > 0;
-  const follows = streams && box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-  const tokens = view.tokens || [];
-  const grew = tokens.length > column.spans.length;
-  tokens.forEach((token, index) => {
+function parse(lines) {
+  return lines ? lines.slice(0, -1).split("\n").map((line) => JSON.parse(line)) : [];
+}
+
+// Tokens that are new are added; those that look otherwise than before are painted anew.
+function updateTokens(column, lines) {
+  if (lines === column.lines) return;
+  const grown = lines.startsWith(column.lines);
+  const kept = grown ? column.tokens : [];
+  const tokens = kept.concat(parse(grown ? lines.slice(column.lines.length) : lines));
+  const added = document.createDocumentFragment();
+  for (let index = kept.length; index < tokens.length; index++) {
     let span = column.spans[index];
     if (!span) {
       span = el("span", "token");
       span.tabIndex = index === 0 ? 0 : -1;
       column.spans.push(span);
-      box.append(span);
-      paintToken(span, token);
-    } else if (!sameLook(column.tokens[index], token)) {
-      paintToken(span, token);
-    }
-  });
+      added.append(span);
+    } else if (sameLook(column.tokens[index], tokens[index])) continue;
+    paintToken(span, tokens[index]);
+  }
+  column.text.append(added);
   while (column.spans.length > tokens.length) column.spans.pop().remove();
   column.tokens = tokens;
-  if (grew && follows) box.scrollTop = box.scrollHeight;
+  column.lines = lines;
 }
+
+function updateColumn(column, view) {
+  const lines = view.lines || "";
+  if (view.busy && !lines) column.follows = true;
+  setText(column.title, readable(view.title || ""));
+  setText(column.note, readable(view.note || ""));
+  column.note.title = view.note || "";
+  setText(column.status, readable(view.status || ""));
+  const how = props.takes ? "; Enter keeps the card open, then ArrowDown chooses another token" : "; Enter keeps the card open";
+  const label = readable(view.title || "Text") + ": tokens; arrow keys move" + how;
+  if (column.text.getAttribute("aria-label") !== label) column.text.setAttribute("aria-label", label);
+  const changed = view.prompt !== column.view.prompt || view.prompt_tokens !== column.view.prompt_tokens;
+  column.view = view;
+  if (changed || !lines) showPrompt(column);
+  const follows = column.follows;
+  updateTokens(column, lines);
+  if (follows && view.busy) column.text.scrollTop = column.text.scrollHeight;
+}
+
+let busy = false;
 
 function draw() {
   const views = JSON.parse(JSON.stringify(props.value || []));
   views.forEach((view, index) => updateColumn(columns[index] || addColumn(), view));
   while (columns.length > views.length) columns.pop().node.remove();
-  const scored = views.some((view) => (view.tokens || []).some((token) => typeof token.score === "number"));
+  const scored = columns.some((column) => column.tokens.some((token) => typeof token.score === "number"));
   legend.classList.toggle("hidden", !scored);
   if (locked && !tokenAt(locked)) locked = null;
   if (hovered && !tokenAt(hovered)) hovered = null;
   showCard();
+  announce(columns.some((column) => column.view.busy));
+}
+
+// Says that a run has ended to those who do not see it.
+function announce(isBusy) {
+  if (busy === isBusy) return;
+  busy = isBusy;
+  const said = columns.map((column) => column.title.textContent + ": " + column.status.textContent);
+  setText(live, busy ? "" : "The run has ended. " + said.join("; "));
 }
 
 function tokenAt(place) {
@@ -124,24 +183,37 @@ function showCard() {
   card.hidden = !hasCard;
   if (!hasCard) return;
   spanAt(place).classList.add("card-of");
-  card.replaceChildren(...cardContent(token));
+  const kept = same(place, locked);
+  if (inCard !== token || card.classList.contains("kept") !== kept) {
+    inCard = token; // drawn once, or a button would be gone before it is pressed
+    card.classList.toggle("kept", kept);
+    card.replaceChildren(...cardContent(token, kept && props.takes ? place : null));
+  }
   placeCard(spanAt(place));
 }
 
-function cardContent(token) {
+function cardContent(token, place) {
   const rows = (token.details || []).map(([label, value]) => {
     return el("tr", null, null, el("th", "muted", label), el("td", "number", value));
   });
   const tops = el("div", "tops");
-  if (token.top?.length) tops.append(ranking("This model", token.top, token.text));
-  if (token.base_top?.length) tops.append(ranking("Base", token.base_top, token.text));
-  return [el("div", "name", visible(token.text)), el("table", null, null, el("tbody", null, null, ...rows)), tops];
+  if (token.top?.length) tops.append(ranking("This model", token, token.top, place, false));
+  if (token.base_top?.length) tops.append(ranking("Base", token, token.base_top, place, true));
+  const hint = place ? [el("div", "muted hint", "Choose a token to go on from there.")] : [];
+  const table = el("table", null, null, el("tbody", null, null, ...rows));
+  return [el("div", "name", visible(token.text)), table, tops, ...hint];
 }
 
-function ranking(title, top, chosen) {
+// The most probable tokens; where `place` is given each is a button that takes it in place of the one written.
+function ranking(title, token, top, place, ofBase) {
+  const chosen = token.text;
   const list = el("div", null, null, el("div", "muted", title));
-  for (const [text, probability] of top) {
-    const bar = el("div", "bar", null, el("span", "mono", shorten(visible(text), 14)));
+  for (const [rank, [text, probability]] of top.entries()) {
+    const bar = el(place ? "button" : "div", "bar", null, el("span", "mono", shorten(visible(text), 14)));
+    if (place) {
+      bar.title = "Take " + visible(text) + " and go on from there";
+      bar.addEventListener("click", () => trigger("select", { ...place, of_base: ofBase, rank }));
+    }
     bar.append(el("span", "number", (100 * probability).toFixed(1) + " %"));
     bar.classList.toggle("same", text === chosen);
     bar.style.setProperty("--share", 100 * clamp(probability, 0, 1) + "%");
@@ -155,7 +227,7 @@ function placeCard(span) {
   const token = span.getClientRects()[0] || span.getBoundingClientRect();
   const left = clamp(token.left - frame.left, 0, Math.max(0, frame.width - card.offsetWidth));
   const below = token.bottom + card.offsetHeight + 8 < window.innerHeight;
-  const top = below ? token.bottom - frame.top + 6 : token.top - frame.top - card.offsetHeight - 6;
+  const top = below ? token.bottom - frame.top + 3 : token.top - frame.top - card.offsetHeight - 3;
   card.style.transform = `translate(${left}px, ${top}px)`;
 }
 
@@ -193,10 +265,21 @@ grid.addEventListener("keydown", (event) => {
   const moves = { ArrowLeft: place.index - 1, ArrowRight: place.index + 1, Home: 0, End: last };
   if (event.key in moves) focus({ column: place.column, index: clamp(moves[event.key], 0, last) });
   else if (event.key === "Enter" || event.key === " ") lock(place);
+  else if (event.key === "ArrowDown" && same(place, locked)) card.querySelector("button")?.focus();
   else if (event.key === "Escape") {
     locked = hovered = null;
     showCard();
   } else return;
+  event.preventDefault();
+});
+
+card.addEventListener("keydown", (event) => {
+  const buttons = [...card.querySelectorAll("button")];
+  const at = buttons.indexOf(event.target);
+  const moves = { ArrowDown: at + 1, ArrowUp: at - 1 };
+  if (event.key === "Escape" && locked) focus(locked);
+  else if (event.key in moves) buttons[clamp(moves[event.key], 0, buttons.length - 1)]?.focus();
+  else return;
   event.preventDefault();
 });
 

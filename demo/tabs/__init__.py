@@ -3,6 +3,7 @@
 from .attention import build_attention_tab
 from .generate import build_generate_tab
 from .models import build_models_tab
+from .score import build_score_tab
 from .speed import build_speed_tab
 from .training import build_training_tab
 
@@ -10,6 +11,7 @@ __all__ = [
     "build_attention_tab",
     "build_generate_tab",
     "build_models_tab",
+    "build_score_tab",
     "build_speed_tab",
     "build_training_tab",
 ]

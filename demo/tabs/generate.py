@@ -4,43 +4,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 from pydantic import TypeAdapter
 
 from ..components.costs import CostTable
+from ..components.notices import Notices
 from ..components.tokens import TokenColumns
 from ..context import GENERATE, App, Session
-from ..engine import Generation, RemoteGeneration
-from ..example import EXAMPLE_PROMPT, PROMPTS, FirstRun
+from ..engine import Generation, RemoteGeneration, frames
+from ..example import EXAMPLE_PROMPT, PROMPTS, FirstRun, ticked
 from ..gpu import IS_LENT, with_gpu
 from ..models import ModelStore
-from ..request import OPTIONS, RequestError, from_query, read_settings
+from ..request import FIELDS, RequestError, from_query, in_address, read_settings
 from ..runs import Run, Settings, newest
-from ..views import columns_view, cost_table, distinction, history_label, settings_line
+from ..views import (
+    KL_LEGEND,
+    KL_TICKS,
+    columns_view,
+    cost_table,
+    history_label,
+    prompt_notices,
+    settings_line,
+    what_it_reads,
+)
+from .blind import build_blind_test
 
-FRAME_SECONDS = 0.07  # the page is not sent more often than it can be read
-FIELDS = ("prompt", "models", *OPTIONS)
 _RUN, _RUNS = TypeAdapter(Run), TypeAdapter(list[Run])
 
-# The address always shows the settings of the last run; what else is in it, such as the theme, stays.
-SHOW_IN_ADDRESS = """(...values) => {
-  const query = new URLSearchParams(location.search);
-  const fields = FIELDS;
-  fields.forEach((name, i) => {
-    query.delete(name);
-    for (const value of [values[i]].flat()) query.append(name, value);
-  });
-  const address = location.pathname + "?" + query;
-  history.replaceState(null, "", address.length < 8000 ? address : location.pathname);
-  return values;
-}""".replace("FIELDS", str(list(FIELDS)))
-
 COPY_ADDRESS = """async () => {
-  try { await navigator.clipboard.writeText(location.href); }
-  catch { window.prompt("Link to this run", location.href); }
+  const said = (text) => [[{ level: "info", text }]]; // a list of outputs, of which there is one
+  if (!new URLSearchParams(location.search).has("prompt")) {
+    return said("This prompt is too long for a link. Download JSON keeps the run.");
+  }
+  try {
+    await navigator.clipboard.writeText(location.href);
+    return said("The link is copied: whoever opens it sees this run made anew.");
+  } catch {
+    window.prompt("Link to this run", location.href);
+    return [[]];
+  }
 }"""
 
 SAVE_FILE = """(text) => {
@@ -68,17 +73,34 @@ class Controls:
         return self.fields[1]
 
 
+@dataclass(frozen=True)
+class Buttons:
+    """What a run switches on and off."""
+
+    start: gr.Button
+    stop: gr.Button
+    link: gr.Button
+    save: gr.Button
+
+
+def idle() -> list[Any]:
+    """Generate, Stop and whether there is a run, while there is none."""
+    return [gr.Button("Generate", interactive=True), gr.Button(interactive=False), False]
+
+
+def busy(word: str) -> list[Any]:
+    """The same while there is one, which is only told of on Generate."""
+    return [gr.Button(word, interactive=False), gr.Button(interactive=True), True]
+
+
 def build_generate_tab(app: App, session: Session) -> gr.Tab:
     """Settings, the models' texts as they are written, what they cost, and the runs before."""
     example = FirstRun(app.store)
     handlers = Handlers(app.store, example)
     with gr.Tab("Generate", id="generate", elem_id="generate-tab") as tab:
-        controls = _controls(app, example.settings.models)
-        with gr.Row(elem_classes="actions"):
-            start = gr.Button("Generate", variant="primary", scale=3, elem_id="generate-start")
-            stop = gr.Button("Stop", scale=1, elem_id="generate-stop")
-            link = gr.Button("Copy link", scale=1, elem_id="generate-link")
-            save = gr.Button("Download JSON", scale=1, elem_id="generate-save")
+        controls, notes = _controls(app, ticked(app.store))
+        buttons = _buttons()
+        said = Notices(elem_id="generate-said")
         soon = example.waiting()
         shown = gr.Textbox(
             settings_line(soon.settings) if soon.columns else "",
@@ -92,7 +114,9 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
         columns = TokenColumns(
             columns_view(soon, app.store),
             elem_id="generate-columns",
-            legend="Colour: KL to the base at this token",
+            legend=KL_LEGEND,
+            ticks=KL_TICKS,
+            takes=True,
         )
         costs = CostTable(
             cost_table(soon),
@@ -104,51 +128,61 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             earlier = gr.Radio(
                 [], label="Compare with", info="Shown below the newest one.", type="index", elem_id="generate-earlier"
             )
-            earlier_columns = TokenColumns(elem_id="generate-earlier-columns", legend="Colour: KL to the base")
+            earlier_columns = TokenColumns(elem_id="generate-earlier-columns", legend=KL_LEGEND, ticks=KL_TICKS)
             earlier_costs = CostTable(elem_id="generate-earlier-costs")
+        build_blind_test(app, session, controls.fields, handlers.generation)
         gr.api(handlers.generate, api_name="generate", **app.lane(GENERATE))
-        current, linked = gr.State(), gr.State()
+        current, linked, is_busy = gr.State(), gr.State(), gr.State(False)
         file = gr.Textbox(visible=False)
 
-    page = [shown, columns, costs, current, session.runs]
-    running = gr.on(
-        [start.click, controls.prompt.submit, linked.change],
+    views = [notes, shown, columns, costs]
+    switches = [buttons.start, buttons.stop, is_busy]
+    page = [*views, session.address, current, session.runs, *switches, buttons.link]
+    queued: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    private = {**queued, "queue": False}  # changes of a State are only told of by events in the queue
+    accepted = gr.on(
+        [buttons.start.click, controls.prompt.submit, linked.change],
+        handlers.accept,
+        [*controls.fields, is_busy],
+        switches,
+        validator=handlers.validate,
+        **queued,
+    )
+    run = accepted.success(
         handlers.stream,
         [*controls.fields, session.runs],
         page,
-        js=SHOW_IN_ADDRESS,
-        validator=handlers.validate,
         show_progress="minimal",
         show_progress_on=shown,
         api_visibility="private",
-        trigger_mode="once",
         **app.lane(GENERATE),
     )
-    queued: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    private = {**queued, "queue": False}  # changes of a State are only told of by events in the queue
-    stop.click(handlers.stop, [current, session.runs], page, cancels=[running], **queued)
-    link.click(None, js=COPY_ADDRESS, **private)
-    save.click(handlers.dump, session.runs, file, **private).then(None, file, js=SAVE_FILE, **private)
+    run.failure(idle, None, switches, **private)
+    buttons.stop.click(handlers.stop, [current, session.runs], page, cancels=[run], **queued)
+    buttons.link.click(None, None, said, js=COPY_ADDRESS, **private)
+    buttons.save.click(handlers.dump, session.runs, file, **private).then(None, file, js=SAVE_FILE, **private)
+    columns.select(handlers.take, session.runs, [*controls.fields, linked], **queued)
     session.runs.change(handlers.list_earlier, session.runs, earlier, **private)
     earlier.change(handlers.show_earlier, [earlier, session.runs], [earlier_columns, earlier_costs], **private)
     session.names.change(handlers.offer, session.names, controls.models, **private)
-    session.blocks.load(handlers.open_link, None, [*controls.fields, linked], **queued)
-    session.blocks.load(handlers.open_example, None, [shown, columns, costs, session.runs], **queued)
+    session.blocks.load(handlers.open_link, None, [*controls.fields, said, linked], **queued)
+    session.blocks.load(handlers.open_example, None, [*views[1:], session.runs], **queued)
     return tab
 
 
-def _controls(app: App, chosen: Sequence[str]) -> Controls:
+def _controls(app: App, chosen: Sequence[str]) -> tuple[Controls, Notices]:
     names = app.store.names()
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             prompt = gr.Textbox(
                 EXAMPLE_PROMPT,
                 label="Prompt",
-                info="The models continue it. Shift + Enter generates.",
+                info="The models continue it; the longer it is, the more there is to look up. Shift + Enter generates.",
                 lines=3,
-                max_lines=10,
+                max_lines=5,
                 elem_id="generate-prompt",
             )
+            notes = Notices(elem_id="generate-notes")
             gr.Examples(
                 [[text] for text in PROMPTS.values()],
                 [prompt],
@@ -156,18 +190,18 @@ def _controls(app: App, chosen: Sequence[str]) -> Controls:
                 example_labels=list(PROMPTS),
                 api_visibility="private",
             )
-            with gr.Accordion("Sampling", open=False, elem_id="generate-sampling"), gr.Row():
-                options = _sampling(app)
-        with gr.Column(scale=2, min_width=320):
+        with gr.Column(scale=3, min_width=320):
             models = gr.CheckboxGroup(
                 model_choices(app.store, names),
                 value=list(chosen),
                 label="Attention methods",
-                info="The same network, but another way for its tokens to look at one another.",
+                info="The same network; what a token reads of the text before it:",
                 elem_id="generate-models",
                 elem_classes="choices",
             )
-    return Controls([prompt, models, *options])
+    with gr.Accordion("Sampling", open=False, elem_id="generate-sampling"), gr.Row():
+        options = _sampling(app)
+    return Controls([prompt, models, *options]), notes
 
 
 def _sampling(app: App) -> list[gr.components.Component]:
@@ -189,10 +223,19 @@ def _sampling(app: App) -> list[gr.components.Component]:
     return [*options, seed]
 
 
+def _buttons() -> Buttons:
+    with gr.Row(elem_classes="actions"):
+        return Buttons(
+            gr.Button("Generate", variant="primary", scale=3, elem_id="generate-start"),
+            gr.Button("Stop", scale=1, elem_id="generate-stop", interactive=False),
+            gr.Button("Copy link", scale=1, elem_id="generate-link", interactive=False),
+            gr.Button("Download JSON", scale=1, elem_id="generate-save"),
+        )
+
+
 def model_choices(store: ModelStore, names: list[str]) -> list[tuple[str, str]]:
-    """Names for a picker, each with its method in one line."""
-    entries = [store.entry(name) for name in names]
-    return [(f"{entry.name}: {entry.description}{distinction(entry, entries)}", entry.name) for entry in entries]
+    """Names for a picker, each in one line."""
+    return [(f"{name}: {what_it_reads(name, store)}", name) for name in names]
 
 
 class Handlers:
@@ -201,7 +244,7 @@ class Handlers:
     def __init__(self, store: ModelStore, example: FirstRun):
         self.store = store
         self.example = example
-        self._lent = with_gpu(self._write, store.limits.seconds)
+        self._lent = with_gpu(self._write, lambda settings: expected_seconds(settings, store))
 
     def validate(self, *values: Any) -> list[dict[str, Any]]:
         """Says before queueing what is wrong, at the field where it is."""
@@ -214,31 +257,44 @@ class Handlers:
                 verdicts.append(gr.validate(True, ""))
             except RequestError as error:
                 verdicts.append(gr.validate(False, str(error)))
-        return [*verdicts, gr.validate(True, "")]  # the runs
+        return [*verdicts, gr.validate(True, "")]  # whether there is a run
+
+    def accept(self, *values: Any) -> list[Any]:
+        """Takes a request that is valid: it now waits for its turn, and another one has to wait for its end."""
+        if values[-1]:
+            raise gr.Error("A run is under way: stop it, or wait for its end.", print_exception=False)
+        return busy("Waiting …")
 
     def _write(self, settings: Settings) -> Iterator[Run]:
         self.store.use("cuda")
         yield from frames(Generation(self.store, settings))
 
-    def _generation(self, settings: Settings) -> Generation:
+    def generation(self, settings: Settings) -> Generation:
+        """A run with these settings, on a GPU that is lent for it where there is one."""
         return RemoteGeneration(self.store, settings, self._lent) if IS_LENT else Generation(self.store, settings)
 
     def stream(self, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Yields (settings, columns, costs, generation, runs) while the models write."""
+        """Yields (notes, settings, columns, costs, address, generation, runs, buttons) while the models write."""
         *fields, runs = values
         try:
             settings = read_settings(dict(zip(FIELDS, fields, strict=True)), self.store)
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        generation = self._generation(settings)
+        generation = self.generation(settings)
+        first = [in_address(settings), generation, gr.skip(), *busy("Writing …"), gr.Button(interactive=True)]
         for run in frames(generation):
-            yield *self._show(run), generation, gr.skip()
+            notes, line, columns, costs = self._show(run)
+            if first:
+                yield notes, line, columns, costs, *first
+                first = []
+            else:
+                yield notes, gr.skip(), columns, *[gr.skip()] * 8
         yield self._finished(generation, runs)
 
     def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
-        """Ends a run where it is and compares what there is."""
+        """Ends a run where it is and compares what there is; a request that still waits is taken back."""
         if generation is None:
-            return (gr.skip(),) * 5
+            return *[gr.skip()] * 7, *idle(), gr.skip()
         generation.finish()
         return self._finished(generation, runs)
 
@@ -246,10 +302,20 @@ class Handlers:
         run = generation.run
         runs = [run, *(each for each in runs if each is not run)]
         limits = self.store.limits
-        return *self._show(run), None, newest(runs, limits.runs, limits.history_tokens)
+        kept = newest(runs, limits.runs, limits.history_tokens)
+        return *self._show(run), gr.skip(), None, kept, *idle(), gr.skip()
 
-    def _show(self, run: Run) -> tuple[str, Any, Any]:
-        return settings_line(run.settings), columns_view(run, self.store), cost_table(run)
+    def _show(self, run: Run) -> tuple[Any, str, Any, Any]:
+        return prompt_notices(run), settings_line(run.settings), columns_view(run, self.store), cost_table(run)
+
+    def take(self, runs: list[Run], event: gr.EventData) -> tuple[Any, ...]:
+        """Goes on from a text with another token in place of one that was written: fields, and a sign to run them."""
+        try:
+            settings = with_token(runs[0], int(event.column), int(event.index), bool(event.of_base), int(event.rank))
+            read_settings({name: getattr(settings, name) for name in FIELDS}, self.store)
+        except (IndexError, ValueError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return *[listed(getattr(settings, name)) for name in FIELDS], time.time()
 
     def dump(self, runs: list[Run]) -> str:
         """The visitor's runs as JSON."""
@@ -263,23 +329,28 @@ class Handlers:
         """One of the earlier runs."""
         if index is None or index + 1 >= len(runs):
             return None, None
-        return self._show(runs[index + 1])[1:]
+        return self._show(runs[index + 1])[2:]
 
     def offer(self, names: list[str]) -> dict[str, Any]:
         """The models that can be chosen; what was chosen stays so."""
         return gr.CheckboxGroup(choices=model_choices(self.store, names))
 
     def open_link(self, request: gr.Request) -> tuple[Any, ...]:
-        """The settings in the page's address; a link with a prompt also runs it."""
-        given, run_it = from_query(request.query_params, self.store)
-        return *[given.get(name, gr.skip()) for name in FIELDS], time.time() if run_it else gr.skip()
+        """The settings in the page's address; a link with a prompt also runs it, if nothing in it is wrong."""
+        link = from_query(request.query_params, self.store)
+        problems = [{"level": "warning", "text": problem} for problem in link.problems]
+        if problems and link.prompt_given:
+            problems.insert(0, {"level": "warning", "text": "Nothing was run, for the link has mistakes:"})
+        fields = [link.settings.get(name, gr.skip()) for name in FIELDS]
+        return *fields, problems, time.time() if link.runs else gr.skip()
 
     def open_example(self, request: gr.Request) -> tuple[Any, ...]:
         """A finished run for a page that was opened without a link to one."""
-        run = None if "prompt" in request.query_params else self.example.get(seconds=30)
+        linked = from_query(request.query_params, self.store).runs
+        run = None if linked else self.example.get(seconds=30)
         if run is None:
             return (gr.skip(),) * 4
-        return *self._show(run), [run]
+        return *self._show(run)[1:], [run]
 
     def generate(
         self,
@@ -289,7 +360,7 @@ class Handlers:
         top_k: int = 40,
         top_p: float = 0.95,
         repetition_penalty: float = 1.1,
-        max_new_tokens: int = 60,
+        max_new_tokens: int = 120,
         seed: int = 0,
         scores: bool = False,
     ) -> Iterator[dict]:
@@ -298,7 +369,7 @@ class Handlers:
         Streams the run as it grows; the last message is the whole of it.
 
         Args:
-            prompt: the text to continue.
+            prompt: the text to continue; of a longer one than a model holds, its last tokens are used.
             models: names of models, see /models; by default all of them, up to the limit of one run.
             temperature: 0 takes the most probable token.
             top_k: draw among the k most probable tokens; 0 keeps all.
@@ -317,20 +388,36 @@ class Handlers:
             settings = read_settings(values, self.store)
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        for run in frames(self._generation(settings)):
+        for run in frames(self.generation(settings)):
             yield plain(run, scores)
 
 
-def frames(generation: Generation) -> Iterator[Run]:
-    """A generation's states, not more often than every `FRAME_SECONDS`, and always the last."""
-    shown = 0.0
-    run = None
-    for run in generation.stream():
-        if time.monotonic() - shown >= FRAME_SECONDS:
-            yield run
-            shown = time.monotonic()
-    if run is not None:
-        yield run
+def expected_seconds(settings: Settings, store: ModelStore) -> float:
+    """How long a run takes at most, for a Space that refuses by what is declared: loading, prompt, tokens."""
+    tokens = len(settings.models) * settings.max_new_tokens
+    prompt = len(settings.models) * len(settings.prompt) / 4
+    return min(10 + 3 * len(settings.models) + 0.05 * tokens + 0.002 * prompt, store.limits.seconds)
+
+
+def with_token(run: Run, column: int, index: int, of_base: bool, rank: int) -> Settings:
+    """Settings that go on from what a column of a run wrote before its token `index`, with another in its place.
+
+    Raises:
+        IndexError: if there is no such token.
+        ValueError: if the token is part of a character, which no prompt can end with.
+    """
+    written = run.columns[column]
+    score = written.scores[index]
+    text, _ = (score.base_top if of_base else score.top)[rank]
+    if "\ufffd" in text:
+        raise ValueError("This token is part of a character; a text cannot go on from it.")
+    before = "".join(written.tokens[written.prompt_length :][:index])
+    return replace(run.settings, prompt=run.settings.prompt + before + text)
+
+
+def listed(value: Any) -> Any:
+    """A value as Gradio takes it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def plain(run: Run, scores: bool) -> dict[str, Any]:

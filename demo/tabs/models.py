@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..components.notices import Notices
+from ..components.notices import Notices, notice, warning
 from ..components.table import TextTable
 from ..context import App, Session
 from ..models import LONGEST_SOURCE, Entry, LoadError, ModelStore, is_local
@@ -161,16 +161,6 @@ class Job:
         done, total = self._bytes
         seconds = f"{time.monotonic() - self._start:.0f} s"
         return f"Pulling: {megabytes(done)} of {megabytes(total)}, {seconds}" if total else f"Looking it up, {seconds}"
-
-
-def notice(text: str) -> list[dict[str, str]]:
-    """One message, as `Notices` shows it."""
-    return [{"level": "info", "text": text}]
-
-
-def warning(problem: object) -> list[dict[str, str]]:
-    """One thing that went wrong, as `Notices` shows it."""
-    return [{"level": "warning", "text": str(problem)}]
 
 
 def megabytes(size: int) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -54,14 +55,14 @@ def test_two_methods_write_side_by_side(page: Page):
     for name in ("base", "masks"):
         expect(column(page, name)).to_contain_text("12 tokens")
         expect(column(page, name)).to_contain_text("Once upon a time")
-        expect(column(page, name).locator(".token:not(.prompt)")).to_have_count(12)
+        expect(column(page, name).locator(".token")).to_have_count(12)
     row = page.locator("#generate-costs tbody tr").nth(1)
     expect(row.get_by_role("rowheader")).to_have_text("masks")
     for cell in row.get_by_role("cell").all():
         expect(cell).to_contain_text("×")
     expect(column(page, "masks").locator(".parts")).to_have_count(1)
     page.get_by_role("tab", name="Attention").click()
-    expect(page.get_by_label("Text", exact=False).first).to_have_value(re.compile("^Once upon a time"))
+    expect(page.locator("#attention-text textarea")).to_have_value(re.compile("^Once upon a time"))
     expect(page.locator("#attention-maps canvas").first).to_be_visible()
 
 
@@ -109,7 +110,7 @@ def test_stop_keeps_and_compares_what_is_written(page: Page, monkeypatch: pytest
     page.get_by_role("button", name="Stop").click()
     for name in ("base", "masks"):
         expect(column(page, name)).to_contain_text(re.compile(r"[1-6] tokens?, stopped"))
-        expect(column(page, name).locator(".token:not(.prompt):not(.scored)")).to_have_count(0)
+        expect(column(page, name).locator(".token:not(.scored)")).to_have_count(0)
 
 
 def test_a_closed_page_frees_the_worker(page: Page, url: str, monkeypatch: pytest.MonkeyPatch):
@@ -145,12 +146,13 @@ def test_bad_input_is_said_where_it_is(watched: Watched):
     page.get_by_label("Prompt").fill("")
     generate(page)
     expect(page.get_by_text("The prompt is empty").first).to_be_visible()
-    page.get_by_label("Prompt").fill("x" * 2001)
+    page.get_by_label("Prompt").fill("x" * 5001)
     generate(page)
-    expect(page.get_by_text("2,001 characters").first).to_be_visible()
+    expect(page.get_by_text("5,001 characters").first).to_be_visible()
     page.get_by_label("Prompt").fill("a " * 500)
     generate(page)
-    expect(column(page, "base")).to_contain_text("Shorten the prompt")
+    expect(page.locator("#generate-notes")).to_contain_text("the last 68 are used")
+    expect(column(page, "base")).to_contain_text("60 tokens")
     refusals = [error for error in watched.errors if "422" in error]  # how the browser logs a refused request
     assert watched.errors == refusals
     watched.errors.clear()
@@ -196,6 +198,148 @@ def test_a_model_is_added_from_a_folder(page: Page, checkpoints, tmp_path):
 def test_nothing_is_wider_than_the_window(page: Page, width: int):
     page.set_viewport_size({"width": width, "height": 900})
     expect(column(page, "base")).to_contain_text("60 tokens")
-    for name in ("Generate", "Attention", "Speed", "Training", "Models"):
+    for name in ("Generate", "Score", "Attention", "Speed", "Training", "Models"):
         page.get_by_role("tab", name=name).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def buttons(page: Page):
+    return [page.locator(f"#generate-{name}") for name in ("start", "stop", "link")]
+
+
+def test_buttons_tell_what_can_be_done(page: Page, monkeypatch: pytest.MonkeyPatch):
+    start, stop, link = buttons(page)
+    expect(stop).to_be_disabled()
+    expect(link).to_be_disabled()
+    step, gate = Decoder.step, threading.Event()
+
+    def held(decoder: Decoder) -> None:
+        gate.wait(60 if decoder.column.generated == 9 else 0)
+        step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", held)
+    page.get_by_label("Prompt").fill("Wait")
+    generate(page)
+    expect(start).to_be_disabled()
+    expect(column(page, "base")).to_contain_text("9 of 60 tokens …")
+    expect(start).to_have_text("Writing …")
+    expect(stop).to_be_enabled()
+    page.get_by_label("Prompt").press("Shift+Enter")  # a second run has to wait for the end of the first
+    expect(page.get_by_text("A run is under way")).to_be_visible()
+    gate.set()
+    expect(start).to_have_text("Generate")
+    expect(start).to_be_enabled()
+    expect(stop).to_be_disabled()
+    expect(link).to_be_enabled()
+    expect(page.locator("#generate-columns .unseen")).to_contain_text("The run has ended. base: 60 tokens")
+
+
+def test_a_run_that_is_refused_changes_neither_address_nor_buttons(watched: Watched):
+    page = watched.page
+    before = page.url
+    page.get_by_label("Prompt").fill("")
+    generate(page)
+    expect(page.get_by_text("The prompt is empty").first).to_be_visible()
+    start, stop, link = buttons(page)
+    expect(start).to_be_enabled()
+    expect(stop).to_be_disabled()
+    expect(link).to_be_disabled()
+    assert page.url == before
+    watched.errors.clear()  # how the browser logs a refused request
+
+
+def test_a_copied_link_is_said_to_be(page: Page, url: str):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_label("Prompt").fill("Copy me")
+    generate(page)
+    link = buttons(page)[2]
+    expect(link).to_be_enabled()
+    link.click()
+    expect(page.locator("#generate-said")).to_contain_text("The link is copied")
+    assert "prompt=Copy+me" in page.evaluate("navigator.clipboard.readText()")
+    assert page.evaluate("navigator.clipboard.readText()") == page.url
+
+
+def test_a_link_with_mistakes_says_which_and_runs_nothing(page: Page, url: str):
+    page.goto(f"{url}?prompt=&seed=-3&temperature=abc&models=gone&top_k=7")
+    said = page.locator("#generate-said")
+    for part in ("Nothing was run", "prompt is empty", "Seed", "Temperature", "No model gone"):
+        expect(said).to_contain_text(part)
+    expect(column(page, "base")).to_contain_text("60 tokens")  # the example, not boxes that wait for ever
+    expect(page.locator("#generate-start")).to_be_enabled()
+
+
+def test_back_and_reload_keep_what_was_there(page: Page):
+    set_length(page, 5)
+    for prompt in ("The first", "The second"):
+        page.get_by_label("Prompt").fill(prompt)
+        generate(page)
+        expect(column(page, "masks")).to_contain_text(prompt)
+        expect(column(page, "masks")).to_contain_text("5 tokens · KL")
+    page.get_by_role("tab", name="Models").click()
+    expect(page).to_have_url(re.compile("prompt=The\\+second.*tab=models"))
+    page.reload()
+    expect(page.get_by_role("tab", name="Models")).to_have_attribute("aria-selected", "true")
+    page.get_by_role("tab", name="Generate").click()
+    expect(column(page, "masks")).to_contain_text("The second")
+    page.go_back()
+    expect(column(page, "masks")).to_contain_text("The first")
+    expect(column(page, "masks")).to_contain_text("5 tokens · KL")
+
+
+def test_another_token_is_taken_and_the_text_goes_on_from_there(page: Page):
+    set_length(page, 8)
+    page.get_by_label("Prompt").fill("The old house")
+    generate(page)
+    masks = column(page, "masks")
+    expect(masks).to_contain_text("8 tokens · KL")
+    kept = masks.locator(".token").nth(0).inner_text() + masks.locator(".token").nth(1).inner_text()
+    masks.locator(".token").nth(2).click()
+    choice = page.locator("#generate-columns .card button").nth(3)
+    choice.click()
+    expect(page.get_by_label("Prompt")).to_have_value(re.compile(re.escape("The old house" + kept.rstrip("\n↵")[:3])))
+    expect(column(page, "base").locator(".prompt")).not_to_have_text("The old house")
+    expect(column(page, "base")).to_contain_text("8 tokens")
+
+
+def test_a_model_that_cannot_be_loaded_has_a_column_that_says_why(page: Page, monkeypatch: pytest.MonkeyPatch, store):
+    get = type(store).get
+
+    def failing(self, name):
+        if name == "masks":
+            raise RuntimeError("its file is broken")
+        return get(self, name)
+
+    monkeypatch.setattr(type(store), "get", failing)
+    page.get_by_label("Prompt").fill("One fails")
+    generate(page)
+    expect(column(page, "masks")).to_contain_text("The model failed: its file is broken")
+    expect(column(page, "base")).to_contain_text("60 tokens")
+
+
+def test_headings_are_in_order_and_every_button_has_a_name(page: Page):
+    levels = page.locator("h1, h2, h3, h4, h5").evaluate_all(
+        "all => all.filter(h => h.checkVisibility()).map(h => Number(h.tagName[1]))"
+    )
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    nameless = page.locator("button").evaluate_all(
+        "all => all.filter(b => !(b.textContent.trim() || b.ariaLabel || b.title)).map(b => b.outerHTML)"
+    )
+    assert nameless == []
+
+
+def test_the_main_button_can_be_read(page: Page):
+    for theme in ("light", "dark"):
+        page.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
+        colours = page.locator("#generate-start").evaluate(
+            "b => [getComputedStyle(b).color, getComputedStyle(b).backgroundColor]"
+        )
+        front, back = (luminance([int(n) for n in re.findall(r"\d+", colour)[:3]]) for colour in colours)
+        assert (max(front, back) + 0.05) / (min(front, back) + 0.05) >= 4.5
+
+
+def luminance(rgb: list[int]) -> float:
+    """Relative luminance (WCAG 2.2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -54,9 +54,13 @@ def test_it_finds_its_parts(options, tmp_path):
     assert found.returncode == 0
 
 
-def test_it_serves_the_bundled_models_and_those_it_is_given(checkpoints):
+def test_it_serves_the_models_that_can_be_read_and_ends_when_it_is_interrupted(checkpoints, tmp_path):
     port = free_port()
-    command = [sys.executable, "app.py", "--port", str(port), "--checkpoints", str(checkpoints / "masks"), "/nowhere"]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": ' + "[" * 100_000)
+    sources = [str(checkpoints / "masks"), "/nowhere", str(broken)]
+    command = [sys.executable, "app.py", "--port", str(port), "--checkpoints", *sources]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -69,11 +73,19 @@ def test_it_serves_the_bundled_models_and_those_it_is_given(checkpoints):
         wait_for(url, process)
         names = [model["name"] for model in Client(url, verbose=False).predict(api_name="/models")]
         assert {"base", "masks"} <= {name.removesuffix("-2") for name in names}
-        process.send_signal(signal.SIGINT)
+        job = Client(url, verbose=False).submit("The old house", max_new_tokens=400, api_name="/generate")
+        while not any(run["columns"][0]["text"] for run in job.outputs()):
+            assert not job.done()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # while texts are written
+        start = time.monotonic()
         assert process.wait(30) == 0
+        assert time.monotonic() - start < 5
         errors = process.stderr.read().decode()
         assert "there is no folder /nowhere" in errors
+        assert "broken cannot be used" in errors
         assert "Traceback" not in errors
+        assert "terminate" not in errors
     finally:
         process.kill()
 

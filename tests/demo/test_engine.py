@@ -7,10 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+import attention
 from demo.engine import Decoder, Generation
 from demo.limits import Limits
-from demo.models import Access, ModelStore
+from demo.models import Access, ModelStore, said
 from demo.runs import Column, Settings
+
+from .conftest import CONTEXT
 
 SETTINGS = Settings("The old house", ("base", "masks"), max_new_tokens=12)
 
@@ -141,10 +144,11 @@ def test_texts_end_at_the_end_token_the_context_and_the_time_limit(store, checkp
     end = finished(store, replace(SETTINGS, models=("base",))).columns[0]
     store.get("base").model.generation_config.eos_token_id = end.token_ids[end.prompt_length + 3]
     assert finished(store, replace(SETTINGS, models=("base",))).columns[0].stopped == "end"
-    long = replace(SETTINGS, models=("masks",), prompt=" a" * 124, max_new_tokens=24)
+    long = replace(SETTINGS, models=("masks",), prompt=" a" * 124, max_new_tokens=100)
     column = finished(store, long).columns[0]
-    assert (column.stopped, len(column.token_ids)) == ("context", 128)
+    assert (column.stopped, column.prompt_length, len(column.token_ids)) == ("context", CONTEXT // 2, CONTEXT)
     hasty = ModelStore([checkpoints / "base"], Limits(seconds=0.0), Access())
+    hasty.get("base")
     column = finished(hasty, replace(SETTINGS, models=("base",))).columns[0]
     assert (column.stopped, column.generated) == ("time", 1)
 
@@ -174,10 +178,58 @@ def test_a_comparison_that_fails_leaves_the_text(store, monkeypatch):
     assert column.problem == "It could not be compared with its base: no memory left"
 
 
-def test_a_prompt_too_long_for_one_model_is_said_in_its_column(store):
-    run = finished(store, replace(SETTINGS, prompt=" a" * 128))
-    assert [column.stage for column in run.columns] == ["failed", "failed"]
-    assert "128 tokens long" in run.columns[0].problem
+def test_of_a_prompt_that_is_too_long_the_last_tokens_are_read(store):
+    text = " a" * 100 + " b" * 100
+    run = finished(store, replace(SETTINGS, prompt=text))
+    tail = finished(store, replace(SETTINGS, prompt=" a" * 16 + " b" * 100))
+    for column, same in zip(run.columns, tail.columns, strict=True):
+        assert (column.stage, column.generated) == ("done", 12)
+        assert (column.prompt_length, column.dropped) == (CONTEXT - 12, 200 - (CONTEXT - 12))
+        assert column.token_ids == same.token_ids
+        assert same.dropped == 0
+
+
+def test_a_model_whose_numbers_are_not_finite_says_so_and_the_others_go_on(store):
+    own = next(p for name, p in store.get("masks").model.named_parameters() if "mechanism" in name)
+    with torch.no_grad():
+        own.fill_(float("nan"))
+    base, broken = finished(store, replace(SETTINGS, temperature=0.0)).columns
+    assert (base.stage, base.generated) == ("done", 12)
+    assert broken.stage == "failed"
+    assert "not finite" in broken.problem
+
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), TypeError(), MemoryError("no room")])
+def test_whatever_goes_wrong_as_a_model_loads_stays_in_its_column(store, monkeypatch, error):
+    load = attention.load
+
+    def failing(folder, **options):
+        if folder.name == "masks":
+            raise error
+        return load(folder, **options)
+
+    monkeypatch.setattr(attention, "load", failing)
+    base, masks = finished(store, SETTINGS).columns
+    assert (base.stage, base.generated, len(base.scores)) == ("done", 12, 12)
+    assert masks.stage == "failed"
+    assert masks.problem == f"masks cannot be used: {said(error)}"
+
+
+def test_the_time_limit_covers_loading(checkpoints):
+    store = ModelStore([checkpoints / "base", checkpoints / "masks"], Limits(seconds=-1.0), Access())
+    run = finished(store, SETTINGS)
+    assert all("time limit was reached before" in column.problem for column in run.columns)
+    assert store.loaded() == []
+
+
+def test_a_run_ends_at_its_next_step_when_the_app_closes(store):
+    generation = Generation(store, SETTINGS)
+    stream = generation.stream()
+    while generation.run.columns[0].generated < 3:
+        next(stream)
+    store.closing.set()
+    assert list(stream) == []
+    assert generation.run.columns[0].generated <= 4
 
 
 def test_a_column_before_it_starts():

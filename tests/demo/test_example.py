@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from demo.example import CHECKPOINTS, FirstRun, make, stored, write
+from demo.example import CHECKPOINTS, FirstRun, make, stored, ticked, write
 from demo.models import Access, ModelStore, bundled
 
 
@@ -41,7 +41,7 @@ def test_a_missing_or_broken_file_is_no_example(store, tmp_path, content):
 def test_without_a_stored_one_it_is_made_in_the_background(store):
     first = FirstRun(store)
     assert [column.name for column in first.waiting().columns] == store.names()
-    assert first.get(seconds=60).settings.prompt.startswith("The old house")
+    assert first.get(seconds=60).settings.prompt.startswith("The lighthouse")
 
 
 def test_no_models_no_example():
@@ -53,3 +53,22 @@ def test_the_example_that_is_shipped_is_of_the_checkpoints_that_are_shipped():
     run = stored(store)
     assert run is not None, "the checkpoints changed; run `python -m demo.example`"
     assert list(run.settings.models) == store.names()[: store.limits.models_per_run]
+
+
+def test_the_example_is_long_and_of_a_length_that_the_checkpoints_hold():
+    run = stored(ModelStore(bundled(CHECKPOINTS), access=Access()))
+    for column in run.columns:
+        assert 600 <= column.prompt_length <= 900
+        assert (column.dropped, column.stopped) == (0, "length")
+
+
+def test_models_that_the_app_was_started_with_are_ticked(checkpoints, tmp_path):
+    for name in ("mine", "yours"):
+        shutil.copytree(checkpoints, tmp_path / name)
+    mine = [(tmp_path / name / "masks").rename(tmp_path / name / "variant") for name in ("mine", "yours")]
+    store = ModelStore([*bundled(CHECKPOINTS), *mine], access=Access())
+    chosen = ticked(store)
+    assert {"mine", "yours"} <= set(chosen)
+    assert len(chosen) == store.limits.models_per_run
+    assert [name for name in store.names() if name in chosen] == chosen
+    assert all(store.entry(name).method == "softmax" for name in chosen[:2])

@@ -6,8 +6,11 @@ import queue
 import pytest
 
 from demo import gpu
+from demo.engine import Generation
 from demo.example import FirstRun
+from demo.limits import Limits
 from demo.models import ModelStore
+from demo.runs import Settings
 from demo.tabs import generate as generate_tab
 from demo.tabs.generate import Handlers
 
@@ -67,8 +70,7 @@ def handlers(store, monkeypatch) -> Handlers:
 
 
 def test_the_run_comes_back_whole(store, spaces, monkeypatch):
-    *_, (_, columns, costs, generation, runs) = handlers(store, monkeypatch).stream(*FIELDS, [])
-    assert spaces.durations == [30]
+    *_, (_, _, columns, costs, _, generation, runs, *_) = handlers(store, monkeypatch).stream(*FIELDS, [])
     assert store.loaded() == []  # the other process did it
     assert generation is None
     run = runs[0]
@@ -80,11 +82,13 @@ def test_the_run_comes_back_whole(store, spaces, monkeypatch):
 def test_stop_keeps_what_had_come(store, spaces, monkeypatch):
     page = handlers(store, monkeypatch)
     stream = page.stream(*FIELDS, [])
+    generation = None
     while True:
-        *_, generation, _ = next(stream)
+        state = next(stream)
+        generation = state[5] if isinstance(state[5], Generation) else generation
         if generation.run.columns[0].generated >= 1:
             break
-    _, columns, _, _, runs = page.stop(generation, [])
+    _, _, columns, _, _, _, runs, *_ = page.stop(generation, [])
     stream.close()
     assert runs[0].columns[0].stopped is not None
     assert "token" in columns[0]["status"]
@@ -94,4 +98,17 @@ def test_without_one_nothing_is_wrapped():
     def function():
         yield 1
 
-    assert gpu.with_gpu(function, 10) is function
+    assert gpu.with_gpu(function, lambda: 10) is function
+
+
+def test_what_is_declared_follows_the_request(store, spaces, monkeypatch):
+    handlers(store, monkeypatch)
+    (declared,) = spaces.durations
+    store.limits = Limits(seconds=600)
+    short = declared(Settings("x", ("base",), max_new_tokens=10))
+    long = declared(Settings("x", ("base", "masks", "nsa"), max_new_tokens=400))
+    assert isinstance(short, int)
+    assert short <= 15
+    assert 3 * short < long <= 600
+    store.limits = Limits(seconds=30)
+    assert declared(Settings("x", ("base", "masks", "nsa"), max_new_tokens=400)) == 30

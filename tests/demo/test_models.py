@@ -3,13 +3,14 @@
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import attention
 from demo.limits import Limits
-from demo.models import Access, LoadError, ModelStore, bundled
+from demo.models import Access, LoadError, ModelStore, bundled, is_local, short_name
 
 
 def test_entries_are_known_without_loading(store, checkpoints):
@@ -94,7 +95,7 @@ def test_visitors_reach_only_what_is_allowed(checkpoints, tmp_path):
     for source in (outside, tmp_path / "inside" / ".." / "outside", tmp_path / "inside" / "link"):
         with pytest.raises(LoadError, match="may not be read"):
             store.add(str(source))
-    assert store.add(str(inside)).name == "model"
+    assert store.add(str(inside)).name == "inside"
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,43 @@ def test_loaded_models_are_ready_to_read(store):
     model = store.get("masks").model
     assert not model.training
     assert model.dtype == torch.float32
+
+
+def test_a_folder_that_may_not_be_read_says_which_may(checkpoints, tmp_path):
+    store = ModelStore([checkpoints / "base"], access=Access(None, (tmp_path / "a", tmp_path / "b")))
+    with pytest.raises(LoadError) as caught:
+        store.add(str(checkpoints / "masks"))
+    for root in (tmp_path / "a", tmp_path / "b"):
+        assert f"{root}/" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs/mine/variant", "mine"),
+        ("runs/mine/checkpoint-200", "mine-checkpoint-200"),
+        ("runs/mine/200", "mine-200"),
+        ("runs/final/best", "final"),
+        ("runs/nsa", "nsa"),
+    ],
+)
+def test_a_model_is_called_by_a_name_that_says_something(folder, name):
+    assert short_name(Path(folder)) == name
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[" * 100_000, "{", "[]", "null", '{"model_type": []}', '{"model_type": "gpt2", "n_layer": "six"}', "\x00"],
+)
+def test_a_broken_config_is_a_problem_that_is_named(checkpoints, tmp_path, config):
+    broken = shutil.copytree(checkpoints / "masks", tmp_path / "broken")
+    (broken / "config.json").write_text(config)
+    store = ModelStore([*bundled(tmp_path), checkpoints / "base", "/" + "x" * 5000], access=Access())
+    if "broken" in store.names():  # it is only found out when it is loaded
+        with pytest.raises(LoadError, match="broken"):
+            store.get("broken")
+    else:
+        assert str(broken) in store.problems
+    assert "base" in store.names()
+    assert "/" + "x" * 5000 in store.problems
+    assert not is_local("x" * 5000)

@@ -65,7 +65,7 @@ def test_endpoints_are_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert {"/generate", "/models", "/attention"} <= set(endpoints)
     parameters = {p["parameter_name"]: p for p in endpoints["/generate"]["parameters"]}
-    assert parameters["temperature"]["type"] == {"type": "number"}
+    assert parameters["temperature"]["type"]["type"] == "number"
     assert parameters["temperature"]["parameter_default"] == 0.8
     assert "same seed" in endpoints["/generate"]["description"]
 
@@ -157,17 +157,45 @@ def wait_until(condition) -> None:
 
 
 def test_endpoints_are_mcp_tools(served):
-    async def talk() -> tuple[set[str], list]:
+    async def talk() -> tuple[dict, list]:
         async with (
             streamable_http_client(f"{served[0]}gradio_api/mcp/") as (read, write, _),
             ClientSession(read, write) as session,
         ):
             await session.initialize()
-            tools = {tool.name for tool in (await session.list_tools()).tools}
-            answer = await session.call_tool("generate", {"prompt": "The old house", "max_new_tokens": 4})
-            return tools, answer.content
+            tools = {tool.name: tool.inputSchema for tool in (await session.list_tools()).tools}
+            answers = [
+                await session.call_tool("generate", {"prompt": "The old house", "max_new_tokens": 4}),
+                await session.call_tool("models", {}),
+                await session.call_tool("generate", {"prompt": ""}),
+            ]
+            return tools, answers
 
     with ThreadPoolExecutor(1) as pool:  # a browser test before this one leaves its event loop running here
-        tools, content = pool.submit(asyncio.run, talk()).result()
-    assert {"generate", "models", "attention"} <= tools
-    assert '"stage": "done"' in content[0].text or "'stage': 'done'" in content[0].text
+        tools, (run, models, refused) = pool.submit(asyncio.run, talk()).result()
+    assert {"generate", "models", "attention", "score"} <= set(tools)
+    assert [column["stage"] for column in json.loads(run.content[0].text)["columns"]] == ["done", "done"]
+    assert run.structuredContent == json.loads(run.content[0].text)
+    assert [model["name"] for model in models.structuredContent["result"]] == ["base", "masks"]
+    assert refused.isError
+    assert "prompt is empty" in refused.content[0].text
+    given = tools["generate"]["properties"]
+    assert (given["seed"]["default"], given["scores"]["default"]) == (0, False)
+    assert tools["attention"]["properties"]["layer"]["default"] == 0
+
+
+def test_every_parameter_of_every_endpoint_is_described(served):
+    endpoints = httpx.get(f"{served[0]}gradio_api/info").json()["named_endpoints"]
+    assert {"/generate", "/models", "/attention", "/speed", "/score"} <= set(endpoints)
+    for endpoint in endpoints.values():
+        assert endpoint["description"]
+        for parameter in endpoint["parameters"]:
+            assert len(parameter["python_type"]["description"]) > 8
+            assert parameter["label"] == parameter["parameter_name"]
+
+
+def test_score(client):
+    scores = client.predict("The old house stood at the end of the lane.", ["base", "masks"], api_name="/score")
+    assert [mean["name"] for mean in scores["means"]] == ["base", "masks"]
+    with pytest.raises(AppError, match="text is empty"):
+        client.predict("", api_name="/score")

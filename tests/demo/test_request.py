@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import QueryParams
 
-from demo.request import OPTIONS, RequestError, from_query, read_settings
+from demo.request import OPTIONS, RequestError, from_query, in_address, position_in_query, read_settings
 from demo.runs import Settings
 
 GOOD = {"prompt": "Hello", "models": ["base", "masks"]}
@@ -67,9 +67,44 @@ def small_store(checkpoints):
     return ModelStore([checkpoints / "base"], access=Access())
 
 
-def test_links(store):
-    link = QueryParams("prompt=Hi%00there&models=masks&models=gone&temperature=0.5&seed=abc&top_k=7&other=1")
-    given_, run_it = from_query(link, store)
-    assert given_ == {"prompt": "Hi\x00there", "models": ["masks"], "temperature": 0.5, "top_k": 7}
-    assert run_it
-    assert from_query(QueryParams("__theme=dark"), store) == ({}, False)
+def test_a_link_is_read_as_it_was_written(store):
+    settings = Settings("Hi\x00 & ä", ("masks", "base"), temperature=0.5, top_k=7, max_new_tokens=9)
+    written = in_address(settings)["parameters"]
+    query = QueryParams([(name, value) for name, values in written.items() for value in values])
+    link = from_query(query, store)
+    assert Settings(**{**link.settings, "models": tuple(link.settings["models"])}) == settings
+    assert link.runs
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("prompt=", "prompt is empty"),
+        ("prompt=x&seed=-3", "Seed"),
+        ("prompt=x&models=masks&models=gone", "No model gone"),
+        ("prompt=x&temperature=abc", "Temperature"),
+        ("prompt=x&top_p=2", "Top p"),
+    ],
+)
+def test_a_link_with_a_mistake_says_which_and_is_not_run(store, query, problem):
+    link = from_query(QueryParams(query + "&top_k=7"), store)
+    assert not link.runs
+    assert link.prompt_given
+    assert link.settings["top_k"] == 7
+    assert [problem in said for said in link.problems] == [True]
+
+
+def test_an_address_that_asks_for_nothing(store):
+    link = from_query(QueryParams("__theme=dark&tab=speed"), store)
+    assert (link.settings, link.problems, link.runs) == ({}, [], False)
+
+
+def test_a_position_in_an_address_is_a_whole_number_or_the_default():
+    query = QueryParams("layer=3&head=-1&start=1e3&count=%D9%A3")
+    assert [position_in_query(query, name, 9) for name in ("layer", "head", "start", "count", "gone")] == [
+        3,
+        9,
+        9,
+        9,
+        9,
+    ]

@@ -1,16 +1,26 @@
 """Runs as the page shows them."""
 
 import json
-import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from gradio.utils import diff
 from hypothesis import given
 from hypothesis import strategies as st
 
 from demo.engine import Generation
 from demo.runs import Column, Run, Settings
-from demo.views import colour, columns_view, cost_table, distinction, history_label
+from demo.views import (
+    KL_TICKS,
+    colour,
+    columns_view,
+    cost_table,
+    distinction,
+    history_label,
+    option_text,
+    prompt_notices,
+)
 
 
 @pytest.fixture
@@ -24,24 +34,52 @@ def run(store):
 def test_every_token_is_shown_and_only_new_ones_are_coloured(run, store):
     views = json.loads(json.dumps(columns_view(run, store)))
     for column, view in zip(run.columns, views, strict=True):
-        assert "".join(token["text"] for token in view["tokens"]) == "The old <b>house</b>" + column.text
-        assert [bool(token.get("prompt")) for token in view["tokens"]] == [True] * column.prompt_length + [False] * 6
-        scores = [token["score"] for token in view["tokens"][column.prompt_length :]]
-        assert scores == pytest.approx([colour(score.kl) for score in column.scores], abs=1e-4)
-    assert [token.get("parts", False) for token in views[1]["tokens"]].index(True) == run.columns[1].parts_at
+        tokens = tokens_of(view)
+        assert view["prompt"] == "The old <b>house</b>"
+        assert view["prompt_tokens"] == column.prompt_length
+        assert "".join(token["text"] for token in tokens) == column.text
+        assert [token["score"] for token in tokens] == pytest.approx([colour(s.kl) for s in column.scores], abs=1e-4)
+    parts = [token.get("parts", False) for token in tokens_of(views[1])]
+    assert parts.index(True) + run.columns[1].prompt_length == run.columns[1].parts_at
     assert "KL" not in views[0]["status"]
     assert "KL" in views[1]["status"]
 
 
-@given(
-    st.lists(st.floats(0.01, 1), min_size=2, max_size=2).flatmap(lambda p: st.tuples(st.just(p), st.permutations(p)))
-)
-def test_the_colour_is_never_less_than_the_total_variation(pair):
-    p, q = ([x / sum(weights) for x in weights] for weights in pair)
-    kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2 <= colour(max(kl, 0)) + 1e-6
-    assert colour(0) == 0
-    assert colour(50) == pytest.approx(1)
+def tokens_of(view):
+    return [json.loads(line) for line in view["lines"].splitlines()]
+
+
+def test_while_a_text_is_written_only_what_is_new_is_sent(store):
+    """Gradio sends what tells a value from the one before it."""
+    generation = Generation(store, Settings("The old house " * 20, ("base", "masks"), max_new_tokens=20))
+    views = [json.loads(json.dumps(columns_view(run, store))) for run in generation.stream()]
+    writing = [view for view in views if all(0 < column["lines"].count("\n") < 20 for column in view)]
+    assert len(writing) > 20
+    for before, after in pairwise(writing):
+        for kind, path, new in diff(before, after):
+            assert kind == ("append" if path[1] == "lines" else "replace")
+            assert path[1] in ("lines", "status")
+            assert len(new) < 100
+
+
+@given(st.floats(0.011, 9.9), st.floats(0.011, 9.9), st.floats(1.0, 1.5))
+def test_equal_factors_of_the_distance_are_equal_steps_of_the_colour(a, b, factor):
+    a, b = min(a, 9.9 / factor), min(b, 9.9 / factor)
+    if min(a, b) > 0.01:
+        assert colour(a * factor) - colour(a) == pytest.approx(colour(b * factor) - colour(b), abs=1e-9)
+
+
+def test_the_colour_s_marks_are_where_they_say():
+    assert [colour(float(tick)) for tick in KL_TICKS] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert colour(0) == colour(0.0099) == 0
+    assert colour(1e9) == 1
+
+
+def test_what_was_left_out_of_a_prompt_is_said_at_the_prompt():
+    columns = [Column(name, prompt_length=900, dropped=450) for name in ("base", "nsa")] + [Column("long")]
+    (notice,) = prompt_notices(Run(Settings("x", ("base", "nsa", "long"), max_new_tokens=120), columns))
+    for part in ("1,350 tokens", "120 to be written", "base and nsa", "last 900"):
+        assert part in notice["text"]
 
 
 def test_costs_are_beside_the_base(run):
@@ -55,7 +93,7 @@ def test_costs_are_beside_the_base(run):
 def test_what_is_not_there_yet_is_empty(store):
     run = Run(Settings("x", ("base", "gone")), [Column("base"), Column("gone", stage="failed", problem="no <b>")])
     views = columns_view(run, store)
-    assert [view["status"] for view in views] == ["waiting", "no <b>"]
+    assert [view["status"] for view in views] == ["waiting …", "no <b>"]
     assert cost_table(run)["rows"][0][1:] == [None] * 6
 
 
@@ -70,6 +108,12 @@ def test_models_of_one_method_are_told_apart_by_their_options(store):
     masks = store.entry("masks")
     wider = replace(masks, name="wider", options={**masks.options, "candidates": ["window(9)"]})
     entries = [store.entry("base"), masks, wider]
-    assert distinction(wider, entries) == " Here: candidates window(9)."
-    assert distinction(masks, entries) == " Here: candidates last(0), window(6), first(2)."
+    assert distinction(wider, entries) == "places window(9)"
+    assert distinction(masks, entries) == "places last(0), window(6), first(2)"
     assert distinction(masks, entries[:2]) == distinction(entries[0], entries) == ""
+
+
+def test_options_by_layer_are_said_by_the_layers_that_share_them():
+    assert option_text((64, 64, 0, 0, 0, 256)) == "64 in layers 0–1, 0 in 2–4, 256 in 5"
+    assert option_text((8, 8)) == "8"
+    assert option_text([True, "a"]) == "yes, a"
