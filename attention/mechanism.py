@@ -205,7 +205,7 @@ class Mechanism(nn.Module, ABC):
         return {}
 
     def means(self, x: Tensor) -> dict[str, list[float]]:
-        """What depends on the text, means over the tokens of the layer's input x (B, T, E): by name, one for each head."""
+        """What depends on the text, by name and head: means over the tokens of the layer's input x (B, T, E)."""
         return {}
 
 
