@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from attention.gpt2 import GPT2VariantLMHeadModel
 from attention.state import State
 
+from .busy import BUSY, WRITING
 from .compare import mark_parting, score
 from .memory import PeakMemory
 from .models import LoadedModel, LoadError, ModelStore
@@ -215,7 +216,8 @@ class Generation:
             if self._stopping:
                 return
             try:
-                decoder.step()
+                with BUSY.doing(WRITING):
+                    decoder.step()
             except Exception as error:
                 logger.exception("%s failed while writing", column.name)
                 column.problem, column.stage = f"The model failed: {error}", "failed"

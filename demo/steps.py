@@ -159,8 +159,8 @@ def _nsa(reading: Reading) -> list[StepView]:
             f"It read {{}} of {{}} blocks, {{}} of them always; of its weight {where}.", chosen, blocks, always, *values
         ),
         _step(
-            f"The {{}} tokens so far are {{}} blocks of {config.select_block}; {{}} summaries of {config.compress_block} "
-            "tokens each are complete.",
+            f"The {{}} tokens so far are {{}} blocks of {config.select_block}; {{}} summaries of "
+            f"{config.compress_block} tokens each are complete.",
             reading.so_far,
             blocks,
             summaries,
@@ -178,8 +178,8 @@ def _nsa(reading: Reading) -> list[StepView]:
             near,
         ),
         _step(
-            "Gates, made from the token's input, weigh the three: summaries {}, blocks {}, window {}. They need not sum to "
-            "1.",
+            "Gates, made from the token's input, weigh the three: summaries {}, blocks {}, window {}. They need not "
+            "sum to 1.",
             *gates,
         ),
     ]
@@ -214,8 +214,8 @@ def _performer(reading: Reading) -> list[StepView]:
         steps += [
             _step(f"A feature map turns its query, and every key before it, into {features} positive numbers."),
             _step(
-                f"{{}} tokens were added to a summary of {features} × {width + 1} numbers, which does not grow; the query's "
-                "numbers weigh its rows.",
+                f"{{}} tokens were added to a summary of {features} × {width + 1} numbers, which does not grow; the "
+                "query's numbers weigh its rows.",
                 older,
             ),
         ]

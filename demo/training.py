@@ -111,6 +111,13 @@ def _measured(card: ModelCard, known: bool) -> dict[str, str]:
     return results
 
 
+def measured_figures(card: ModelCard) -> dict[str, float]:
+    """What a card says was measured, by metric; of a text that guided nothing where there is one."""
+    results = [each for each in card.data.eval_results or [] if _number(each.metric_value) is not None]
+    ordered = sorted(results, key=lambda each: each.dataset_split == "test")
+    return {each.metric_type: float(each.metric_value) for each in ordered}
+
+
 def _names(names: Any) -> str:
     names = [names] if isinstance(names, str) else names
     return ", ".join(map(str, names)) if isinstance(names, list) else ""
