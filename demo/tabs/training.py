@@ -25,14 +25,23 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
             elem_id="training-model",
         )
         about = Facts(elem_id="training-facts")
-        gr.Markdown("### Through training")
-        history = Curves(elem_id="training-curves", empty="This checkpoint has no history of its training.")
-        gr.Markdown("### What it wrote on the way")
-        texts = Samples(elem_id="training-samples", empty="No texts were written while it was trained.")
-        gr.Markdown("### What its attention learned\nMeans over the heads, from the first layer (faint) to the last.")
-        inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
+        with gr.Column(visible=False) as through:
+            gr.Markdown(
+                "### Through training\nVertical lines: a stage begins. What came before the curves, if anything, is "
+                "not on record step by step."
+            )
+            history = Curves(elem_id="training-curves", empty="This checkpoint has no history of its training.")
+        with gr.Column(visible=False) as wrote:
+            gr.Markdown("### What it wrote on the way")
+            texts = Samples(elem_id="training-samples", empty="No texts were written while it was trained.")
+        with gr.Column(visible=False) as inner:
+            gr.Markdown(
+                "### What its attention learned\nMeans over the heads, from the first layer (faint) to the last; a "
+                "layer without a curve does not have the part."
+            )
+            inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        outputs = [about, history, texts, inside]
+        outputs = [about, history, texts, inside, through, wrote, inner]
         # By default a choice made while the tab is still being filled would be dropped.
         gr.on([tab.select, model.change], handlers.show, model, outputs, trigger_mode="always_last", **quiet)
         session.names.change(handlers.offer, [session.names, model], model, **quiet)
@@ -55,9 +64,10 @@ class Handlers:
         return gr.Radio(choices=names, value=model if model in names else self.first_model(names))
 
     def show(self, model: str | None) -> tuple[Any, ...]:
-        """Facts, curves, samples and learned quantities of a checkpoint."""
+        """Facts, curves, samples and learned quantities of a checkpoint; of the last three also whether there are any."""
         if model not in self.store.names():
-            return [], [], [], []
+            return [], [], [], [], *(gr.Column(visible=False),) * 3
         entry = self.store.entry(model)
-        rows = read_history(entry.folder)
-        return facts(entry, rows, read_card(entry.folder)), curves(rows), samples(rows), learned(rows)
+        rows, card = read_history(entry.folder), read_card(entry.folder)
+        shown = curves(rows, card), samples(rows), learned(rows)
+        return facts(entry, rows, card), *shown, *(gr.Column(visible=bool(each)) for each in shown)
