@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from .components.address import Address
 from .components.notices import Notices
 from .context import App, Session
 from .models import ModelStore
@@ -30,7 +31,7 @@ def build(app: App) -> gr.Blocks:
     with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# {TITLE}\nOne language model, several ways to attend: what each writes, sees and costs.")
         notices = Notices(elem_id="notices")
-        session = Session(blocks, runs=gr.State([]), names=gr.State([]))
+        session = Session(blocks, runs=gr.State([]), names=gr.State([]), address=Address(elem_id="address"))
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             for build_tab in TABS:
                 build_tab(app, session)

@@ -10,6 +10,7 @@ import gradio as gr
 
 from attention import ConfigError
 
+from ..address import in_address, number_in
 from ..attention import AttentionViews, Passage, Subject, ViewError, encode_text, passage
 from ..components import AttentionMaps, HeadGrid, Meter
 from ..context import VIEW, App, Session
@@ -99,7 +100,7 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
         lane = app.lane(VIEW)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         inputs = [model, text, start, count, beside, *what_if, session.runs, chosen]
-        outputs = [meter, grid, maps, chosen]
+        outputs = [meter, grid, maps, chosen, session.address]
         off, off_in, silent, window, blocks = what_if
         gr.on([show.click, text.submit], handlers.show, inputs, outputs, **quiet, **lane)
         offered = gr.State("")  # the model whose parts stand among the controls
@@ -130,13 +131,23 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
             handlers.offer_parts, model, [beside, off, off_in, silent, window, blocks], queue=False, **quiet
         ).then(handlers.show_if_any, inputs, outputs, **quiet, **lane)
         # Not "always_last": Gradio would repeat the data of the first click in place of the last one's.
-        grid.select(handlers.open, [session.runs, chosen], [maps, chosen], trigger_mode="multiple", **quiet, **lane)
+        opened = [maps, chosen, session.address]
+        grid.select(handlers.open, [session.runs, chosen], opened, trigger_mode="multiple", **quiet, **lane)
         maps.select(handlers.act, [session.runs, chosen], [meter, maps, start], **quiet, **lane)
+        linked = gr.State(False)  # whether the text is a link's, which the page's first run must not replace
         taken = session.runs.change(
-            handlers.take_text, [session.runs, model], [text, model, start], queue=False, **quiet
+            handlers.take_text,
+            [session.runs, model, linked],
+            [text, model, start, linked],
+            queue=False,
+            **quiet,
         )
         is_open = gr.Checkbox(visible=False)
         taken.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
+        link = session.blocks.load(
+            handlers.open_link, session.runs, [model, text, start, count, chosen, linked, *controls], **quiet, **lane
+        )
+        link.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
         session.names.change(handlers.offer, [session.names, model], model, queue=False, **quiet)
         gr.api(handlers.attention, api_name="attention", **lane)
     return tab
@@ -221,68 +232,134 @@ class Handlers:
         """The parts of a model, none of them switched off; nothing new if they are those offered already."""
         if model == offered:
             return (gr.skip(),) * 7
-        off, off_in, silent, window, blocks = self.parts_of(model)
+        *_, window, blocks = self.parts_of(model)
+        return model, *self._controls(model, NONE, [], [], [], window, blocks)
+
+    def _controls(
+        self, model: str | None, beside: str, off: list, off_in: list, silent: list, window: int, blocks: int
+    ) -> tuple[Any, ...]:
+        """The controls of what is switched off, for a model's parts and with these values."""
+        branches, layers, places, most_window, most_blocks = self.parts_of(model)
+        fewest = FEWEST_BLOCKS
         return (
-            model,
-            gr.Dropdown(choices=self.beside_choices(model), value=NONE),
-            gr.CheckboxGroup(choices=off, value=[], visible=bool(off)),
-            gr.Dropdown(choices=off_in, value=[], visible=bool(off)),
-            gr.Dropdown(choices=silent, value=[]),
-            gr.Slider(maximum=max(window, 2), value=window, visible=window > 1),
-            gr.Slider(maximum=max(blocks, FEWEST_BLOCKS + 1), value=blocks, visible=blocks > FEWEST_BLOCKS),
+            gr.Dropdown(choices=self.beside_choices(model), value=beside),
+            gr.CheckboxGroup(choices=branches, value=off, visible=bool(branches)),
+            gr.Dropdown(choices=layers, value=off_in, visible=bool(branches)),
+            gr.Dropdown(choices=places, value=silent),
+            gr.Slider(maximum=max(most_window, 2), value=window, visible=most_window > 1),
+            gr.Slider(maximum=max(most_blocks, fewest + 1), value=blocks, visible=most_blocks > fewest),
         )
 
-    def take_text(self, runs: list[Run], model: str | None) -> tuple[Any, Any, Any]:
+    def take_text(self, runs: list[Run], model: str | None, linked: bool = False) -> tuple[Any, Any, Any, bool]:
         """The text of the newest run: the chosen model's, or else that of the first variant in it."""
         columns = [column for column in runs[0].columns if column.tokens] if runs else []
-        if not columns:
-            return (gr.skip(),) * 3
+        if not columns or linked:
+            return gr.skip(), gr.skip(), gr.skip(), False if columns else linked
         names = self.store.names()
         own = [column for column in columns if column.name == model]
         variants = [c for c in columns if c.name in names and not self.store.entry(c.name).is_base]
         column = (own or variants or columns)[0]
-        return "".join(column.tokens), column.name if column.name in names else gr.skip(), 0
+        return "".join(column.tokens), column.name if column.name in names else gr.skip(), 0, False
 
-    def show(self, *values: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+    def open_link(self, runs: list[Run], request: gr.Request) -> tuple[Any, ...]:
+        """What the page's address asks for: model, text, part, place, and what is switched off."""
+        query = request.query_params
+        model, text = query.get("attention_model"), query.get("attention_text")
+        if model not in self.store.names():
+            return (gr.skip(),) * 13
+        count = number_in(query, "attention_count", self.store.limits.view_tokens)
+        chosen = Chosen(layer=number_in(query, "attention_layer", 0), head=number_in(query, "attention_head", 0))
+        return (
+            model,
+            gr.skip() if text is None else text[: self.store.limits.prompt_characters],
+            number_in(query, "attention_start", 0),
+            min(max(count, SHORTEST), self.store.limits.view_tokens),
+            chosen,
+            text is not None and not runs,
+            *self._linked_parts(model, query),
+        )
+
+    def _linked_parts(self, model: str, query: Any) -> tuple[Any, ...]:
+        """The controls of what is switched off, with the values of an address as far as the model has them."""
+        if not any(name.startswith("attention_if_") or name == "attention_beside" for name in query):
+            return "", *(gr.skip(),) * 6
+        off, off_in, silent, window, blocks = self.parts_of(model)
+        beside, asked = query.get("attention_beside", NONE), query.getlist("attention_if_off")
+        layers = [layer for layer in off_in if str(layer) in query.getlist("attention_if_layer")]
+        places = [place for _, place in silent if place in query.getlist("attention_if_silent")]
+        values = (
+            beside if beside in self.beside_choices(model) else NONE,
+            [name for name in off if name in asked],
+            layers,
+            places,
+            min(max(number_in(query, "attention_if_window", window), 1), window),
+            min(max(number_in(query, "attention_if_blocks", blocks), FEWEST_BLOCKS), blocks),
+        )
+        return model, *self._controls(model, *values)
+
+    def in_address(self, chosen: Chosen, runs: list[Run]) -> Any:
+        """What is shown, for the page's address; a text that was generated here comes with its run."""
+        change = chosen.change
+        own = any("".join(column.tokens) == chosen.text for run in runs for column in run.columns)
+        silent = [*map(str, sorted(change.silent_layers)), *(f"{a}.{b}" for a, b in sorted(change.silent_heads))]
+        whole = chosen.count == self.store.limits.view_tokens
+        return in_address(
+            attention_model=[chosen.model],
+            attention_text=[] if own else [chosen.text],
+            attention_layer=[str(chosen.layer)],
+            attention_head=[str(chosen.head)],
+            attention_start=[str(chosen.start)] if chosen.start else [],
+            attention_count=[] if whole else [str(chosen.count)],
+            attention_beside=[] if chosen.beside == NONE else [chosen.beside],
+            attention_if_off=sorted(change.off),
+            attention_if_layer=list(map(str, sorted(change.layers))),
+            attention_if_silent=silent,
+            attention_if_window=[] if change.window is None else [str(change.window)],
+            attention_if_blocks=[] if change.blocks is None else [str(change.blocks)],
+        )
+
+    def show(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Thumbnails and maps of a text, and until they are there how far they have come."""
         *asked, runs, chosen = values
-        yield _meter(0, "Loading the models"), gr.skip(), gr.skip(), gr.skip()
+        yield _meter(0, "Loading the models"), *(gr.skip(),) * 4
         try:
             wanted = self._wanted(*asked, layer=chosen.layer, head=chosen.head)
             subject = self._subject(wanted, runs)
             for share, doing in self.views.work(subject):
-                yield _meter(share, doing), gr.skip(), gr.skip(), gr.skip()
+                yield _meter(share, doing), *(gr.skip(),) * 4
             heads = self.views.heads(subject, chosen.layer, chosen.head)
             maps = self.views.maps(subject, heads["layer"], heads["head"])
         except (ViewError, LoadError, ConfigError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        yield None, heads, maps, replace(wanted, layer=heads["layer"], head=heads["head"])
+        shown = replace(wanted, layer=heads["layer"], head=heads["head"])
+        yield None, heads, maps, shown, self.in_address(shown, runs)
 
-    def show_if_any(self, *values: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+    def show_if_any(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The same where there is a text and it is not shown already."""
         *asked, _, chosen = values
         model, text = asked[:2]
         if text and model and not self._wanted(*asked).same_passage(chosen):
             yield from self.show(*values)
         else:
-            yield (gr.skip(),) * 4
+            yield (gr.skip(),) * 5
 
-    def follow(self, *values: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+    def follow(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The same, if the tab is open, as the last value says."""
         *inputs, is_open = values
         if is_open:
             yield from self.show_if_any(*inputs)
         else:
-            yield (gr.skip(),) * 4
+            yield (gr.skip(),) * 5
 
-    def open(self, runs: list[Run], chosen: Chosen, event: gr.EventData) -> tuple[Any, Chosen]:
+    def open(self, runs: list[Run], chosen: Chosen, event: gr.EventData) -> tuple[Any, Chosen, Any]:
         """The maps of a layer and head that was clicked."""
         try:
             layer, head = int(event.layer), int(event.head)
             maps = self.views.maps(self._subject(chosen, runs), layer, head)
         except (ViewError, LoadError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return maps, replace(chosen, layer=layer, head=head)
+        shown = replace(chosen, layer=layer, head=head)
+        return maps, shown, self.in_address(shown, runs)
 
     def act(self, runs: list[Run], chosen: Chosen, event: gr.EventData) -> Iterator[tuple[Any, Any, Any]]:
         """What a part of the maps asks for: another part of the text, or how far back a token's prediction reaches."""

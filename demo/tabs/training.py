@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..address import in_address
 from ..components import Curves, Facts, Samples
 from ..context import App, Session
 from ..models import ModelStore
@@ -44,6 +45,8 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
         outputs = [about, history, texts, inside, through, wrote, inner]
         # By default a choice made while the tab is still being filled would be dropped.
         gr.on([tab.select, model.change], handlers.show, model, outputs, trigger_mode="always_last", **quiet)
+        model.input(lambda name: in_address(training_model=[name]), model, session.address, **quiet)
+        session.blocks.load(handlers.open_link, None, model, **quiet)
         session.names.change(handlers.offer, [session.names, model], model, **quiet)
     return tab
 
@@ -63,8 +66,13 @@ class Handlers:
         """The models that can be chosen."""
         return gr.Radio(choices=names, value=model if model in names else self.first_model(names))
 
+    def open_link(self, request: gr.Request) -> Any:
+        """The checkpoint in the page's address."""
+        name = request.query_params.get("training_model")
+        return name if name in self.store.names() else gr.skip()
+
     def show(self, model: str | None) -> tuple[Any, ...]:
-        """Facts, curves, samples and learned quantities of a checkpoint; of the last three also whether there are any."""
+        """Facts, curves, samples and learned quantities of a checkpoint, and whether there are any of the latter."""
         if model not in self.store.names():
             return [], [], [], [], *(gr.Column(visible=False),) * 3
         entry = self.store.entry(model)

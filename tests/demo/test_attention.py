@@ -2,12 +2,14 @@
 
 from base64 import b64decode
 from dataclasses import replace
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import QueryParams
 
 import attention
 import demo.attention
@@ -571,8 +573,48 @@ def test_what_is_shown_already_is_not_computed_again(handlers):
     assert meters[-1] is None
     assert [meter["share"] for meter in meters[:-1]] == sorted(meter["share"] for meter in meters[:-1])
     assert "masks: layer 1 of 2" in {meter["text"] for meter in meters[:-1]}
-    _, heads, maps, chosen = steps[-1]
+    _, heads, maps, chosen, address = steps[-1]
+    assert address["parameters"]["attention_model"] == ["masks"]
+    assert address["parameters"]["attention_text"] == [TEXT]
+    assert address["parameters"]["attention_if_off"] == []
     assert heads["layers"] == 2
     assert len(maps["tokens"]) > 10
     assert last(handlers.show_if_any(*asked("masks"), [], chosen))[1] != heads
     assert last(handlers.show_if_any(*asked("base"), [], chosen))[2]["title"].startswith("base")
+
+
+class Request:
+    """A visit with an address."""
+
+    def __init__(self, query: str):
+        self.query_params = QueryParams(query)
+
+
+def test_what_is_shown_comes_back_from_the_address(handlers):
+    values = asked("masks", off=["window(6)"], silent=["0.1", "1"], start=3, count=20)
+    *_, chosen, address = last(handlers.show(*values, [], Chosen(layer=1, head=1)))
+    query = urlencode(address["parameters"], doseq=True)
+    model, text, start, count, place, linked, offered, beside, off, off_in, silent, *_ = handlers.open_link(
+        [], Request(query)
+    )
+    assert (model, text, start, count, linked, offered) == ("masks", TEXT, 3, 20, True, "masks")
+    assert (place.layer, place.head) == (1, 1)
+    assert (beside.value, off.value, off_in.value, silent.value) == ("none", ["window(6)"], [], ["0.1", "1"])
+    again = asked("masks", text, start, count, off=off.value, silent=silent.value)
+    assert last(handlers.show(*again, [], place))[3] == chosen
+    assert handlers.take_text([run(column("masks", [1], ["x"]))], "masks", linked)[3] is False
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", "attention_model=<b>", "attention_text=x", "attention_model=masks&attention_layer=-1&attention_count=9e9",
+     "attention_model=masks&attention_if_off=<b>&attention_if_window=x&attention_if_silent=9.9&attention_beside=nsa"],
+)  # fmt: skip
+def test_addresses_that_anyone_may_have_written(handlers, query):
+    found = handlers.open_link([], Request(query))
+    assert len(found) == 13
+    if query.startswith("attention_model=masks"):
+        assert found[0] == "masks"
+        assert (found[4].layer, found[3]) == (0, handlers.store.limits.view_tokens)
+    if "if_off" in query:
+        assert (found[7].value, found[8].value, found[10].value) == ("none", [], [])
