@@ -244,8 +244,8 @@ class Handlers:
         return (
             gr.Dropdown(choices=self.beside_choices(model), value=beside),
             gr.CheckboxGroup(choices=branches, value=off, visible=bool(branches)),
-            gr.Dropdown(choices=layers, value=off_in, visible=bool(branches)),
-            gr.Dropdown(choices=places, value=silent),
+            gr.Dropdown(choices=layers, value=off_in, multiselect=True, visible=bool(branches)),
+            gr.Dropdown(choices=places, value=silent, multiselect=True),
             gr.Slider(maximum=max(most_window, 2), value=window, visible=most_window > 1),
             gr.Slider(maximum=max(most_blocks, fewest + 1), value=blocks, visible=most_blocks > fewest),
         )
