@@ -88,14 +88,18 @@ def matmul_gflops(size: int = 1536, rounds: int = 7) -> float:
 
 def machine() -> dict[str, Any]:
     """The machine and the software that figures belong to."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": gpu or _cpu_name(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "matmul_gflops": round(matmul_gflops(), 1),
     }
+
+
+def device_name() -> str:
+    """The accelerator's name, or the CPU's where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
 
 
 def _cpu_name() -> str:
