@@ -99,11 +99,11 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
 
         lane = app.lane(VIEW)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        inputs = [model, text, start, count, beside, *what_if, session.runs, chosen]
+        offered = gr.State("")  # the model whose parts stand among the controls of what is switched off
+        inputs = [model, text, start, count, beside, offered, *what_if, session.runs, chosen]
         outputs = [meter, grid, maps, chosen, session.address]
         off, off_in, silent, window, blocks = what_if
         gr.on([show.click, text.submit], handlers.show, inputs, outputs, **quiet, **lane)
-        offered = gr.State("")  # the model whose parts stand among the controls
         controls = [offered, beside, *what_if]
         # A model is loaded for its parts only once they can be seen.
         gr.on([tab.select, model.change], handlers.offer_parts, [model, offered], controls, queue=False, **quiet)
@@ -429,6 +429,7 @@ class Handlers:
         start: int | None,
         count: int,
         beside: str | None,
+        offered: str,
         off: list[str],
         off_in: list[int],
         silent: list[str],
@@ -436,19 +437,24 @@ class Handlers:
         blocks: int | None,
         **place: int,
     ) -> Chosen:
-        """What the controls ask for; a size that is the model's own is no change."""
+        """What the controls ask for; a size that is the model's own is no change, and neither is another model's."""
+        beside = beside if beside in self.beside_choices(model) else NONE
+        asked = Chosen(model or "", text, int(start or 0), int(count), beside, **place)
+        if offered != model:
+            return asked
         branches, layers, places, most_window, most_blocks = self.parts_of(model)
         known = {value for _, value in places}
         heads = [place.split(".") for place in _strings("silent", silent) if place in known]
+        off = [name for name in _strings("off", off) if name in branches]
         change = Change(
-            off=frozenset(_strings("off", off)) & set(branches),  # others may be left from the model before
+            off=frozenset(off),
             layers=frozenset(layer for layer in off_in or [] if layer in layers) if off else frozenset(),
             silent_layers=frozenset(int(parts[0]) for parts in heads if len(parts) == 1),
             silent_heads=frozenset((int(parts[0]), int(parts[1])) for parts in heads if len(parts) == 2),
             window=_smaller(window, most_window, 1),
             blocks=_smaller(blocks, most_blocks, FEWEST_BLOCKS),
         )
-        return Chosen(model or "", text, int(start or 0), int(count), beside or NONE, change, **place)
+        return replace(asked, change=change)
 
     def _subject(self, chosen: Chosen, runs: list[Run]) -> Subject:
         loaded, part = self._read(chosen.model, chosen.text, chosen.start, chosen.count, runs)

@@ -559,7 +559,16 @@ def test_the_text_of_the_newest_run_is_taken(handlers):
 
 def asked(model: str, text: str = TEXT, start: int = 0, count: int = 50, **options) -> list:
     """Values of the controls, in their order."""
-    own = {"beside": "none", "off": [], "off_in": [], "silent": [], "window": None, "blocks": None, **options}
+    own = {
+        "beside": "none",
+        "offered": model,
+        "off": [],
+        "off_in": [],
+        "silent": [],
+        "window": None,
+        "blocks": None,
+        **options,
+    }
     return [model, text, start, count, *own.values()]
 
 
@@ -581,6 +590,14 @@ def test_what_is_shown_already_is_not_computed_again(handlers):
     assert len(maps["tokens"]) > 10
     assert last(handlers.show_if_any(*asked("masks"), [], chosen))[1] != heads
     assert last(handlers.show_if_any(*asked("base"), [], chosen))[2]["title"].startswith("base")
+
+
+def test_controls_that_are_not_the_models_yet_switch_nothing_off(handlers):
+    before = asked("masks", offered="", off=["window(6)"], window=1, blocks=3)
+    _, _, maps, chosen, _ = last(handlers.show(*before, [], Chosen()))
+    assert not chosen.change
+    assert maps["title"] == "masks · layer 0 · head 0"
+    assert handlers.offer_parts("masks", "")[0] == "masks"
 
 
 class Request:
