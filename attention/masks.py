@@ -567,6 +567,11 @@ class MasksAttention(Mechanism):
         fixed = len(keys.union(range(min(plan.sinks, position + 1))))
         return max(1, min(position + 1, fixed + plan.top + plan.induction))
 
+    def keys_scored(self, position: int) -> int:
+        """With `induction` every token so far; with `top` alone the best n, to which each token adds one score."""
+        plan = self.plan()
+        return position + 1 if plan.induction else min(position + 1, plan.top + 1) * bool(plan.top)
+
     def operations(self, length: int) -> int:
         """Counts the whole products of a block's queries and keys, with what the masks then hide."""
         plan = self.plan()

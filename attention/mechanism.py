@@ -183,6 +183,10 @@ class Mechanism(nn.Module, ABC):
     def keys_read(self, position: int) -> int:
         """How many keys (or the equivalent in state rows) a query at 0-based `position` reads."""
 
+    def keys_scored(self, position: int) -> int:
+        """How many keys, summaries of keys or tokens' ids a query at 0-based `position` goes through to choose some."""
+        return 0
+
     @abstractmethod
     def operations(self, length: int) -> int:
         """Floating-point operations of `forward` on one row of `length` tokens, all heads; a multiply-add is two."""
@@ -214,6 +218,10 @@ class Mechanism(nn.Module, ABC):
 
     def summary(self) -> dict[str, list[float] | list[list[float]]]:
         """Learned quantities worth recording in a training history, by name, as plain numbers."""
+        return {}
+
+    def means(self, x: Tensor) -> dict[str, list[float]]:
+        """What depends on the text, by name and head: means over the tokens of the layer's input x (B, T, E)."""
         return {}
 
 

@@ -606,11 +606,15 @@ class NativeSparseAttention(Mechanism):
         selected = min(position + 1, self.config.num_selected * self.config.select_block)
         return self.config.visible(position) + selected + min(position + 1, self.config.window)
 
+    def keys_scored(self, position: int) -> int:
+        """The compressed keys that it sees; the first of every `select_every` queries chooses for all of them."""
+        return self.config.visible(position)
+
     def operations(self, length: int) -> int:
         """Counts the keys that are read, φ, the scores behind each choice, and the gates."""
         config, layer = self.config, self.layer
         width, heads, kv_heads = layer.head_dim, layer.num_heads, layer.num_kv_heads
-        read = sum(self.keys_read(position) for position in range(length))
+        read = self._keys_read_before(length)
         scored = sum(config.visible(position) for position in range(0, length, config.select_every))
         network = config.mlp_width * (config.compress_block * width + config.compress_block + width)
         phi = config.visible(length - 1) * (network + 2 * config.compress_block * width)
@@ -618,10 +622,32 @@ class NativeSparseAttention(Mechanism):
         gates = length * len(BRANCHES) * heads * (layer.hidden_size + width)
         return 2 * (heads * width * (2 * read + scored) + kv_heads * phi + maps + gates)
 
+    def _keys_read_before(self, length: int) -> int:
+        """Σ `keys_read` over the positions before `length`, without going through them."""
+        config = self.config
+        blocks, rest = divmod(max(length + 1 - config.compress_block, 0), config.compress_stride)
+        compressed = config.compress_stride * blocks * (blocks + 1) // 2 + rest * (blocks + 1)
+        return (
+            compressed
+            + _sum_up_to(config.num_selected * config.select_block, length)
+            + _sum_up_to(config.window, length)
+        )
+
     def summary(self) -> dict[str, list[float]]:
-        """The gates of every head where the layer's input is zero, by branch."""
+        """The gates of every head where the layer's input is zero, by branch; on a text see `means`."""
         gates = self.gate_bias.detach().float().sigmoid().unflatten(0, (len(BRANCHES), -1))
         return {f"{name}_gate": gate.tolist() for name, gate in zip(BRANCHES, gates, strict=True)}
+
+    def means(self, x: Tensor) -> dict[str, list[float]]:
+        """The gates of every head, by branch."""
+        gates = self.gates(x).mean((0, 2, 3)).unflatten(0, (len(BRANCHES), -1))
+        return {f"{name}_gate": gate.tolist() for name, gate in zip(BRANCHES, gates, strict=True)}
+
+
+def _sum_up_to(most: int, length: int) -> int:
+    """Σ min(p + 1, most) over p < length."""
+    full = min(most, length)
+    return full * (full + 1) // 2 + (length - full) * most
 
 
 def _column(index: int | Tensor, device: torch.device) -> Tensor:

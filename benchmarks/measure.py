@@ -75,22 +75,13 @@ def matmul_gflops(size: int = 1536, rounds: int = 7) -> float:
 
 def machine() -> dict[str, Any]:
     """The machine and the software that figures belong to."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": gpu or _cpu_name(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "matmul_gflops": round(matmul_gflops(), 1),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def peak_memory_mb(make: Callable[..., Callable[[], Any]], *args: Any) -> float | None:

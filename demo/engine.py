@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 import attention
 from attention.state import State
 
+from .busy import BUSY, WRITING
 from .compare import mark_parting, score
 from .memory import PeakMemory
 from .models import LoadedModel, LoadError, ModelStore, said
@@ -226,7 +227,8 @@ class Generation:
             if self._stopping:
                 return
             try:
-                decoder.step()
+                with BUSY.doing(WRITING):
+                    decoder.step()
             except Exception as error:
                 logger.exception("%s failed while writing", column.name)
                 self._fail(column, f"The model failed: {said(error)}")

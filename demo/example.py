@@ -7,16 +7,21 @@ import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from .engine import Generation
 from .limits import Limits
 from .models import LoadError, ModelStore, bundled
 from .runs import Column, Run, Settings
+from .timing import device_name
 
 logger = logging.getLogger(__name__)
+
+ELSEWHERE = "on another machine, when this example was made"
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 FILE = Path(__file__).with_name("examples") / "first.json"
@@ -73,11 +78,18 @@ def example_settings(store: ModelStore, models: Iterable[str]) -> Settings:
     return Settings(EXAMPLE_PROMPT, names, max_new_tokens=min(120, store.limits.new_tokens))
 
 
+def here_and_now() -> str:
+    """This machine and this day, in words."""
+    today = date.today()
+    return f"on {device_name()} with {torch.get_num_threads()} threads on {today.day} {today:%B %Y}"
+
+
 def make(store: ModelStore) -> Example:
     """Runs the example."""
     generation = Generation(store, example_settings(store, store.names()))
     for _ in generation.stream():
         pass
+    generation.run.measured = here_and_now()
     names = generation.run.settings.models
     return Example({name: fingerprint(store.entry(name).folder) for name in names}, generation.run)
 
@@ -91,7 +103,10 @@ def stored(store: ModelStore, file: Path = FILE) -> Run | None:
         logger.info("no stored example: %s", error)
         return None
     expected = example_settings(store, example.run.settings.models)
-    return example.run if example.run.settings == expected and current == example.fingerprints else None
+    if example.run.settings != expected or current != example.fingerprints:
+        return None
+    example.run.measured = example.run.measured or ELSEWHERE
+    return example.run
 
 
 def write(example: Example, file: Path = FILE) -> None:
@@ -116,7 +131,9 @@ class FirstRun:
             self._thread.start()
 
     def _make(self, store: ModelStore) -> None:
-        self._run = make(store).run
+        run = make(store).run
+        run.measured = ""
+        self._run = run
 
     def waiting(self) -> Run:
         """The example before anything is written."""

@@ -130,11 +130,13 @@ class Run:
 
     Attributes:
         reference: name of the column that the others are compared with for `parts_at`: the base, or else the first.
+        measured: where and when its costs were measured; empty: here and now.
     """
 
     settings: Settings
     columns: list[Column]
     reference: str | None = None
+    measured: str = ""
 
     @property
     def generated(self) -> int:

@@ -1,6 +1,7 @@
-"""What attention costs on this machine, by the length of the text: measured, and counted.
+"""What attention takes on this machine, by the length of the text.
 
-Times are the shortest of several: other work on the machine only ever adds to them.
+Rounds go through all models in turn, each round from another one on, and a model is compared with its base round by
+round: what slows the machine for a while slows both.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-import attention
-from attention import Mechanism
+from attention import Mechanism, UnsupportedModelError
 from attention.state import State
 
+from .busy import BUSY, WRITING
 from .components.curves import Axis, Chart, Event, Series
 from .engine import cache_bytes, new_cache
+from .mechanisms import as_variant
 from .memory import PeakMemory
 from .models import LoadedModel
+from .ratios import BreakEven, Ratio, break_even, interval, ratio, round_length, verdict
 from .timing import seconds_of
 
-Level = Literal["layer", "model"]
+Level = Literal["attention", "model"]
 SHORTEST = 64
 LONGEST = 8192
 STEPS = 8  # tokens that are timed after a text
-MIN_ROUNDS, MAX_ROUNDS = 3, 12
+MIN_ROUNDS, MAX_ROUNDS = 5, 15
 ROUND_SECONDS = 0.8  # time for the rounds of one length, once there are enough
+QUIET_SECONDS = 0.5  # so long nothing must have been written before a round
+TIMES = ("prefill_ms", "token_ms")
+WHAT = {"prefill_ms": "reading a text", "token_ms": "one more token"}
 
 
 class SpeedError(ValueError):
@@ -45,13 +51,13 @@ class Sample:
     """What one model takes for one length.
 
     Attributes:
+        method: the method, or the methods of its layers.
         length: tokens of the text.
-        prefill_ms: shortest time of one pass over it, in milliseconds.
-        token_ms: shortest time of one more token after it, in milliseconds.
+        prefill_ms: median time of one pass over it, in milliseconds.
+        token_ms: median time of one more token after it, in milliseconds.
+        prefill_spread, token_spread: between these the median lies with 90 %, in milliseconds.
         peak_bytes: the most that was allocated at once during the pass, state included.
         state_bytes: bytes of the decode state after it.
-        operations: floating-point operations of attention in the pass; a multiply-add is two.
-        keys_read: keys (or rows of the state) that its last token reads in a layer.
     """
 
     model: str
@@ -59,10 +65,10 @@ class Sample:
     length: int
     prefill_ms: float
     token_ms: float
+    prefill_spread: tuple[float, float]
+    token_spread: tuple[float, float]
     peak_bytes: int
     state_bytes: int
-    operations: int
-    keys_read: float
 
 
 class Subject(ABC):
@@ -89,24 +95,25 @@ class Subject(ABC):
     def state_bytes(self) -> int:
         """Bytes of the state."""
 
-    def operations(self, length: int) -> int:
-        return sum(mechanism.operations(length) for mechanism in self.mechanisms)
-
-    def keys_read(self, length: int) -> float:
-        return statistics.mean(mechanism.keys_read(length - 1) for mechanism in self.mechanisms)
+    @property
+    def method(self) -> str:
+        return ", ".join(dict.fromkeys(mechanism.config.method for mechanism in self.mechanisms))
 
 
-class LayerSubject(Subject):
-    """The mechanism of a model's first layer, alone, on random queries, keys and values of its heads' size."""
+class AttentionSubject(Subject):
+    """The mechanisms of some layers, one after another, on random queries, keys and values of their heads' size."""
 
-    state: State
+    states: list[State]
 
-    def __init__(self, loaded: LoadedModel):
-        self.mechanism = mechanisms_of(loaded)[0]
-        super().__init__(loaded, [self.mechanism], LONGEST)
+    def __init__(self, loaded: LoadedModel, layers: Sequence[int] | None = None):
+        mechanisms = mechanisms_of(loaded)
+        chosen = range(len(mechanisms)) if layers is None else layers
+        if any(not 0 <= layer < len(mechanisms) for layer in chosen):
+            raise SpeedError(f"{loaded.name} has layers 0 to {len(mechanisms) - 1}.")
+        super().__init__(loaded, [mechanisms[layer] for layer in chosen], LONGEST)
 
     def load(self, length: int) -> None:
-        shape, device = self.mechanism.layer, self.loaded.model.device
+        shape, device = self.mechanisms[0].layer, self.loaded.model.device
         generator = torch.Generator().manual_seed(length)
         sizes = [(shape.num_heads, shape.head_dim), *[(shape.num_kv_heads, shape.head_dim)] * 2]
         total = length + STEPS
@@ -117,18 +124,20 @@ class LayerSubject(Subject):
         self.length = length
 
     def prefill(self) -> None:
-        self.state = self.mechanism.new_state()
+        self.states = [mechanism.new_state() for mechanism in self.mechanisms]
         self._run(0, self.length)
 
     def step(self) -> None:
-        self._run(self.state.seen, self.state.seen + 1)
+        self._run(self.states[0].seen, self.states[0].seen + 1)
 
-    def _run(self, start: int, stop: int) -> Tensor:
+    def _run(self, start: int, stop: int) -> None:
         q, k, v = (tensor[:, :, start:stop] for tensor in self.inputs)
-        return self.mechanism(q, k, v, self.x[:, start:stop], self.state, None, self.tokens[:, start:stop])
+        x, tokens = self.x[:, start:stop], self.tokens[:, start:stop]
+        for mechanism, state in zip(self.mechanisms, self.states, strict=True):
+            mechanism(q, k, v, x, state, None, tokens)
 
     def state_bytes(self) -> int:
-        return self.state.nbytes()
+        return sum(state.nbytes() for state in self.states)
 
 
 class ModelSubject(Subject):
@@ -165,13 +174,28 @@ def mechanisms_of(loaded: LoadedModel) -> list[Mechanism]:
     Raises:
         SpeedError: if the model is of a family whose attention cannot be taken apart.
     """
-    model = loaded.model
-    if not attention.is_variant(model):
-        try:
-            model = attention.convert(model, attention.SoftmaxConfig(), share=True)
-        except attention.UnsupportedModelError as error:
-            raise SpeedError(f"{loaded.name} cannot be measured: {error}.") from error
-    return model.eval().mechanisms
+    try:
+        return list(as_variant(loaded).mechanisms)
+    except UnsupportedModelError as error:
+        raise SpeedError(f"{loaded.name} cannot be measured: {error}.") from error
+
+
+def with_bases(loaded: Sequence[LoadedModel]) -> list[LoadedModel]:
+    """Models and the bases that they are compared with, each once, bases first."""
+    return list(dict.fromkeys([*(each.base for each in loaded if each.base is not None), *loaded]))
+
+
+def comparisons(loaded: Sequence[LoadedModel]) -> list[tuple[str, str]]:
+    """(variant, its base) for every variant whose base is known."""
+    return [(each.name, each.base.name) for each in loaded if not each.entry.is_base and each.base is not None]
+
+
+def colours(loaded: Sequence[LoadedModel]) -> dict[str, int]:
+    """A colour for each model: neutral for bases."""
+    found: dict[str, int] = {}
+    for each in loaded:
+        found[each.name] = 0 if each.entry.is_base else max(found.values(), default=0) + 1
+    return found
 
 
 def lengths_up_to(longest: int) -> list[int]:
@@ -184,9 +208,13 @@ def lengths_up_to(longest: int) -> list[int]:
 class SpeedRun:
     """A measurement of several models; `measure` goes on from length to length, and can be left at any point.
 
+    Args:
+        layers: with level "attention", the layers that are measured; None: all.
+
     Attributes:
         subjects: what is measured; those of bases are what the others are compared with.
         samples: what is known so far.
+        ratios: of every variant to its base, by its name and what is compared.
         share: how much of the work is done.
         doing: what is being done, in words.
         ended: set once `measure` does no more.
@@ -196,42 +224,70 @@ class SpeedRun:
     level: Level
     longest: int
     seconds: float
+    layers: Sequence[int] | None = None
     samples: list[Sample] = field(default_factory=list)
+    ratios: dict[tuple[str, str], list[Ratio]] = field(default_factory=dict)
     share: float = 0.0
     doing: str = "Loading"
     finished: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        bases = [each.base for each in self.loaded if each.base is not None]
-        with_bases = dict.fromkeys([*bases, *self.loaded])
-        make = LayerSubject if self.level == "layer" else ModelSubject
-        self.subjects: list[Subject] = [make(each) for each in with_bases]
+        make = ModelSubject if self.level == "model" else lambda each: AttentionSubject(each, self.layers)
+        self.subjects: list[Subject] = [make(each) for each in with_bases(self.loaded)]
         self._stopped = False
+        self._waited = 0.0
         self.lengths = lengths_up_to(min(self.longest, max(subject.longest for subject in self.subjects)))
 
     def stop(self) -> None:
         """Lets `measure` end after the pass that it is at."""
         self._stopped = True
 
+    @property
+    def reached(self) -> int:
+        """The longest text that was measured; 0 if none was."""
+        return max((sample.length for sample in self.samples), default=0)
+
+    @property
+    def falls_short(self) -> str:
+        """Why the text that was asked for was not reached; empty if it was."""
+        if not self.ended.is_set() or self.reached >= self.longest:
+            return ""
+        asked = f"{self.longest:,} tokens were asked for, {self.reached:,} reached"
+        if self.finished:
+            return f"{asked}: the models hold no more. Counted, below, goes on."
+        why = "it was stopped" if self._stopped else f"{self.seconds:.0f} s are the limit for one measurement"
+        return f"{asked}: {why}. Counted, below, goes on."
+
     @torch.inference_mode()
     def measure(self) -> Iterator[SpeedRun]:
         """Yields itself after every pass; the models take turns, so that a machine that is busy treats them alike."""
-        deadline = time.monotonic() + self.seconds
+        start = time.monotonic()
         try:
             for share, length in self._passes():
                 self.share, self.doing = share, f"Measuring {length:,} tokens"
                 yield self
+                while self._must_wait():
+                    self.doing = "Waiting: a text is being written, which would slow both"
+                    yield self
+                    time.sleep(0.1)
+                    self._waited += 0.1
+                    if self._stopped:
+                        break
                 if self._stopped:
                     self.doing = "Stopped; what was measured stays."
                     return
-                if time.monotonic() > deadline:
+                if time.monotonic() - start - self._waited > self.seconds:
                     self.doing = f"Ended after {self.seconds:.0f} s, the limit for one measurement."
                     return
             self.share, self.doing, self.finished = 1.0, "Done", True
             yield self
         finally:
             self.ended.set()
+
+    @staticmethod
+    def _must_wait() -> bool:
+        return BUSY.quiet_since(WRITING) > time.monotonic() - QUIET_SECONDS
 
     def _passes(self) -> Iterator[tuple[float, int]]:
         """Measures length by length; yields the share that is done and the length after every pass."""
@@ -251,32 +307,55 @@ class SpeedRun:
                 subject.prefill()
             peaks[subject], sizes[subject] = memory.bytes, subject.state_bytes()
             yield 0.4 * (number + 1) / len(subjects)
-        prefills: dict[Subject, list[float]] = {subject: [] for subject in subjects}
-        tokens: dict[Subject, list[float]] = {subject: [] for subject in subjects}
-        start = time.monotonic()
-        for done in range(MAX_ROUNDS):
-            if done >= MIN_ROUNDS and time.monotonic() - start > ROUND_SECONDS:
-                break
-            for number, subject in enumerate(subjects):
+        times: dict[tuple[Subject, str], list[float]] = {(each, name): [] for each in subjects for name in TIMES}
+        start, done = time.monotonic(), 0
+        while done < MIN_ROUNDS or (done < MAX_ROUNDS and time.monotonic() - start < ROUND_SECONDS):
+            begun = time.monotonic()
+            found = {}
+            for number, subject in enumerate(subjects[done % len(subjects) :] + subjects[: done % len(subjects)]):
                 with subject.loaded.lock:
-                    prefills[subject].append(seconds_of(subject.prefill))
+                    found[subject, "prefill_ms"] = 1e3 * seconds_of(subject.prefill)
                     subject.step()  # the first one may have to grow the state
-                    tokens[subject] += [seconds_of(subject.step) for _ in range(STEPS - 1)]
+                    tokens = [seconds_of(subject.step) for _ in range(STEPS - 1)]
+                found[subject, "token_ms"] = 1e3 * statistics.median(tokens)
                 yield min(0.4 + 0.6 * (done + (number + 1) / len(subjects)) / MIN_ROUNDS, 1.0)
-        self.samples += [
-            Sample(
-                model=subject.loaded.name,
-                method=subject.loaded.method,
-                length=length,
-                prefill_ms=1e3 * min(prefills[subject]),
-                token_ms=1e3 * min(tokens[subject]),
-                peak_bytes=peaks[subject],
-                state_bytes=sizes[subject],
-                operations=subject.operations(length),
-                keys_read=subject.keys_read(length),
+            if BUSY.quiet_since(WRITING) > begun:  # a text was written meanwhile: this round says little
+                continue
+            done += 1
+            for key, value in found.items():
+                times[key].append(value)
+        self._keep(subjects, length, times, peaks, sizes)
+
+    def _keep(
+        self,
+        subjects: list[Subject],
+        length: int,
+        times: dict[tuple[Subject, str], list[float]],
+        peaks: dict[Subject, int],
+        sizes: dict[Subject, int],
+    ) -> None:
+        """Makes samples and ratios of the times of one length."""
+        by_name = {subject.loaded.name: subject for subject in subjects}
+        for subject in subjects:
+            prefill, token = (times[subject, name] for name in TIMES)
+            self.samples.append(
+                Sample(
+                    model=subject.loaded.name,
+                    method=subject.method,
+                    length=length,
+                    prefill_ms=statistics.median(prefill),
+                    token_ms=statistics.median(token),
+                    prefill_spread=_spread(prefill),
+                    token_spread=_spread(token),
+                    peak_bytes=peaks[subject],
+                    state_bytes=sizes[subject],
+                )
             )
-            for subject in subjects
-        ]
+        for name, base in self.comparisons:
+            if name in by_name and base in by_name:
+                for quantity in TIMES:
+                    ours, theirs = times[by_name[name], quantity], times[by_name[base], quantity]
+                    self.ratios.setdefault((name, quantity), []).append(ratio(length, ours, theirs))
 
     def of(self, name: str) -> list[Sample]:
         """A model's samples, shortest first."""
@@ -285,36 +364,18 @@ class SpeedRun:
     @property
     def comparisons(self) -> list[tuple[str, str]]:
         """(variant, its base) for every variant whose base is known."""
-        variants = [subject.loaded for subject in self.subjects if not subject.loaded.entry.is_base]
-        return [(variant.name, variant.base.name) for variant in variants if variant.base is not None]
+        return comparisons([subject.loaded for subject in self.subjects])
+
+    def break_even(self, name: str, quantity: str) -> BreakEven | None:
+        """Where a variant becomes as fast as its base; None while nothing is known."""
+        ratios = self.ratios.get((name, quantity))
+        return break_even(ratios) if ratios else None
 
 
-def break_even(samples: Sequence[Sample], base: Sequence[Sample], quantity: str) -> float | None:
-    """The length from which on a method takes no more of `quantity` than softmax, as far as was measured.
-
-    Between two measured lengths the crossing is read off straight lines in the log-log plot.
-
-    Returns:
-        None where softmax takes less at the longest length.
-    """
-    theirs = {sample.length: getattr(sample, quantity) for sample in base}
-    ratios = [
-        (sample.length, math.log(getattr(sample, quantity) / theirs[sample.length]))
-        for sample in samples
-        if theirs.get(sample.length)
-    ]
-    crossing = None
-    for index in range(len(ratios) - 1, -1, -1):
-        length, ratio = ratios[index]
-        if ratio > 0:
-            return None if crossing is None else _crossing(ratios[index], ratios[index + 1])
-        crossing = float(length)
-    return crossing
-
-
-def _crossing(before: tuple[int, float], after: tuple[int, float]) -> float:
-    share = before[1] / (before[1] - after[1])
-    return before[0] * (after[0] / before[0]) ** share
+def _spread(values: list[float]) -> tuple[float, float]:
+    low, high = interval(len(values))
+    ordered = sorted(values)
+    return ordered[low], ordered[high]
 
 
 MEASURED = {
@@ -322,115 +383,92 @@ MEASURED = {
     "token_ms": ("Time for one more token", "After a text of that length.", "ms", 1.0),
     "peak_bytes": ("Memory while reading", "The most allocated at once during the pass.", "MB", 1e-6),
 }
-COUNTED = {
-    "operations": ("Operations", "Floating-point operations of attention in one pass.", "", 1.0),
-    "keys_read": ("Keys read", "By the last token in a layer: keys, or rows of the state.", "", 1.0),
-    "state_bytes": ("Memory of the text", "The decode state: what is kept for the tokens to come.", "kB", 1e-3),
-}
 
 
-def charts(run: SpeedRun, quantities: dict[str, tuple[str, str, str, float]]) -> list[Chart]:
-    """One log-log chart for each quantity; times are marked with their break-even."""
+def length_axis(lengths: Sequence[int]) -> Axis:
+    """Lengths of texts, logarithmic."""
+    ticks = [float(length) for length in lengths]
+    return {"label": "tokens", "log": True, "min": ticks[0], "max": ticks[-1], "ticks": ticks}
+
+
+def charts(run: SpeedRun) -> list[Chart]:
+    """One log-log chart for each quantity; times have bars for their spread and are marked with their break-even."""
     if not run.samples:
         return []
-    ticks = [float(length) for length in run.lengths]
-    x: Axis = {"label": "tokens", "log": True, "min": ticks[0], "max": ticks[-1], "ticks": ticks}
     return [
         {
             "title": title,
             "note": note,
-            "x": x,
+            "x": length_axis(run.lengths),
             "y": {"label": unit, "unit": unit, "log": True},
             "series": _series(run, quantity, factor),
-            "events": _events(run, quantity) if quantity.endswith("_ms") else [],
+            "events": _events(run, quantity) if quantity in TIMES else [],
         }
-        for quantity, (title, note, unit, factor) in quantities.items()
+        for quantity, (title, note, unit, factor) in MEASURED.items()
     ]
 
 
 def _series(run: SpeedRun, quantity: str, factor: float) -> list[Series]:
-    colors = _colors(run)
-    return [
-        {
-            "name": name,
-            "color": color,
-            "dots": True,
-            "points": [[sample.length, getattr(sample, quantity) * factor] for sample in run.of(name)],
-        }
-        for name, color in colors.items()
-    ]
-
-
-def _colors(run: SpeedRun) -> dict[str, int]:
-    """A colour for each model: neutral for bases."""
-    colors: dict[str, int] = {}
-    for subject in run.subjects:
-        used = max(colors.values(), default=0)
-        colors[subject.loaded.name] = 0 if subject.loaded.entry.is_base else used + 1
-    return colors
+    series: list[Series] = []
+    for name, color in colours([subject.loaded for subject in run.subjects]).items():
+        samples = run.of(name)
+        points = [[sample.length, getattr(sample, quantity) * factor] for sample in samples]
+        series.append({"name": name, "color": color, "dots": True, "points": points})
+        if quantity in TIMES:
+            spreads = [getattr(sample, quantity.replace("_ms", "_spread")) for sample in samples]
+            series[-1]["spread"] = [[sample.length, *spread] for sample, spread in zip(samples, spreads, strict=True)]
+    return series
 
 
 def _events(run: SpeedRun, quantity: str) -> list[Event]:
     events: list[Event] = []
-    for name, base in run.comparisons:
-        length = break_even(run.of(name), run.of(base), quantity)
-        if length is not None and length > run.lengths[0]:
-            label = f"{name} from {round_length(length):,}"
-            events.append({"x": length, "label": label, "color": _colors(run)[name]})
+    found = colours([subject.loaded for subject in run.subjects])
+    for name, _ in run.comparisons:
+        even = run.break_even(name, quantity)
+        if even and even.is_known and even.length is not None and even.length > run.lengths[0]:
+            label = f"{name} from {round_length(even.length):,}"
+            events.append({"x": even.length, "label": label, "color": found[name]})
     return events
 
 
-def round_length(length: float) -> int:
-    """Two significant digits: a crossing is known no better."""
-    digits = 10 ** max(int(math.log10(length)) - 1, 0)
-    return round(length / digits) * digits
-
-
 def verdicts(run: SpeedRun) -> list[str]:
-    """For each variant, in words, where it is slower and where it is faster than its base."""
-    sentences = []
-    for name, base in run.comparisons:
-        ours, theirs = run.of(name), {sample.length: sample for sample in run.of(base)}
-        ours = [sample for sample in ours if sample.length in theirs]
-        if not ours:
-            continue
-        for quantity, what in (("prefill_ms", "reading a text"), ("token_ms", "one more token")):
-            ratios = [getattr(theirs[s.length], quantity) / getattr(s, quantity) for s in ours]
-            even = break_even(ours, list(theirs.values()), quantity)
-            sentences.append(f"{name}, {what}: " + _verdict([s.length for s in ours], ratios, even, base))
-    return sentences
-
-
-def _verdict(lengths: list[int], ratios: list[float], even: float | None, base: str) -> str:
-    first, last = f"at {lengths[0]:,} tokens", f"at {lengths[-1]:,}"
-    if even is None:
-        return f"slower than {base} up to {lengths[-1]:,} tokens; {last} it takes {_times(1 / ratios[-1])} as long."
-    if even <= lengths[0]:
-        return (
-            f"no slower than {base} at any length measured; {_times(ratios[0])} as fast {first}, "
-            f"{_times(ratios[-1])} {last}."
-        )
-    return (
-        f"slower than {base} below about {round_length(even):,} tokens ({_times(1 / ratios[0])} as long {first}), "
-        f"no slower from there on; {_times(ratios[-1])} as fast {last}."
-    )
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:.0f} times"
+    """For each variant, in words, where it is slower and where faster than its base, as far as noise lets tell."""
+    sentences = [
+        f"{name}, {WHAT[quantity]}: {verdict(run.ratios[name, quantity], base)}"
+        for name, base in run.comparisons
+        for quantity in TIMES
+        if (name, quantity) in run.ratios
+    ]
+    return [*sentences, run.falls_short] if run.falls_short else sentences
 
 
 def report(run: SpeedRun) -> dict[str, Any]:
     """A run as JSON."""
     return {
         "level": run.level,
+        "layers": None if run.layers is None else list(run.layers),
         "finished": run.finished,
+        "asked": run.longest,
+        "reached": run.reached,
         "samples": [asdict(sample) for sample in run.samples],
+        "ratios": [
+            {"model": name, "quantity": quantity, **_rounded(each)}
+            for (name, quantity), ratios in run.ratios.items()
+            for each in ratios
+        ],
         "break_even": {
-            name: {
-                quantity: break_even(run.of(name), run.of(base), quantity) for quantity in ("prefill_ms", "token_ms")
-            }
-            for name, base in run.comparisons
+            name: {quantity: _even(run.break_even(name, quantity)) for quantity in TIMES} for name, _ in run.comparisons
         },
         "verdicts": verdicts(run),
     }
+
+
+def _rounded(each: Ratio) -> dict[str, Any]:
+    return {name: round(value, 4) for name, value in asdict(each).items()}
+
+
+def _even(even: BreakEven | None) -> dict[str, Any] | None:
+    if even is None:
+        return None
+    length = even.length if even.is_known else None
+    return {**asdict(even), "length": None if length is None or not math.isfinite(length) else length}

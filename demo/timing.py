@@ -1,9 +1,11 @@
-"""How long something takes."""
+"""How long something takes, and on what."""
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,3 +24,16 @@ def seconds_of(function: Callable[[], Any]) -> float:
     function()
     synchronize()
     return time.perf_counter() - start
+
+
+def device_name() -> str:
+    """The accelerator's name, or the CPU's where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

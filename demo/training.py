@@ -6,17 +6,21 @@ import json
 import logging
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 
+import attention
 from attention.files import CARD, HISTORY
 
-from .components.curves import Chart, Series
+from .components.curves import Chart, Event, Series
 from .components.samples import SamplesView
 from .models import Entry
 from .views import option_text
@@ -26,7 +30,8 @@ logger = logging.getLogger(__name__)
 HISTORY_BYTES = 50_000_000
 CURVE_POINTS = 400
 CARD_BYTES = 1_000_000
-MEASURES = {"kl": "KL to the base", "perplexity": "Perplexity", "top1_agreement": "Same first choice"}
+MEASURES = {"kl": "KL", "perplexity": "Perplexity", "top1_agreement": "Same choice"}
+LAUNCHERS = ("accelerate launch", "python", "torchrun")
 SLICES = ("tokens that are", "tokens at positions")  # what such tables of a card begin with
 NO_SLICES = "Its card has no such figures; trainer/evaluate.py --card writes them into it."
 SHARES = ("kl", "ce", "reverse_kl", "jsd")  # terms of a loss that are nats per token
@@ -100,39 +105,150 @@ def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
     return sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["step"])
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What training took."""
+
+    steps: float = 0
+    tokens: float = 0
+    seconds: float = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.steps + other.steps, self.tokens + other.tokens, self.seconds + other.seconds)
+
+
+_SPENT = re.compile(r"([\d,]+) steps, ([\d,]+) tokens[^,;()]*, ([\d,]+) s\b")
+
+
+def recorded(rows: list[Row]) -> Spent:
+    """What the history has on record."""
+    last = (of_kind(rows, "train") or [{}])[-1]
+    return Spent(*(_number(last.get(name)) or 0 for name in ("step", "tokens", "seconds")))
+
+
+def own_and_before(card: ModelCard) -> tuple[Spent, Spent]:
+    """What the last run took, and what those took that it went on from, as the card says it."""
+    made = section(card, "How it was made")
+    own, _, before = made.partition("Before it")
+    return _spent(own), _spent(before)
+
+
+def _spent(text: str) -> Spent:
+    found = [Spent(*(float(number.replace(",", "")) for number in numbers)) for numbers in _SPENT.findall(text)]
+    return sum(found, Spent())
+
+
+def total(rows: list[Row], card: ModelCard) -> Spent:
+    """What all stages took: the history may have them all, or only those of the last run, as against the card."""
+    own, before = own_and_before(card)
+    here = recorded(rows)
+    return here if here.tokens >= (own + before).tokens else (own if own.tokens > here.tokens else here) + before
+
+
+def unrecorded(rows: list[Row], card: ModelCard) -> Spent:
+    """What of it came before the curves begin."""
+    here, whole = recorded(rows), total(rows, card)
+    return Spent(whole.steps - here.steps, whole.tokens - here.tokens, whole.seconds - here.seconds)
+
+
 def facts(entry: Entry, rows: list[Row], card: ModelCard) -> list[list[str]]:
     """The card in short: what it is, what it was fitted on, for how long, what it reached."""
     evals, train = of_kind(rows, "eval"), of_kind(rows, "train")
-    last_eval, last = (evals or [{}])[-1], (train or [{}])[-1]
+    last_eval, whole, missing = (evals or [{}])[-1], total(rows, card), unrecorded(rows, card)
     found = {
         "Method": entry.method,
         "Base": entry.base or "",
         "Fitted on": _names(card.data.datasets),
         "Stages": ", ".join(dict.fromkeys(str(row["stage"]) for row in train if row.get("stage"))),
-        "Steps": _count(last.get("step")),
-        "Tokens": _count(last.get("tokens")),
-        "Time": _duration(last.get("seconds")),
-        "KL to the base, validation": _value(last_eval.get("kl"), " nats/token"),
+        "Steps": _count(whole.steps or None),
+        "Tokens": _count(whole.tokens or None),
+        "Time": _duration(whole.seconds or None),
+        "Before the curves": f"{missing.steps:,.0f} steps, {missing.tokens:,.0f} tokens" if missing.tokens > 0 else "",
+        "KL, validation": _value(last_eval.get("kl"), " nats/token"),
         "Perplexity, validation": _perplexity(last_eval),
-        "Same first choice, validation": _percent(last_eval.get("top1_agreement")),
-        "Weights on disk": f"{entry.size / 1e6:.1f} MB",
+        "Same choice, validation": _percent(last_eval.get("top1_agreement")),
+        "On disk": f"{entry.size / 1e6:.1f} MB",
         **_measured(card, known=bool(evals)),
-        "Options": " · ".join(f"{name} {option_text(value)}" for name, value in entry.options.items()),
-        "How it was made": section(card, "How it was made"),
+        "Options": " · ".join(f"{name} {option_text(value)}" for name, value in _own_options(entry).items()),
+        "How it was made": how_it_was_made(card),
+        "On a clone": "\n".join(commands(card)),
     }
     return [[label, value] for label, value in found.items() if value]
 
 
+def _own_options(entry: Entry) -> dict[str, Any]:
+    """The options that are not the method's defaults; all where it has none."""
+    try:
+        defaults = attention.config_from_dict({"method": entry.method}).to_dict()
+    except attention.ConfigError:
+        defaults = {}
+    return {
+        name: value
+        for name, value in entry.options.items()
+        if name not in defaults or option_text(defaults[name]) != option_text(value)
+    }
+
+
+def how_it_was_made(card: ModelCard) -> str:
+    """The card's words on it, without its options and command, and without a commit that nobody else has."""
+    made = section(card, "How it was made")
+    lines = [line for line in made.splitlines() if not line.startswith(LAUNCHERS)]
+    text = re.sub(r"Method options: .*?\. Text: ", "Text: ", "\n".join(lines))
+    return re.sub(r",? code at \w+-dirty", "", text).strip()
+
+
+def commands(card: ModelCard) -> list[str]:
+    """Commands for a clone of the repository: those of the runs that it went on from, then the card's own.
+
+    Of the card's own, what names files outside the repository is left out: another text is named with --data.train,
+    and without one the trainer samples it from the base.
+    """
+    made = section(card, "How it was made")
+    own = next((line for line in made.splitlines() if line.startswith(LAUNCHERS)), "")
+    if not own:
+        return []
+    earlier = dict.fromkeys(re.findall(r"trainer/recipes/[\w.-]+\.yaml", made.partition("Before it")[2]))
+    return [*(f"accelerate launch trainer/train.py --config {recipe}" for recipe in earlier), _for_a_clone(own)]
+
+
+def _for_a_clone(command: str) -> str:
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote
+        return command
+    first = next((i for i, word in enumerate(words) if word.startswith("--") and "." in word), len(words))
+    kept, options, place = words[:first], words[first:], 0
+    while place < len(options):
+        name = options[place]
+        stop = next((i for i in range(place + 1, len(options)) if options[i].startswith("--")), len(options))
+        values = options[place + 1 : stop]
+        outside = any(value.startswith(("/", "~", "..")) for value in values)
+        if not (outside or name.startswith("--card.") or name == "--resume"):
+            kept += options[place:stop]
+        place = stop
+    return shlex.join(word for word in kept if word != "--resume")
+
+
 def _measured(card: ModelCard, known: bool) -> dict[str, str]:
     """What the card says was measured; what it says of validation text is left out where that is known."""
-    results = {}
+    results, texts = {}, []
     for result in card.data.eval_results or []:
-        name, text = MEASURES.get(result.metric_type, result.metric_name), result.dataset_name
-        if known and result.dataset_split == "validation":
+        name, split = MEASURES.get(result.metric_type, result.metric_name), result.dataset_split
+        if known and split == "validation":
             continue
         show = _percent if result.metric_type == "top1_agreement" else _value
-        results[f"{name}, {text}"] = show(result.metric_value)
-    return results
+        shown = show(result.metric_value)
+        label = f"{name}, {split or result.dataset_name}"
+        results[f"{name}, {result.dataset_name}" if label in results else label] = shown
+        texts += [result.dataset_name] if split == "test" else []
+    return {**results, **({"Test text": "; ".join(dict.fromkeys(texts))} if texts else {})}
+
+
+def measured_figures(card: ModelCard) -> dict[str, float]:
+    """What a card says was measured, by metric; of a text that guided nothing where there is one."""
+    results = [each for each in card.data.eval_results or [] if _number(each.metric_value) is not None]
+    ordered = sorted(results, key=lambda each: each.dataset_split == "test")
+    return {each.metric_type: float(each.metric_value) for each in ordered}
 
 
 def _names(names: Any) -> str:
@@ -172,8 +288,8 @@ def _number(value: Any) -> float | None:
     return value
 
 
-def curves(rows: list[Row]) -> list[Chart]:
-    """Loss, KL, perplexity and learning rate over the steps; what was not recorded is left out."""
+def curves(rows: list[Row], card: ModelCard | None = None) -> list[Chart]:
+    """Loss, KL, perplexity and learning rate over the steps, and where stages change; what has no rows is left out."""
     train, evals = of_kind(rows, "train"), of_kind(rows, "eval")
     charts = [
         _chart("Training loss", "Mean over the steps since the point before.", "", _by_stage(train, "loss"), log=True),
@@ -210,7 +326,25 @@ def curves(rows: list[Row]) -> list[Chart]:
         ),
         _chart("Tokens a second", "While training.", "", [_series("speed", train, "tokens_per_second", 1)]),
     ]
-    return [chart for chart in charts if chart["series"]]
+    events = stage_changes(train or evals, 0 if card is None else own_and_before(card)[0].steps)
+    return [{**chart, "events": events} for chart in charts if chart["series"]]
+
+
+def stage_changes(rows: list[Row], own_steps: float = 0) -> list[Event]:
+    """Where one stage ends and another begins, labelled with the one that begins.
+
+    Args:
+        own_steps: of the last run, as the card says them, where earlier runs are on record too.
+    """
+    events: list[Event] = []
+    begins = rows[-1]["step"] - own_steps if rows and own_steps else 0
+    for before, row in pairwise(rows):
+        stage = str(row.get("stage", ""))
+        if before["step"] <= begins < row["step"] and begins > 0:
+            events.append({"x": begins, "label": f"{stage}, last run"})
+        elif stage != str(before.get("stage", "")):
+            events.append({"x": before["step"], "label": stage or "next stage"})
+    return events
 
 
 def _terms(train: list[Row]) -> list[Chart]:
@@ -252,28 +386,44 @@ def thin(points: list[list[float]], most: int = CURVE_POINTS) -> list[list[float
 
 
 def learned(rows: list[Row]) -> list[Chart]:
-    """What the mechanisms learned, over the steps: a chart a quantity, a curve a layer, heads averaged."""
-    evals = [row for row in of_kind(rows, "eval") if isinstance(row.get("mechanisms"), list)]
-    layers = max((len(row["mechanisms"]) for row in evals), default=0)
-    names = dict.fromkeys(
-        name for row in evals for layer in row["mechanisms"] if isinstance(layer, dict) for name in layer
-    )
+    """What the mechanisms learned, over the steps: a chart a quantity, a curve a layer, heads averaged.
+
+    Gates that were recorded on the validation text stand before the same at an input of zero, which no text has.
+    """
+    evals = of_kind(rows, "eval")
+    charts = [*_learned(evals, "means", MEAN_NOTE), *_learned(evals, "mechanisms", "")]
+    for chart in charts:
+        if chart["title"].endswith("_gate"):
+            chart["note"] = chart["note"] or ZERO_NOTE
+            chart["title"] = chart["title"].replace("_", " ")
+    return charts
+
+
+MEAN_NOTE = "Mean over the validation text."
+ZERO_NOTE = "At an input of zero, which no text has; on a text it may be far from that."
+
+
+def _learned(evals: list[Row], kind: str, note: str) -> list[Chart]:
+    evals = [row for row in evals if isinstance(row.get(kind), list)]
+    layers = max((len(row[kind]) for row in evals), default=0)
+    names = dict.fromkeys(name for row in evals for layer in row[kind] if isinstance(layer, dict) for name in layer)
     charts = []
     for name in names:
-        series = [_layer_series(evals, name, index, layers) for index in range(layers)]
-        charts.append(_chart(name, "", "", series))
+        series = [_layer_series(evals, kind, name, index, layers) for index in range(layers)]
+        charts.append(_chart(name, note, "", series))
         charts[-1]["height"] = 150
         if all(0 <= y <= 1 for each in series for _, y in each["points"]):
             charts[-1]["y"].update(min=0, max=1)
     return [chart for chart in charts if chart["series"]]
 
 
-def _layer_series(evals: list[Row], name: str, layer: int, layers: int) -> Series:
+def _layer_series(evals: list[Row], kind: str, name: str, layer: int, layers: int) -> Series:
+    """A layer's curve; without points where it does not have the place of masks, whose weight is then 0."""
     points = []
     for row in evals:
-        summary = row["mechanisms"][layer] if layer < len(row["mechanisms"]) else {}
+        summary = row[kind][layer] if layer < len(row[kind]) else {}
         mean = _mean(summary.get(name)) if isinstance(summary, dict) else None
-        if mean is not None:
+        if mean is not None and not (mean == 0 and "(" in name):
             points.append([row["step"], mean])
     return {"name": f"layer {layer}", "shade": layer / max(layers - 1, 1), "points": thin(points)}
 

@@ -138,6 +138,7 @@ def cost_table(run: Run) -> dict[str, Any]:
         "headers": COST_HEADERS,
         "rows": [[column.name, *_cost_cells(column.cost)] for column in run.columns],
         "reference": names.index(run.reference) if run.reference in names else None,
+        "measured": f"These times were measured {run.measured}, not on this machine now." if run.measured else "",
     }
 
 

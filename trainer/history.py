@@ -17,7 +17,7 @@ class History:
     - "train": `step`, `stage`, `loss` and its terms (means since the last such row), `lr`, `mechanism_lr` where there
       are such parameters, `grad_norm`, `tokens` (so far), `seconds` (so far), `tokens_per_second`, `peak_memory_mb`.
     - "eval": `step`, `stage`, the fields of `Fidelity`, `tokens` renamed to `eval_tokens`, `tokens`, `seconds`, and
-      `mechanisms`, each layer's `summary`.
+      `mechanisms`, each layer's `summary`, and, where a layer has such, `means`, each layer's over the validation text.
     - "samples": `step`, `stage`, `texts`, each with `prompt`, `base` (None in pretraining) and `variant`.
     - "change": `step`, `stage`, `changes`: sentences on what is learnt or measured otherwise from there on, after a
       resume.

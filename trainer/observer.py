@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from .config import StageConfig
 from .fidelity import Fidelity, measure
 from .history import History, Row
+from .means import text_means
 from .samples import write_texts
 from .setup import Setup
 
@@ -105,9 +106,10 @@ class Observer:
                 return
             options = self.config.eval
             tokens = self.setup.valid[: options.tokens]
-            figures = measure(
-                model, self.setup.base, tokens, options.context, options.batch_size, description="validation"
-            )
+            with text_means(model) as means:
+                figures = measure(
+                    model, self.setup.base, tokens, options.context, options.batch_size, description="validation"
+                )
             values = figures.to_dict()
             layers = [mechanism.summary() for mechanism in getattr(model, "mechanisms", [])]
             self._add(
@@ -120,6 +122,7 @@ class Observer:
                     "tokens": self.tokens,
                     "seconds": self.seconds,
                     **({"mechanisms": layers} if any(layers) else {}),
+                    **({"means": means} if means else {}),
                 }
             )
             logger.info("step %d: %s", step, describe(figures, self.setup.base is not None))

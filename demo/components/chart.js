@@ -92,7 +92,7 @@ function lineChart(spec, onHover) {
     const height = canvas.clientHeight;
     if (width < 80 || height < 60) return;
     bounds = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top + (spec.y.label ? LABEL_LINE : 0), bottom: height - MARGIN.bottom };
-    const ys = spec.series.flatMap((series) => series.points.map((point) => point[1]));
+    const ys = spec.series.flatMap((series) => [...series.points.map((point) => point[1]), ...(series.spread || []).flatMap((bar) => bar.slice(1))]);
     scaleX = makeScale(xs, spec.x, bounds.left, bounds.right, Math.floor((bounds.right - bounds.left) / 56));
     const scaleY = makeScale(ys, spec.y, bounds.bottom, bounds.top, Math.floor((bounds.bottom - bounds.top) / 32));
     canvas.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -195,6 +195,13 @@ function curve(series, index, scaleX, scaleY) {
     drawing = true;
     if (series.dots) nodes.push(svg("circle", { cx: px, cy: py, r: 3, style: `fill: ${seriesColor(series, index)}` }));
   }
+  for (const [x, low, high] of series.spread || []) nodes.push(spreadBar(scaleX(x), scaleY(low), scaleY(high), seriesColor(series, index)));
   const line = svg("path", { d: path, class: "series" + (series.dashed ? " dashed" : ""), style: `stroke: ${seriesColor(series, index)}` });
   return [line, ...nodes];
+}
+
+// From a low to a high value, with feet.
+function spreadBar(x, low, high, color) {
+  const d = `M${x - 4} ${low}h8M${x} ${low}V${high}M${x - 4} ${high}h8`;
+  return svg("path", { d, class: "spread", style: `stroke: ${color}` });
 }

@@ -22,7 +22,7 @@ function formatRatio(ratio) {
 }
 
 function draw() {
-  const { headers = [], rows = [], reference = null } = props.value || {};
+  const { headers = [], rows = [], reference = null, measured = "" } = props.value || {};
   const head = el("thead", null, null, el("tr", null, null, ...headers.map(headerCell)));
   const body = el("tbody");
   rows.forEach(([name, ...numbers], index) => {
@@ -32,7 +32,8 @@ function draw() {
     body.append(el("tr", null, null, first, ...numbers.map((number, i) => numberCell(number, base[i], headers[i + 1]))));
   });
   const table = el("div", "scroll", null, el("table", "costs", null, head, body));
-  root.replaceChildren(table, el("div", "muted small", props.note));
+  const where = measured ? [el("div", "measured small", readable(measured))] : [];
+  root.replaceChildren(table, ...where, el("div", "muted small", props.note));
 }
 
 watch("value", draw);

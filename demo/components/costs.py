@@ -12,7 +12,7 @@ class CostTable(ScriptedHTML):
 
     Args:
         value: `{"headers": [[label, explanation], ...], "rows": [[name, number or None, ...], ...],
-            "reference": index of the row that ratios are relative to, or None}`.
+            "reference": index of the row that ratios are relative to, or None, "measured": where and when it was}`.
         note: one line below the table.
         kwargs: further arguments of `gr.HTML`.
     """

@@ -19,7 +19,7 @@ class Axis(TypedDict, total=False):
 
 
 class Series(TypedDict, total=False):
-    """A curve; `points` are [x, y] in rising x, y None where the curve breaks off."""
+    """A curve; `points` are [x, y] in rising x, y None where the curve breaks off; `spread` are [x, low, high] bars."""
 
     name: str
     color: int  # 0: neutral, for a baseline; 1 to 6: told apart by colour-blind readers too
@@ -27,6 +27,7 @@ class Series(TypedDict, total=False):
     dashed: bool
     dots: bool
     points: list[list[float | None]]
+    spread: list[list[float]]
 
 
 class Event(TypedDict, total=False):

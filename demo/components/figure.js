@@ -16,7 +16,12 @@ class MapFigure {
     this.ramp = el("span", "ramp");
     this.low = el("span", "muted");
     this.high = el("span", "muted");
-    const scale = el("div", "scale", null, this.low, this.ramp, this.high);
+    const keys = (map.names || []).map((name, index) => {
+      const swatch = el("span", "branch");
+      swatch.style.setProperty("--branch", `var(--series-${(index + 1) % 7})`);
+      return el("span", "key", null, swatch, name);
+    });
+    const scale = keys.length ? el("div", "scale", null, ...keys) : el("div", "scale", null, this.low, this.ramp, this.high);
     this.node = el("figure", "figure", null, el("h4", null, map.title), el("div", "note muted", map.note), this.canvas, scale);
     this.node.style.margin = 0;
     this.backdrop = document.createElement("canvas");
@@ -41,14 +46,26 @@ class MapFigure {
   paint() {
     const { map, board } = this;
     this.still = null;
-    this.image = paintTriangle(map.values, this.size, map.largest, map.kind, board.contrast);
-    const colors = rampColors(map.kind);
-    const stops = [0, 51, 102, 153, 204, 255].map((k) => cssColor(colors[k]));
-    this.ramp.style.background = `linear-gradient(90deg, ${stops.join(", ")})`;
+    this.image =
+      map.kind === "branches"
+        ? paintBranches(map.values, map.branches, this.size, map.largest, board)
+        : paintTriangle(map.values, this.size, map.largest, map.kind, board.contrast);
+    this.ramp.style.background = `linear-gradient(90deg, ${this.stops().join(", ")})`;
+    [this.low.textContent, this.high.textContent] = this.ends();
+  }
+
+  // Colours from the smallest to the largest value.
+  stops() {
+    const colors = rampColors(this.map.kind);
+    return [0, 51, 102, 153, 204, 255].map((k) => cssColor(colors[k]));
+  }
+
+  // What stands at both ends of the colours.
+  ends() {
+    const { map } = this;
     const limit = formatNumber(map.largest);
-    const signed = map.kind === "difference";
-    this.low.textContent = signed ? `${map.lowLabel || "less"} −${limit}` : "0";
-    this.high.textContent = signed ? `+${limit} ${map.highLabel || "more"}` : limit;
+    if (map.kind !== "difference") return ["0", limit];
+    return [`${map.lowLabel || "less"} −${limit}`, `+${limit} ${map.highLabel || "more"}`];
   }
 
   // Where the map lies on the canvas, in CSS pixels.

@@ -4,12 +4,15 @@ const grid = el("div", "heads");
 const caption = el("div", "caption muted");
 const empty = el("div", "empty", props.empty);
 const scroller = el("div", "scroller", null, grid);
-root.append(scroller, caption, empty);
+const orders = el("select");
+const finder = el("label", "finder muted", "Heads in order of", orders);
+root.append(finder, scroller, caption, empty);
 grid.setAttribute("role", "radiogroup");
 grid.setAttribute("aria-label", "Layer and head; arrow keys move, Enter opens");
 
 let view = null;
-let buttons = [];
+let buttons = []; // by place: layer after layer
+let order = "place";
 
 function thumbnail(bytes, size) {
   const canvas = document.createElement("canvas");
@@ -23,20 +26,35 @@ function thumbnail(bytes, size) {
   return canvas;
 }
 
+function measure(key) {
+  return view.measures?.find((each) => each.key === key);
+}
+
+function said(found, layer, head) {
+  const value = found.values[layer][head];
+  return found.share ? `${(100 * value).toFixed(0)} %` : value.toFixed(2);
+}
+
 function describe(layer, head) {
-  const distance = view.distance?.[layer]?.[head];
-  const differs = distance === undefined || distance === null ? "" : `: ${(100 * distance).toFixed(0)} % of the attention lies elsewhere than the base's`;
-  return `Layer ${layer}, head ${head}${differs}`;
+  const found = measure(order) ?? measure("distance");
+  return `Layer ${layer}, head ${head}${found ? `: ${said(found, layer, head)} ${found.note}` : ""}`;
 }
 
 // Buttons stay while the grid keeps its size: focus and a click on its way are not lost when other maps come.
 function build() {
   const before = view && [view.layers, view.heads].join();
   view = props.value ? JSON.parse(JSON.stringify(props.value)) : null;
+  draw(before);
+}
+
+// Draws what there is again, the open head as it is; `before`: the size of the grid that stands.
+function draw(before = view && [view.layers, view.heads].join()) {
   empty.hidden = view !== null;
-  scroller.hidden = caption.hidden = view === null;
+  finder.hidden = scroller.hidden = caption.hidden = view === null;
   if (!view) return;
-  if (before !== [view.layers, view.heads].join()) buildGrid();
+  buildOrders();
+  if (before !== [view.layers, view.heads].join()) buttons = [];
+  buildGrid();
   const bytes = decodeBytes(view.pixels);
   const area = view.size * view.size;
   buttons.forEach((button, index) => {
@@ -44,28 +62,63 @@ function build() {
     const distance = view.distance?.[layer]?.[head];
     const bar = el("span", "distance");
     bar.style.setProperty("--distance", 100 * clamp(distance ?? 0, 0, 1) + "%");
-    button.replaceChildren(thumbnail(bytes.subarray(index * area, (index + 1) * area), view.size), bar);
+    const found = measure(order);
+    const label = found ? [el("span", "axis", `${layer}.${head} · ${said(found, layer, head)}`)] : [];
+    button.replaceChildren(thumbnail(bytes.subarray(index * area, (index + 1) * area), view.size), bar, ...label);
     button.setAttribute("aria-label", describe(layer, head));
   });
   select(view.layer, view.head);
 }
 
+function buildOrders() {
+  const choices = [["place", "layer and head"], ...(view.measures || []).map(({ key, name }) => [key, name])];
+  if (!choices.some(([key]) => key === order)) order = "place";
+  orders.replaceChildren(...choices.map(([key, name]) => {
+    const option = el("option", null, name);
+    option.value = key;
+    option.selected = key === order;
+    return option;
+  }));
+}
+
+// Indices of the buttons as they are shown.
+function shownOrder() {
+  const places = buttons.map((_, index) => index);
+  const found = measure(order);
+  if (!found) return places;
+  const sign = found.order === "least" ? 1 : -1;
+  const value = (index) => found.values[Math.floor(index / view.heads)][index % view.heads];
+  return places.sort((a, b) => sign * (value(a) - value(b)) || a - b);
+}
+
 function buildGrid() {
-  buttons = [];
-  grid.replaceChildren(el("span"));
-  grid.style.setProperty("--heads", view.heads);
-  for (let head = 0; head < view.heads; head++) grid.append(el("span", "axis", head === 0 ? "head 0" : head));
-  for (let layer = 0; layer < view.layers; layer++) {
-    grid.append(el("span", "axis row", layer === 0 ? "layer 0" : layer));
-    for (let head = 0; head < view.heads; head++) {
-      const button = el("button", "head");
-      button.type = "button";
-      button.setAttribute("role", "radio");
-      button.dataset.index = buttons.length;
-      buttons.push(button);
-      grid.append(button);
-    }
+  while (buttons.length < view.layers * view.heads) {
+    const button = el("button", "head");
+    button.type = "button";
+    button.setAttribute("role", "radio");
+    button.dataset.index = buttons.length;
+    buttons.push(button);
   }
+  grid.style.setProperty("--heads", view.heads);
+  grid.classList.toggle("found", order !== "place");
+  const nodes = order === "place" ? placed() : shownOrder().map((index) => buttons[index]);
+  if (nodes.length !== grid.children.length || nodes.some((node, k) => node !== grid.children[k])) grid.replaceChildren(...nodes);
+}
+
+let axes = [];
+
+// Buttons between the numbers of layers and heads.
+function placed() {
+  if (axes.length !== 1 + view.heads + view.layers) {
+    const heads = Array.from({ length: view.heads }, (_, head) => el("span", "axis", head === 0 ? "head 0" : head));
+    const layers = Array.from({ length: view.layers }, (_, layer) => el("span", "axis row", layer === 0 ? "layer 0" : layer));
+    axes = [el("span"), ...heads, ...layers];
+  }
+  const lines = Array.from({ length: view.layers }, (_, layer) => [
+    axes[1 + view.heads + layer],
+    ...buttons.slice(layer * view.heads, (layer + 1) * view.heads),
+  ]);
+  return [...axes.slice(0, 1 + view.heads), ...lines.flat()];
 }
 
 function select(layer, head) {
@@ -108,14 +161,19 @@ grid.addEventListener("keydown", (event) => {
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -view?.heads, ArrowDown: view?.heads }[event.key];
   if (index === null || step === undefined) return;
   event.preventDefault();
-  const next = index + step;
-  if (next < 0 || next >= buttons.length) return;
+  const shown = shownOrder();
+  const next = shown[shown.indexOf(index) + step];
+  if (next === undefined) return;
   buttons[index].tabIndex = -1;
   buttons[next].tabIndex = 0;
   buttons[next].focus();
   say(Math.floor(next / view.heads), next % view.heads);
 });
 
-onTheme(build);
+orders.addEventListener("change", () => {
+  order = orders.value;
+  draw();
+});
+onTheme(() => draw());
 watch("value", build);
 build();

@@ -16,6 +16,8 @@ class HeadsView(TypedDict, total=False):
         pixels: base64 of layers · heads · size · size bytes, 0 (nothing) to 255.
         distance: [layer][head] in [0, 1], how far a head is from the base's; left out for a base.
         layer, head: the one that is open.
+        measures: what heads can be ordered by: `key`, `name`, `note` (what a value says), `order` ("most" or "least"
+            first), `share` (whether values are shares), `values` by [layer][head].
     """
 
     layers: int
@@ -25,6 +27,7 @@ class HeadsView(TypedDict, total=False):
     distance: list[list[float]]
     layer: int
     head: int
+    measures: list[dict[str, Any]]
 
 
 class HeadGrid(ScriptedHTML):

@@ -95,3 +95,25 @@ function paintTriangle(values, size, largest, kind, contrast) {
   context.putImageData(image, 0, 0);
   return canvas;
 }
+
+// The same with a colour for each branch, as strong as the value; `branches` has the branch of every cell.
+function paintBranches(values, branches, size, largest, board) {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = Math.max(size, 1);
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(canvas.width, canvas.height);
+  const place = CONTRASTS[board.contrast];
+  const scale = largest > 0 ? 1 / largest : 0;
+  const ground = cssColor(rampColors("share")[0]).match(/\d+/g).map(Number);
+  for (let i = 0, k = 0; i < size; i++) {
+    for (let j = 0; j <= i; j++, k++) {
+      const level = place(clamp(values[k] * scale, 0, 1));
+      const color = board.branchColors[branches[k] % board.branchColors.length];
+      const at = 4 * (i * size + j);
+      for (let channel = 0; channel < 3; channel++) image.data[at + channel] = ground[channel] + level * (color[channel] - ground[channel]);
+      image.data[at + 3] = 255;
+    }
+  }
+  context.putImageData(image, 0, 0);
+  return canvas;
+}

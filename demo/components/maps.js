@@ -3,7 +3,7 @@ const root = element.querySelector(".view");
 const empty = el("div", "empty", props.empty);
 const body = el("div");
 const tip = el("div", "tip");
-const probes = ["ink", "muted", "panel"].map((name) => el("span", `probe ${name}`));
+const probes = ["ink", "muted", "panel", "s1", "s2", "s3", "s4", "s5", "s6"].map((name) => el("span", `probe ${name}`));
 tip.hidden = true;
 root.append(empty, body, tip, ...probes);
 
@@ -13,6 +13,8 @@ let figures = [];
 let charts = [];
 let tokenSpans = [];
 let readout = null;
+let steps = []; // {node, fill(row)}; the first one sums up
+let next = null; // {node, fill(row)}
 let hovered = null; // {row, column}
 let locked = null;
 
@@ -108,12 +110,14 @@ function load() {
     const scale = map.scale || map.key;
     largest[scale] = map.values.reduce((most, value) => Math.max(most, Math.abs(value)), largest[scale] || 0);
   }
+  for (const map of maps) if (map.labels) map.branches = decodeBytes(map.labels);
   for (const map of maps) map.largest = map.limit ?? largest[map.scale || map.key];
 }
 
 function readColors() {
-  const [ink, muted, panel] = probes.map((probe) => getComputedStyle(probe).color);
+  const [ink, muted, panel, ...series] = probes.map((probe) => getComputedStyle(probe).color);
   board.colors = { ink, muted, panel };
+  board.branchColors = series.map((color) => color.match(/[\d.]+/g).slice(0, 3).map(Number));
   board.font = getComputedStyle(root).getPropertyValue("--mono").trim() || "monospace";
 }
 
@@ -136,12 +140,19 @@ function build() {
   figures = maps.map((map) => new MapFigure(map, board));
   const count = view.maps.length;
   readout = buildReadout();
+  steps = buildSteps();
+  next = buildNext();
   charts = (view.rows || []).map(buildChart);
   body.replaceChildren(
     buildToolbar(),
+    ...buildStrip(),
+    ...(view.says || []).map((sentence) => el("div", "says", sentence)),
     el("div", "figures", null, ...figures.slice(0, count).map((figure) => figure.node)),
     readout.node,
     section("The text", buildTokens(), "Coloured by what the chosen token reads in the first map; point at a token to choose it."),
+    ...buildReach(),
+    ...(steps.length ? [section("How this token reads, step by step", el("ol", "steps", null, ...steps.slice(1).map((step) => step.node)))] : []),
+    ...(next ? [section("What comes next", next.node, "After the chosen token, and on the whole part shown.")] : []),
     ...(charts.length ? [section("For each token", el("div", "curves", null, ...charts.map((chart) => chart.node)))] : []),
     ...(figures.length > count ? [section("Inside this method", partsGrid(count))] : []),
     ...(view.tables?.length ? [section("Learned", el("div", "curves", null, ...view.tables.map(buildTable)))] : []),
@@ -189,7 +200,9 @@ function buildToolbar() {
     button("+", "Zoom in", () => board.zoomBy(1.6), "square"),
     button("Whole", "Show the whole map", () => board.zoomBy(1e-9)),
     button("PNG", "Download the maps as a picture", downloadPicture),
+    button("SVG", "Download the maps as a drawing", downloadDrawing),
     button("JSON", "Download the maps as numbers", downloadNumbers),
+    ...(props.page ? [button("HTML", "Download this view as a page of its own", downloadPage)] : []),
   );
 }
 
@@ -217,8 +230,109 @@ function buildReadout() {
   });
   const values = el("div", null, null, el("div", "muted", "Value of the cell"), ...cells.map((cell) => cell.node));
   const grid = el("div", "readings", null, values, ...rankings.map((ranking) => ranking.node));
-  const node = el("div", "readout", null, where, grid);
-  return { node, where, cells, rankings };
+  const summary = el("div", "summary");
+  const reach = props.standalone ? [] : [button("Reach", "Find the tokens that change what comes after this one", askForReach)];
+  const node = el("div", "readout", null, el("div", "line top", null, where, ...reach), summary, grid);
+  return { node, where, summary, cells, rankings };
+}
+
+// A sentence with gaps that are filled for a token; see steps.py.
+function buildSteps() {
+  return (view.steps || []).map(({ text, values }) => {
+    const pieces = text.split("{}");
+    const gaps = values.map(() => el("b"));
+    const node = el("li", null, null, ...pieces.flatMap((piece, index) => (index < gaps.length ? [piece, gaps[index]] : [piece])));
+    const fill = (row) => {
+      gaps.forEach((gap, index) => (gap.textContent = said(values[index][row])));
+      return node.textContent;
+    };
+    return { node, fill };
+  });
+}
+
+function said(value) {
+  return typeof value === "number" ? formatNumber(value) : String(value ?? "–");
+}
+
+// What each model expects after the chosen token, and its figures on the part shown.
+function buildNext() {
+  const models = view.next?.models || [];
+  if (!models.length) return null;
+  const columns = models.map((model) => {
+    const kl = el("div", "muted small");
+    const lines = (model.top[0] || []).map(() => {
+      const name = el("span", "mono");
+      const value = el("span", "number");
+      return { name, value, node: el("div", "line read", null, name, value) };
+    });
+    const figures = [`perplexity ${formatNumber(model.perplexity)}`];
+    if (model.kl !== null) figures.push(`KL ${formatNumber(model.kl)} nats`, `same first choice ${percent(model.agreement)}`);
+    const node = el("div", null, null, el("h4", null, readable(model.name)), el("div", "muted small", figures.join(" · ")), kl, ...lines.map((line) => line.node));
+    const fill = (row) => {
+      kl.textContent = model.kls ? `here KL ${formatNumber(model.kls[row])} nats` : "here it is what the others are measured by";
+      lines.forEach(({ name, value, node }, index) => {
+        const [token, probability] = model.top[row][index];
+        name.textContent = shorten(visible(token), 18);
+        value.textContent = percent(probability);
+        node.style.setProperty("--share", 100 * probability + "%");
+      });
+    };
+    return { node, fill };
+  });
+  return { node: el("div", "readings next", null, ...columns.map((column) => column.node)), fill: (row) => columns.forEach((column) => column.fill(row)) };
+}
+
+function percent(share) {
+  return share === null || share === undefined ? "–" : (100 * share).toFixed(share < 0.1 ? 1 : 0) + " %";
+}
+
+// Which part of a longer text is shown; a click or the arrow keys move it.
+function buildStrip() {
+  const shown = board.tokens.length;
+  if (!view.total || view.total <= shown || props.standalone) return [];
+  const last = view.total - shown;
+  const move = (start) => trigger("select", { start: clamp(Math.round(start), 0, last) });
+  const bar = el("div", "bar", null, el("span", "part"));
+  bar.style.setProperty("--from", (100 * view.start) / view.total + "%");
+  bar.style.setProperty("--size", (100 * shown) / view.total + "%");
+  bar.addEventListener("click", (event) => {
+    const box = bar.getBoundingClientRect();
+    move(((event.clientX - box.left) / box.width) * view.total - shown / 2);
+  });
+  const step = Math.max(1, Math.round(shown * 0.75));
+  const earlier = button("◀ Earlier", "Show an earlier part of the text", () => move(view.start - step));
+  const later = button("Later ▶", "Show a later part of the text", () => move(view.start + step));
+  earlier.disabled = view.start <= 0;
+  later.disabled = view.start >= last;
+  return [el("div", "strip", null, earlier, bar, later)];
+}
+
+function askForReach() {
+  const row = (locked ?? hovered)?.row ?? board.tokens.length - 1;
+  trigger("select", { reach: row });
+}
+
+// Which tokens change what is predicted after one of them.
+function buildReach() {
+  const { reach } = view;
+  if (!reach) return [];
+  const most = Math.max(...reach.models.flatMap((model) => model.effects), 1e-12);
+  const level = (effect) => (effect > 1e-8 ? 0.15 + 0.85 * clamp(1 + Math.log10(effect / most) / 5, 0, 1) : 0);
+  const blocks = reach.models.map((model) => {
+    const box = el("div", "tokens reached");
+    box.dir = "ltr";
+    model.effects.forEach((effect, index) => {
+      const span = el("span", index === reach.row ? "token query" : "token", readable(board.tokens[index]));
+      span.title = `${formatNumber(effect)} nats`;
+      span.style.setProperty("--share", level(effect));
+      box.append(span);
+    });
+    const before = model.before ? `, ${model.before} of them before the part shown` : "";
+    return el("div", null, null, el("h4", null, readable(model.name)), el("div", "muted small", `reached by ${model.reached} of ${reach.of} tokens${before}`), box);
+  });
+  const groups = reach.together > 1 ? ` ${reach.together} neighbours are changed at a time.` : "";
+  const note = `Each token is changed to another one; the colour is how far that moves what is predicted after ${named(reach.row)} (KL, five powers of ten). No colour: no effect at all.${groups}`;
+  return [section("Reach", el("div", "figures", null, ...blocks), note)];
 }
 
 function named(index) {
@@ -226,7 +340,11 @@ function named(index) {
 }
 
 function updateReadout(focus) {
-  const { where, cells, rankings } = readout;
+  const { where, summary, cells, rankings } = readout;
+  const row = focus ? focus.row : board.tokens.length - 1;
+  summary.textContent = steps.length ? named(row) + ": " + steps[0].fill(row) : "";
+  for (const step of steps) step.fill(row);
+  next?.fill(row);
   where.classList.toggle("muted", !focus);
   where.textContent = focus ? describe(focus) : "Point at a cell to read it, click to keep it; arrow keys move the kept cell.";
   for (const { map, value } of cells) {
@@ -380,27 +498,46 @@ function save(blob, extension) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-// All maps in a row, as they are drawn now, on the page's background.
+function drawing() {
+  const focus = board.focus();
+  const row = focus ? focus.row : board.tokens.length - 1;
+  const sentences = [...(view.says || []), ...(steps.length ? [`${named(row)}: ${steps[0].fill(row)}`] : [])];
+  return drawMaps(figures, board, view.title, sentences, tokensRead(row));
+}
+
+// Every token with the share that a row reads of it, on the scale of the text's colours.
+function tokensRead(row) {
+  const start = triangleIndex(row, 0);
+  const most = maps[0].values[start + strongest(row)];
+  return board.tokens.map((token, index) => ({
+    text: readable(token),
+    share: most > 0 && index <= row ? Math.sqrt(Math.max(maps[0].values[start + index], 0) / most) : 0,
+    chosen: index === row,
+  }));
+}
+
+function downloadDrawing() {
+  save(new Blob([drawing().text], { type: "image/svg+xml" }), "svg");
+}
+
+// The drawing, painted at twice its size.
 function downloadPicture() {
-  const side = Math.max(...figures.map((figure) => figure.canvas.width));
-  const columns = Math.min(3, figures.length);
-  const head = 36;
-  const canvas = document.createElement("canvas");
-  canvas.width = columns * side;
-  canvas.height = head + Math.ceil(figures.length / columns) * (side + head);
-  const context = canvas.getContext("2d");
-  context.fillStyle = isDark() ? "#0b0f19" : "#ffffff";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.fillStyle = board.colors.ink;
-  context.font = "18px sans-serif";
-  context.fillText(view.title, 12, 24, canvas.width - 24);
-  figures.forEach((figure, index) => {
-    const x = (index % columns) * side;
-    const y = head + Math.floor(index / columns) * (side + head);
-    context.fillText(figure.map.title, x + 12, y + 24, side - 24);
-    context.drawImage(figure.canvas, x, y + head, side, side);
-  });
-  canvas.toBlob((blob) => save(blob, "png"));
+  const { text, width, height } = drawing();
+  const picture = new Image();
+  picture.onload = () => {
+    const canvas = document.createElement("canvas");
+    canvas.width = 2 * width;
+    canvas.height = 2 * height;
+    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+    canvas.toBlob((blob) => save(blob, "png"));
+  };
+  picture.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(text);
+}
+
+function downloadPage() {
+  const value = JSON.stringify(view).replace(/</g, "\\u003c").replace(/\u2028/g, "\\u2028").replace(/\u2029/g, "\\u2029");
+  const page = props.page.replace("DARK", () => (isDark() ? "dark" : "")).replace("VALUE", () => value);
+  save(new Blob([page], { type: "text/html" }), "html");
 }
 
 function downloadNumbers() {

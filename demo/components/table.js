@@ -17,7 +17,25 @@ function draw() {
     [...line.children].forEach((cell, index) => (cell.dataset.label = readable(headers[index] || "")));
     return line;
   });
-  root.replaceChildren(el("div", "scroll", null, el("table", "texts", null, head, el("tbody", null, null, ...lines))));
+  const table = el("div", "scroll", null, el("table", "texts", null, head, el("tbody", null, null, ...lines)));
+  root.replaceChildren(...(rows.length ? [table] : []), ...(rows.length && props.file ? [csvButton(headers, rows)] : []));
+}
+
+function csvButton(headers, rows) {
+  const button = el("button", "csv", "CSV");
+  button.type = "button";
+  button.title = "Download the table as comma-separated values";
+  button.addEventListener("click", () => {
+    // A cell that a spreadsheet would take for a formula is text.
+    const quoted = (cell) => `"${String(cell).replace(/^(?=[=+\-@\t\r])(?!-?[\d.]+$)/, "'").replace(/"/g, '""')}"`;
+    const lines = [headers, ...rows].map((row) => row.map(quoted).join(",") + "\r\n");
+    const link = el("a");
+    link.href = URL.createObjectURL(new Blob(["\ufeff", ...lines], { type: "text/csv" }));
+    link.download = `${props.file}.csv`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  });
+  return button;
 }
 
 watch("value", draw);

@@ -12,8 +12,9 @@ class TextTable(ScriptedHTML):
 
     Args:
         value: `{"headers": [text, ...], "rows": [[text, ...], ...]}`; the first column names the row.
+        file: name, without an extension, under which it can be downloaded as CSV; empty: it cannot.
         kwargs: further arguments of `gr.HTML`.
     """
 
-    def __init__(self, value: dict[str, Any] | None = None, **kwargs: Any):
-        super().__init__(value, scripts=("table.js",), styles=("table.css",), **kwargs)
+    def __init__(self, value: dict[str, Any] | None = None, *, file: str = "", **kwargs: Any):
+        super().__init__(value, scripts=("table.js",), styles=("table.css",), file=file, **kwargs)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
-from ..attention import AttentionViews, Passage, ViewError, encode_text, passage
-from ..components import AttentionMaps, HeadGrid
+from attention import ConfigError
+
+from ..address import in_address, number_in
+from ..attention import AttentionViews, Passage, Subject, ViewError, encode_text, passage
+from ..components import AttentionMaps, HeadGrid, Meter
 from ..context import VIEW, App, Session
+from ..glossary import GLOSSARY
+from ..mechanisms import UNCHANGED, Change, as_variant
 from ..models import LoadedModel, LoadError, ModelStore
 from ..runs import Run
 
 SHORTEST = 8
+FEWEST_BLOCKS = 3  # native sparse attention always reads as many
+NONE = "none"
+LONGEST_LISTS = 400  # layers, heads and parts that one request may name
 # Tells as the last value whether the tab is the one that is seen.
 IS_OPEN = """(...values) => [...values.slice(0, -1), Boolean(document.getElementById("attention-tab")?.offsetParent)]"""
 
@@ -26,27 +35,40 @@ class Chosen:
     text: str = ""
     start: int = 0
     count: int = 0
+    beside: str = NONE
+    change: Change = UNCHANGED
     layer: int = 0
     head: int = 0
 
     def same_passage(self, other: Chosen) -> bool:
-        return (self.model, self.text, self.start, self.count) == (other.model, other.text, other.start, other.count)
+        return self == replace(other, layer=self.layer, head=self.head)
 
 
 def build_attention_tab(app: App, session: Session) -> gr.Tab:
     """A model and a text, thumbnails of all layers and heads, and the maps of the one that is open."""
     handlers = Handlers(app.store)
     names = app.store.names()
+    first = handlers.first_model(names)
     with gr.Tab("Attention", id="attention", elem_id="attention-tab") as tab:
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                model = gr.Dropdown(
-                    names,
-                    value=handlers.first_model(names),
-                    label="Model",
-                    info="Its maps are shown beside those of its base on the same text.",
-                    elem_id="attention-model",
-                )
+                with gr.Row():
+                    model = gr.Dropdown(
+                        names,
+                        value=first,
+                        label="Model",
+                        info="Its maps are shown beside those of its base.",
+                        elem_id="attention-model",
+                        min_width=140,
+                    )
+                    beside = gr.Dropdown(
+                        handlers.beside_choices(first),
+                        value=NONE,
+                        label="And beside it",
+                        info="A second model of the same base.",
+                        elem_id="attention-beside",
+                        min_width=140,
+                    )
                 text = gr.Textbox(
                     label="Text",
                     info="The text generated last, or any other. Shift + Enter shows it.",
@@ -65,35 +87,104 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
                         info="Longer texts are shown in parts.",
                         elem_id="attention-count",
                     )
+                *what_if, reset = _what_if_controls()
                 show = gr.Button("Show attention", variant="primary", elem_id="attention-show")
+                meter = Meter(elem_id="attention-meter")
             with gr.Column(scale=4, min_width=300):
                 grid = HeadGrid(elem_id="attention-heads", empty="Every layer and head of the model appears here.")
         maps = AttentionMaps(elem_id="attention-maps", empty="Generate a text or write one, then press Show attention.")
+        with gr.Accordion("Words", open=False, elem_id="attention-glossary"):
+            gr.Markdown(GLOSSARY)
         chosen = gr.State(Chosen())
 
         lane = app.lane(VIEW)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        inputs = [model, text, start, count, session.runs, chosen]
-        gr.on([show.click, text.submit], handlers.show, inputs, [grid, maps, chosen], **quiet, **lane)
+        offered = gr.State("")  # the model whose parts stand among the controls of what is switched off
+        inputs = [model, text, start, count, beside, offered, *what_if, session.runs, chosen]
+        outputs = [meter, grid, maps, chosen, session.address]
+        off, off_in, silent, window, blocks = what_if
+        gr.on([show.click, text.submit], handlers.show, inputs, outputs, **quiet, **lane)
+        controls = [offered, beside, *what_if]
+        # A model is loaded for its parts only once they can be seen.
+        gr.on([tab.select, model.change], handlers.offer_parts, [model, offered], controls, queue=False, **quiet)
         gr.on(
-            [tab.select, model.input, start.change, count.release],
+            [
+                tab.select,
+                model.input,
+                beside.input,
+                start.change,
+                count.release,
+                off.input,
+                off_in.input,
+                silent.input,
+                window.release,
+                blocks.release,
+            ],
             handlers.show_if_any,
             inputs,
-            [grid, maps, chosen],
+            outputs,
             trigger_mode="always_last",
             **quiet,
             **lane,
         )
+        reset.click(
+            handlers.offer_parts, model, [beside, off, off_in, silent, window, blocks], queue=False, **quiet
+        ).then(handlers.show_if_any, inputs, outputs, **quiet, **lane)
         # Not "always_last": Gradio would repeat the data of the first click in place of the last one's.
-        grid.select(handlers.open, [session.runs, chosen], [maps, chosen], trigger_mode="multiple", **quiet, **lane)
+        opened = [maps, chosen, session.address]
+        grid.select(handlers.open, [session.runs, chosen], opened, trigger_mode="multiple", **quiet, **lane)
+        maps.select(handlers.act, [session.runs, chosen], [meter, maps, start], **quiet, **lane)
+        linked = gr.State(False)  # whether the text is a link's, which the page's first run must not replace
         taken = session.runs.change(
-            handlers.take_text, [session.runs, model], [text, model, start], queue=False, **quiet
+            handlers.take_text,
+            [session.runs, model, linked],
+            [text, model, start, linked],
+            queue=False,
+            **quiet,
         )
         is_open = gr.Checkbox(visible=False)
-        taken.then(handlers.follow, [*inputs, is_open], [grid, maps, chosen], js=IS_OPEN, **quiet, **lane)
+        taken.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
+        link = session.blocks.load(
+            handlers.open_link, session.runs, [model, text, start, count, chosen, linked, *controls], **quiet, **lane
+        )
+        link.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
         session.names.change(handlers.offer, [session.names, model], model, queue=False, **quiet)
         gr.api(handlers.attention, api_name="attention", **lane)
     return tab
+
+
+def _what_if_controls() -> list[Any]:
+    """Parts of the model to switch off, sizes to shrink, and a button that takes it all back."""
+    with gr.Accordion("What if …", open=False, elem_id="attention-what-if"):
+        gr.Markdown("Switch parts off or make them smaller: maps, gates, next tokens and KL follow.")
+        return [
+            gr.CheckboxGroup([], label="Switched off", elem_id="attention-off"),
+            gr.Dropdown(
+                [],
+                multiselect=True,
+                label="In these layers only",
+                info="None chosen: in all of them.",
+                elem_id="attention-off-in",
+            ),
+            gr.Dropdown(
+                [],
+                multiselect=True,
+                label="Silent layers and heads",
+                info="Their attention adds nothing.",
+                elem_id="attention-silent",
+            ),
+            gr.Slider(1, 2, 1, step=1, label="Window", visible=False, elem_id="attention-window"),
+            gr.Slider(
+                FEWEST_BLOCKS,
+                FEWEST_BLOCKS + 1,
+                FEWEST_BLOCKS,
+                step=1,
+                label="Blocks read",
+                visible=False,
+                elem_id="attention-blocks",
+            ),
+            gr.Button("As it is", size="sm", elem_id="attention-as-it-is"),
+        ]
 
 
 class Handlers:
@@ -112,55 +203,192 @@ class Handlers:
         """The models that can be chosen."""
         return gr.Dropdown(choices=names, value=model if model in names else self.first_model(names))
 
-    def take_text(self, runs: list[Run], model: str | None) -> tuple[Any, Any, Any]:
+    def beside_choices(self, model: str | None) -> list[str]:
+        """The other variants of a model's base, which read the same tokens."""
+        if model not in self.store.names():
+            return [NONE]
+        others = [name for name in self.store.names() if not self.store.entry(name).is_base and name != model]
+        return [NONE, *(name for name in others if self._base_of(name) == self._base_of(model))]
+
+    def parts_of(self, model: str | None) -> tuple[list[str], list[int], list[tuple[str, str]], int, int]:
+        """What of a model can be switched off: branches, layers, silent places, largest window, most blocks."""
+        try:
+            mechanisms = as_variant(self.store.get(model)).mechanisms if model in self.store.names() else []
+        except (LoadError, ValueError):
+            mechanisms = []
+        branches = dict.fromkeys(name for mechanism in mechanisms for name in _in_use(mechanism))
+        places = []
+        for layer, mechanism in enumerate(mechanisms):
+            places.append((f"layer {layer}", str(layer)))
+            places += [(f"layer {layer}, head {h}", f"{layer}.{h}") for h in range(mechanism.layer.num_heads)]
+        window, blocks = (
+            max((getattr(mechanism.config, name, 0) or 0 for mechanism in mechanisms), default=0)
+            for name in ("window", "num_selected")
+        )
+        window, blocks = max(window, 1), max(blocks, FEWEST_BLOCKS)
+        return list(branches), list(range(len(mechanisms))), places, window, blocks
+
+    def offer_parts(self, model: str | None, offered: str = "") -> tuple[Any, ...]:
+        """The parts of a model, none of them switched off; nothing new if they are those offered already."""
+        if model == offered:
+            return (gr.skip(),) * 7
+        *_, window, blocks = self.parts_of(model)
+        return model, *self._controls(model, NONE, [], [], [], window, blocks)
+
+    def _controls(
+        self, model: str | None, beside: str, off: list, off_in: list, silent: list, window: int, blocks: int
+    ) -> tuple[Any, ...]:
+        """The controls of what is switched off, for a model's parts and with these values."""
+        branches, layers, places, most_window, most_blocks = self.parts_of(model)
+        fewest = FEWEST_BLOCKS
+        return (
+            gr.Dropdown(choices=self.beside_choices(model), value=beside),
+            gr.CheckboxGroup(choices=branches, value=off, visible=bool(branches)),
+            gr.Dropdown(choices=layers, value=off_in, multiselect=True, visible=bool(branches)),
+            gr.Dropdown(choices=places, value=silent, multiselect=True),
+            gr.Slider(maximum=max(most_window, 2), value=window, visible=most_window > 1),
+            gr.Slider(maximum=max(most_blocks, fewest + 1), value=blocks, visible=most_blocks > fewest),
+        )
+
+    def take_text(self, runs: list[Run], model: str | None, linked: bool = False) -> tuple[Any, Any, Any, bool]:
         """The text of the newest run: the chosen model's, or else that of the first variant in it."""
         columns = [column for column in runs[0].columns if column.tokens] if runs else []
-        if not columns:
-            return (gr.skip(),) * 3
+        if not columns or linked:
+            return gr.skip(), gr.skip(), gr.skip(), False if columns else linked
         names = self.store.names()
         own = [column for column in columns if column.name == model]
         variants = [c for c in columns if c.name in names and not self.store.entry(c.name).is_base]
         column = (own or variants or columns)[0]
-        return "".join(column.tokens), column.name if column.name in names else gr.skip(), 0
+        return "".join(column.tokens), column.name if column.name in names else gr.skip(), 0, False
 
-    def show(
-        self, model: str | None, text: str, start: int | None, count: int, runs: list[Run], chosen: Chosen
-    ) -> tuple[Any, Any, Chosen]:
-        """Thumbnails and maps of a text."""
+    def open_link(self, runs: list[Run], request: gr.Request) -> tuple[Any, ...]:
+        """What the page's address asks for: model, text, part, place, and what is switched off."""
+        query = request.query_params
+        model, text = query.get("attention_model"), query.get("attention_text")
+        if model not in self.store.names():
+            return (gr.skip(),) * 13
+        count = number_in(query, "attention_count", self.store.limits.view_tokens)
+        chosen = Chosen(layer=number_in(query, "attention_layer", 0), head=number_in(query, "attention_head", 0))
+        return (
+            model,
+            gr.skip() if text is None else text[: self.store.limits.prompt_characters],
+            number_in(query, "attention_start", 0),
+            min(max(count, SHORTEST), self.store.limits.view_tokens),
+            chosen,
+            text is not None and not runs,
+            *self._linked_parts(model, query),
+        )
+
+    def _linked_parts(self, model: str, query: Any) -> tuple[Any, ...]:
+        """The controls of what is switched off, with the values of an address as far as the model has them."""
+        if not any(name.startswith("attention_if_") or name == "attention_beside" for name in query):
+            return "", *(gr.skip(),) * 6
+        off, off_in, silent, window, blocks = self.parts_of(model)
+        beside, asked = query.get("attention_beside", NONE), query.getlist("attention_if_off")
+        layers = [layer for layer in off_in if str(layer) in query.getlist("attention_if_layer")]
+        places = [place for _, place in silent if place in query.getlist("attention_if_silent")]
+        values = (
+            beside if beside in self.beside_choices(model) else NONE,
+            [name for name in off if name in asked],
+            layers,
+            places,
+            min(max(number_in(query, "attention_if_window", window), 1), window),
+            min(max(number_in(query, "attention_if_blocks", blocks), FEWEST_BLOCKS), blocks),
+        )
+        return model, *self._controls(model, *values)
+
+    def in_address(self, chosen: Chosen, runs: list[Run]) -> Any:
+        """What is shown, for the page's address; a text that was generated here comes with its run."""
+        change = chosen.change
+        own = any("".join(column.tokens) == chosen.text for run in runs for column in run.columns)
+        silent = [*map(str, sorted(change.silent_layers)), *(f"{a}.{b}" for a, b in sorted(change.silent_heads))]
+        whole = chosen.count == self.store.limits.view_tokens
+        return in_address(
+            attention_model=[chosen.model],
+            attention_text=[] if own else [chosen.text],
+            attention_layer=[str(chosen.layer)],
+            attention_head=[str(chosen.head)],
+            attention_start=[str(chosen.start)] if chosen.start else [],
+            attention_count=[] if whole else [str(chosen.count)],
+            attention_beside=[] if chosen.beside == NONE else [chosen.beside],
+            attention_if_off=sorted(change.off),
+            attention_if_layer=list(map(str, sorted(change.layers))),
+            attention_if_silent=silent,
+            attention_if_window=[] if change.window is None else [str(change.window)],
+            attention_if_blocks=[] if change.blocks is None else [str(change.blocks)],
+        )
+
+    def show(self, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Thumbnails and maps of a text, and until they are there how far they have come."""
+        *asked, runs, chosen = values
+        yield _meter(0, "Loading the models"), *(gr.skip(),) * 4
         try:
-            loaded, part = self._read(model, text, start, count, runs)
-            heads = self.views.heads(loaded, part, chosen.layer, chosen.head)
-            maps = self.views.maps(loaded, part, heads["layer"], heads["head"])
-        except (ViewError, LoadError) as error:
+            wanted = self._wanted(*asked, layer=chosen.layer, head=chosen.head)
+            subject = self._subject(wanted, runs)
+            for share, doing in self.views.work(subject):
+                yield _meter(share, doing), *(gr.skip(),) * 4
+            heads = self.views.heads(subject, chosen.layer, chosen.head)
+            maps = self.views.maps(subject, heads["layer"], heads["head"])
+        except (ViewError, LoadError, ConfigError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return heads, maps, Chosen(model, text, int(start or 0), int(count), heads["layer"], heads["head"])
+        shown = replace(wanted, layer=heads["layer"], head=heads["head"])
+        yield None, heads, maps, shown, self.in_address(shown, runs)
 
-    def show_if_any(
-        self, model: str | None, text: str, start: int | None, count: int, runs: list[Run], chosen: Chosen
-    ) -> tuple[Any, Any, Any]:
+    def show_if_any(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The same where there is a text and it is not shown already."""
-        wanted = Chosen(model or "", text, int(start or 0), int(count))
-        if not text or not model or wanted.same_passage(chosen):
-            return (gr.skip(),) * 3
-        return self.show(model, text, start, count, runs, chosen)
+        *asked, _, chosen = values
+        model, text = asked[:2]
+        if text and model and not self._wanted(*asked).same_passage(chosen):
+            yield from self.show(*values)
+        else:
+            yield (gr.skip(),) * 5
 
-    def follow(self, *values: Any) -> tuple[Any, Any, Any]:
+    def follow(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The same, if the tab is open, as the last value says."""
         *inputs, is_open = values
-        return self.show_if_any(*inputs) if is_open else (gr.skip(),) * 3
+        if is_open:
+            yield from self.show_if_any(*inputs)
+        else:
+            yield (gr.skip(),) * 5
 
-    def open(self, runs: list[Run], chosen: Chosen, event: gr.EventData) -> tuple[Any, Chosen]:
+    def open(self, runs: list[Run], chosen: Chosen, event: gr.EventData) -> tuple[Any, Chosen, Any]:
         """The maps of a layer and head that was clicked."""
         try:
             layer, head = int(event.layer), int(event.head)
-            loaded, part = self._read(chosen.model, chosen.text, chosen.start, chosen.count, runs)
-            maps = self.views.maps(loaded, part, layer, head)
+            maps = self.views.maps(self._subject(chosen, runs), layer, head)
         except (ViewError, LoadError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return maps, Chosen(chosen.model, chosen.text, chosen.start, chosen.count, layer, head)
+        shown = replace(chosen, layer=layer, head=head)
+        return maps, shown, self.in_address(shown, runs)
+
+    def act(self, runs: list[Run], chosen: Chosen, event: gr.EventData) -> Iterator[tuple[Any, Any, Any]]:
+        """What a part of the maps asks for: another part of the text, or how far back a token's prediction reaches."""
+        data = event._data or {}
+        if "start" in data:
+            yield gr.skip(), gr.skip(), _whole("start", data["start"])
+            return
+        try:
+            subject, row = self._subject(chosen, runs), _whole("token", data.get("reach"))
+            found = None
+            for share, found in self.views.reach(subject, row):
+                if found is None:
+                    yield _meter(share, "Changing one token after another"), gr.skip(), gr.skip()
+            maps = self.views.maps(subject, chosen.layer, chosen.head)
+        except (ViewError, LoadError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        yield None, {**maps, "reach": found}, gr.skip()
 
     def attention(
-        self, text: str, model: str, layer: int = 0, head: int = 0, start: int = 0, count: int = 64
+        self,
+        text: str,
+        model: str,
+        layer: int = 0,
+        head: int = 0,
+        start: int = 0,
+        count: int = 64,
+        off: list[str] | None = None,
+        window: int | None = None,
+        blocks: int | None = None,
     ) -> dict[str, Any]:
         """What one head of a model attends to in a text, beside the same head of its base.
 
@@ -171,17 +399,78 @@ class Handlers:
             head: head of the layer, from 0.
             start: first token to return.
             count: how many tokens to return, at most 400.
+            off: parts of the method to switch off in all layers: branches, or places of masks.
+            window: a smaller window, where the method has one.
+            blocks: fewer blocks to read, where the method reads blocks; at least 3.
 
         Returns:
-            A JSON object: `tokens`; `maps`, with `model` and, for a variant, `base`, each a list of rows, where
-            number j of row i is the weight with which token i reads token j ≤ i; `keys_read`, a number for each
-            token; `start` and `total_tokens`; `layers` and `heads`, how many the model has.
+            A JSON object: `tokens`; `maps`, with `model` and, for a variant, `base` (and `unchanged`, if parts are
+            off), each a list of rows, where number j of row i is the weight with which token i reads token j ≤ i;
+            `before`, the weight on tokens before the first one returned; `elsewhere`, for each other map the part of
+            the attention that lies elsewhere, over all tokens that are read; `keys_read` and `keys_scored`, numbers
+            for each token; `start` and `total_tokens`; `layers` and `heads`, how many the model has.
         """
         try:
-            loaded, part = self._read(model, text, start, count, [])
-            return self.views.numbers(loaded, part, _whole("layer", layer), _whole("head", head))
-        except (ViewError, LoadError) as error:
+            change = Change(
+                off=frozenset(_strings("off", off)),
+                window=None if window is None else _positive("window", window, 1),
+                blocks=None if blocks is None else _positive("blocks", blocks, FEWEST_BLOCKS),
+            )
+            count = min(_whole("count", count), self.store.limits.view_tokens)
+            subject = self._subject(Chosen(model, text, _whole("start", start or 0), count, NONE, change), [])
+            return self.views.numbers(subject, _whole("layer", layer), _whole("head", head))
+        except (ViewError, LoadError, ConfigError) as error:
             raise gr.Error(str(error), print_exception=False) from None
+
+    def _wanted(
+        self,
+        model: str | None,
+        text: str,
+        start: int | None,
+        count: int,
+        beside: str | None,
+        offered: str,
+        off: list[str],
+        off_in: list[int],
+        silent: list[str],
+        window: int | None,
+        blocks: int | None,
+        **place: int,
+    ) -> Chosen:
+        """What the controls ask for; a size that is the model's own is no change, and neither is another model's."""
+        beside = beside if beside in self.beside_choices(model) else NONE
+        asked = Chosen(model or "", text, int(start or 0), int(count), beside, **place)
+        if offered != model:
+            return asked
+        branches, layers, places, most_window, most_blocks = self.parts_of(model)
+        known = {value for _, value in places}
+        heads = [place.split(".") for place in _strings("silent", silent) if place in known]
+        off = [name for name in _strings("off", off) if name in branches]
+        change = Change(
+            off=frozenset(off),
+            layers=frozenset(layer for layer in off_in or [] if layer in layers) if off else frozenset(),
+            silent_layers=frozenset(int(parts[0]) for parts in heads if len(parts) == 1),
+            silent_heads=frozenset((int(parts[0]), int(parts[1])) for parts in heads if len(parts) == 2),
+            window=_smaller(window, most_window, 1),
+            blocks=_smaller(blocks, most_blocks, FEWEST_BLOCKS),
+        )
+        return replace(asked, change=change)
+
+    def _subject(self, chosen: Chosen, runs: list[Run]) -> Subject:
+        loaded, part = self._read(chosen.model, chosen.text, chosen.start, chosen.count, runs)
+        branches = self.parts_of(chosen.model)[0]
+        if unknown := sorted(chosen.change.off - set(branches)):
+            raise ViewError(
+                f"{loaded.name} has no part {', '.join(unknown)[:80]}; there are: {', '.join(branches) or 'none'}."
+            )
+        beside = None
+        if chosen.beside != NONE:
+            if chosen.beside not in self.beside_choices(chosen.model):
+                raise ViewError(
+                    f"{str(chosen.beside)[:80]} cannot be shown beside {loaded.name}: not of the same base."
+                )
+            beside = self.store.get(chosen.beside)
+        return Subject(loaded, part, chosen.change, beside)
 
     def _read(
         self, model: str | None, text: str, start: int | None, count: int, runs: list[Run]
@@ -207,6 +496,35 @@ class Handlers:
 
     def _base_of(self, name: str) -> str:
         return self.store.entry(name).base or name
+
+
+def _meter(share: float, text: str) -> dict[str, Any]:
+    return {"share": share, "text": text}
+
+
+def _in_use(mechanism: Any) -> list[str]:
+    """The branches of a mechanism that it has: of masks, the places with a weight."""
+    weights = mechanism.summary()
+    return [name for name in mechanism.branches if name not in weights or any(weights[name])]
+
+
+def _smaller(size: int | None, most: int, least: int) -> int | None:
+    """A size below the model's own, None for its own."""
+    return None if size is None or not least <= size < most else int(size)
+
+
+def _strings(name: str, values: object) -> list[str]:
+    if values is None:
+        return []
+    if not isinstance(values, list) or len(values) > LONGEST_LISTS or not all(isinstance(v, str) for v in values):
+        raise ViewError(f"{name} is {str(values)[:80]!r}; it must be a list of names.")
+    return values
+
+
+def _positive(name: str, value: object, least: int) -> int:
+    if (number := _whole(name, value)) < least:
+        raise ViewError(f"{name} is {number}; it must be at least {least}.")
+    return number
 
 
 def _whole(name: str, value: object) -> int:

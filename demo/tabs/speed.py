@@ -1,4 +1,4 @@
-"""The tab that measures what attention costs on this machine."""
+"""The tab that shows what attention costs: measured on this machine, and counted."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from typing import Any
 
 import gradio as gr
 
+from .. import counting
 from ..components import Curves, Meter
 from ..components.notices import Notices
+from ..components.table import TextTable
 from ..context import MEASURE, App, Session
+from ..costs_table import HELP, costs_table
+from ..counting import Counted
 from ..models import LoadError, ModelStore
-from ..speed import COUNTED, LONGEST, MEASURED, Level, SpeedError, SpeedRun, charts, report, verdicts
+from ..speed import LONGEST, Level, SpeedError, SpeedRun, charts, report, verdicts
 
-LEVELS: list[tuple[str, Level]] = [("One layer's attention alone", "layer"), ("The whole model", "model")]
+COUNT = "count"
+LEVELS: list[tuple[str, Level]] = [("Attention alone", "attention"), ("The whole model", "model")]
+ALL_LAYERS = "all layers"
+MOST_LAYERS = 200
 CHART_HEIGHT = 330  # about what the charts take
 FRAME_SECONDS = 0.15  # the bar does not move more often: every step goes through the network
 STOP_SECONDS = 5.0  # how long Stop waits for a pass to end
 LENGTHS = [512, 1024, 2048, 4096, LONGEST]
+# What was measured stays on the page while more is counted; both are needed for the table.
+Shown = tuple[Counted | None, SpeedRun | None]
 
 
 def build_speed_tab(app: App, session: Session) -> gr.Tab:
-    """Models, a level and a length; curves that grow as they are measured, and the arithmetic beside them."""
+    """Models, a level and a length; curves that grow as they are measured, the arithmetic, and all of it in a table."""
     handlers = Handlers(app.store)
     names = app.store.names()
     with gr.Tab("Speed", id="speed", elem_id="speed-tab") as tab:
@@ -37,11 +46,19 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             )
             level = gr.Radio(
                 LEVELS,
-                value="layer",
+                value="attention",
                 label="What is measured",
-                info="The rest of a model costs the same for every method; its context ends the curves.",
+                info="The rest of a model costs the same for every method; its context ends the measured curves.",
                 elem_id="speed-level",
                 min_width=300,
+            )
+            layer = gr.Dropdown(
+                [ALL_LAYERS],
+                value=ALL_LAYERS,
+                label="Layers",
+                info="All, one after another, or one.",
+                elem_id="speed-layer",
+                min_width=140,
             )
             longest = gr.Dropdown(
                 LENGTHS, value=4096, label="Longest text", info="In tokens.", elem_id="speed-longest", min_width=140
@@ -51,33 +68,49 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             stop = gr.Button("Stop", scale=1, elem_id="speed-stop")
         meter = Meter(elem_id="speed-meter")
         gr.Markdown(
-            "### Measured on this machine\nLogarithmic axes; lower is better. Each time is the shortest of several."
+            "### Measured on this machine\nLogarithmic axes; lower is better. Medians of several rounds, in which the "
+            "models take turns; the bars are where the median lies with 90 %. While a text is written here, measuring "
+            "waits."
         )
         measured = Curves(
             elem_id="speed-measured",
-            empty="Press Measure: the curves appear length by length, in under a minute.",
+            empty="Press Measure: the curves appear length by length, in about a minute.",
             room=CHART_HEIGHT,
         )
         verdict = Notices(elem_id="speed-verdict")
         gr.Markdown(
-            "### Counted\nThe same on every machine: these say what to expect where a busy machine misleads the clock."
+            "### Counted\nThe same on every machine, for texts of up to a million tokens. Operations are not time: "
+            "how many a second a machine does depends on their kind."
         )
-        counted = Curves(elem_id="speed-counted", empty="Counted along with the measurement.", room=CHART_HEIGHT)
-        lane = app.lane(MEASURE)
-        outputs = [meter, verdict, measured, counted]
+        counted = Curves(elem_id="speed-counted", empty="Nothing is chosen.", room=CHART_HEIGHT)
+        counted_verdict = Notices(elem_id="speed-counted-verdict")
+        gr.Markdown(f"### In one table\n{HELP}")
+        table = TextTable(elem_id="speed-table", file="attention-costs")
+        results: gr.State = gr.State(None)
+
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         running = start.click(
             handlers.measure,
-            [models, level, longest],
-            outputs,
-            show_progress="hidden",
-            api_visibility="private",
-            **lane,
+            [models, level, layer, longest],
+            [meter, verdict, measured, results],
+            **quiet,
+            **app.lane(MEASURE),
         )
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        shown = gr.State(None)  # what is counted on the page
+        gr.on(
+            [tab.select, models.change, level.change, layer.change],
+            handlers.count,
+            [models, level, layer, shown],
+            [layer, counted_verdict, counted, shown],
+            trigger_mode="always_last",
+            **quiet,
+            **app.lane(COUNT),
+        )
+        gr.on([results.change, shown.change], handlers.table, [shown, results], table, **quiet, **app.lane(COUNT))
         # Through the queue, like the measurement: so the browser gets its answer after all that was on the way.
         stop.click(handlers.stop, None, meter, cancels=[running], concurrency_limit=None, **quiet)
         session.names.change(handlers.offer, [session.names, models], models, queue=False, **quiet)
-        gr.api(handlers.speed, api_name="speed", **lane)
+        gr.api(handlers.speed, api_name="speed", **app.lane(MEASURE))
     return tab
 
 
@@ -96,16 +129,47 @@ class Handlers:
     def stop(self, request: gr.Request) -> dict[str, Any]:
         """Ends the visitor's measurement; returns what the bar says, once nothing more can come."""
         run = self._running.get(request.session_hash)
-        if run is not None:
-            run.stop()
-            run.ended.wait(STOP_SECONDS)
-        return {"share": run.share if run else 0.0, "text": "Stopped; what was measured stays."}
+        if run is None:
+            return {"share": 0.0, "text": "Nothing is being measured."}
+        run.stop()
+        run.ended.wait(STOP_SECONDS)
+        return {"share": run.share, "text": "Stopped; what was measured stays."}
 
-    def measure(self, models: list[str], level: Level, longest: int, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """Yields (meter, verdicts, measured, counted) while it measures."""
+    def count(self, models: list[str], level: Level, layer: str, shown: Any) -> tuple[Any, Any, Any, Any]:
+        """What the chosen models need, by count: (layers to choose from, words, curves, what is shown)."""
+        asked = (models, level, layer)
+        if shown == asked:
+            return (gr.skip(),) * 4
+        if not models:
+            return gr.skip(), [], [], asked
+        try:
+            found = self._count(models, level, layer)
+        except (SpeedError, LoadError) as error:
+            return gr.skip(), [{"level": "warning", "text": str(error)}], [], asked
+        layers = max(len(counter.mechanisms) for counter in found.counters.values()) if layer == ALL_LAYERS else 0
+        choices = gr.Dropdown(choices=[ALL_LAYERS, *map(str, range(layers))], visible=level != "model")
+        if not layers:
+            choices = gr.Dropdown(visible=level != "model")
+        said = [{"level": "info", "text": sentence} for sentence in counting.verdicts(found)]
+        return choices, said, counting.charts(found), asked
+
+    def table(self, shown: Any, results: dict[str, Any] | None) -> dict[str, Any]:
+        """All that is known of the chosen models, in one table."""
+        if not shown or not shown[0]:
+            return {}
+        try:
+            found = self._count(*shown)
+        except (SpeedError, LoadError):
+            return {}
+        return costs_table(found, results)
+
+    def measure(
+        self, models: list[str], level: Level, layer: str, longest: int, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yields (meter, verdicts, measured, results) while it measures."""
         yield {"share": 0.0, "text": "Loading the models"}, [], gr.skip(), gr.skip()
         try:
-            run = self._run(models, level, longest)
+            run = self._run(models, level, longest, layer)
         except (SpeedError, LoadError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         self._running[request.session_hash] = run
@@ -114,41 +178,65 @@ class Handlers:
         finally:
             self._running.pop(request.session_hash, None)
 
-    def speed(self, models: list[str], level: Level = "layer", longest: int = 2048) -> dict[str, Any]:
-        """Measures what models cost on this machine, by the length of the text.
+    def speed(
+        self, models: list[str], level: Level = "attention", longest: int = 2048, layer: int | None = None
+    ) -> dict[str, Any]:
+        """Measures and counts what models cost, by the length of the text.
 
         Args:
             models: names of models, as /models lists them; the base of each is measured along with it.
-            level: "layer" for the attention of one layer alone, "model" for the whole model.
-            longest: tokens of the longest text, from 64 to 8192; a whole model ends at its context.
+            level: "attention" for the attention of the layers alone, "model" for the whole model.
+            longest: tokens of the longest text that is measured, from 64 to 8192; a whole model ends at its context.
+            layer: with level "attention", the one layer that is measured, from 0; null: all, one after another.
 
         Returns:
-            A JSON object: `samples`, one for each model and length, with `prefill_ms`, `token_ms`, `peak_bytes`,
-            `state_bytes`, `operations` and `keys_read`; `break_even`, for each variant the length from which on it is
-            at least as fast as its base, or null; `verdicts`, the same in words; `finished`, false if time ran out.
+            A JSON object: `samples`, one for each model and length, with `prefill_ms`, `token_ms`, their spreads,
+            `peak_bytes` and `state_bytes`; `ratios` to the base, with intervals; `break_even`, for each variant the
+            length from which on it is as fast as its base, how far it is surely slower and from where on surely
+            faster, null where noise hides it; `verdicts`, the same in words; `asked` and `reached`, the longest
+            texts; `finished`, false if time ran out; `counted`, one for each model and length up to 1,048,576, with
+            `operations`, `keys_read`, `keys_scored` and `state_bytes`, and `counted_break_even`.
         """
+        chosen = ALL_LAYERS if layer is None else str(layer)
         try:
-            run = self._run(models, level, longest)
+            run = self._run(models, level, longest, chosen)
+            found = self._count(models, level, chosen)
         except (SpeedError, LoadError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         for _ in run.measure():
             pass
-        return report(run)
+        return {**report(run), **counting.report(found)}
 
-    def _run(self, models: list[str], level: Level, longest: int) -> SpeedRun:
+    def _count(self, models: list[str], level: Level, layer: str) -> Counted:
+        self._check(models, level, layer)
+        return Counted([self.store.get(name) for name in models], level, _layers(layer))
+
+    def _run(self, models: list[str], level: Level, longest: int, layer: str = ALL_LAYERS) -> SpeedRun:
+        problems = []
+        if not isinstance(longest, int) or not 64 <= longest <= LONGEST:
+            problems.append(f"The longest text has 64 to {LONGEST:,} tokens.")
+        self._check(models, level, layer, problems)
+        layers = _layers(layer)
+        return SpeedRun([self.store.get(name) for name in models], level, longest, self.store.limits.seconds, layers)
+
+    def _check(self, models: list[str], level: Level, layer: str, others: list[str] | None = None) -> None:
+        """Raises `SpeedError` with all that is wrong."""
         problems = []
         limits, names = self.store.limits, self.store.names()
         if not isinstance(models, list) or not 0 < len(models) <= limits.models_per_run:
             problems.append(f"Choose 1 to {limits.models_per_run} models.")
         elif unknown := [str(name)[:80] for name in models if name not in names]:
             problems.append(f"No model {', '.join(unknown)}; there are: {', '.join(names)}.")
-        if level not in ("layer", "model"):
-            problems.append(f"What is measured is 'layer' or 'model', not {str(level)[:80]!r}.")
-        if not isinstance(longest, int) or not 64 <= longest <= LONGEST:
-            problems.append(f"The longest text has 64 to {LONGEST:,} tokens.")
-        if problems:
+        if level not in ("attention", "model"):
+            problems.append(f"What is measured is 'attention' or 'model', not {str(level)[:80]!r}.")
+        if layer != ALL_LAYERS and not (isinstance(layer, str) and layer.isdecimal() and int(layer) < MOST_LAYERS):
+            problems.append(f"A layer is a number from 0, not {str(layer)[:80]!r}.")
+        if problems := [*problems, *(others or [])]:
             raise SpeedError(" ".join(problems))
-        return SpeedRun([self.store.get(name) for name in models], level, longest, limits.seconds)
+
+
+def _layers(layer: str) -> list[int] | None:
+    return None if layer == ALL_LAYERS else [int(layer)]
 
 
 def _frames(run: SpeedRun) -> Iterator[tuple[Any, ...]]:
@@ -158,11 +246,17 @@ def _frames(run: SpeedRun) -> Iterator[tuple[Any, ...]]:
         meter = {"share": run.share, "text": run.doing}
         if len(run.samples) > known:
             known = len(run.samples)
-            said = [{"level": "info", "text": sentence} for sentence in verdicts(run)]
-            yield meter, said, charts(run, MEASURED), charts(run, COUNTED)
+            yield meter, _said(run), charts(run), gr.skip()
         elif time.monotonic() - shown > FRAME_SECONDS:
             yield meter, gr.skip(), gr.skip(), gr.skip()
         else:
             continue
         shown = time.monotonic()
-    yield {"share": run.share, "text": run.doing}, gr.skip(), gr.skip(), gr.skip()
+    yield {"share": run.share, "text": run.doing}, _said(run), gr.skip(), report(run)
+
+
+def _said(run: SpeedRun) -> list[dict[str, str]]:
+    said = [{"level": "info", "text": sentence} for sentence in verdicts(run)]
+    if run.falls_short:
+        said[-1]["level"] = "warning"
+    return said

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..address import in_address
 from ..components import Curves, Facts, Samples
 from ..components.table import TextTable
 from ..context import App, Session
@@ -31,16 +32,27 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
             "do. Nats per token, with standard errors."
         )
         lookups = TextTable(elem_id="training-slices")
-        gr.Markdown("### Through training")
-        history = Curves(elem_id="training-curves", empty="This checkpoint has no history of its training.")
-        gr.Markdown("### What it wrote on the way")
-        texts = Samples(elem_id="training-samples", empty="No texts were written while it was trained.")
-        gr.Markdown("### What its attention learned\nMeans over the heads, from the first layer (faint) to the last.")
-        inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
+        with gr.Column(visible=False) as through:
+            gr.Markdown(
+                "### Through training\nVertical lines: a stage begins. What came before the curves, if anything, is "
+                "not on record step by step."
+            )
+            history = Curves(elem_id="training-curves", empty="This checkpoint has no history of its training.")
+        with gr.Column(visible=False) as wrote:
+            gr.Markdown("### What it wrote on the way")
+            texts = Samples(elem_id="training-samples", empty="No texts were written while it was trained.")
+        with gr.Column(visible=False) as inner:
+            gr.Markdown(
+                "### What its attention learned\nMeans over the heads, from the first layer (faint) to the last; a "
+                "layer without a curve does not have the part."
+            )
+            inside = Curves(elem_id="training-learned", empty="Its mechanisms have recorded nothing of their own.")
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        outputs = [about, history, texts, inside, lookups]
+        outputs = [about, history, texts, inside, through, wrote, inner, lookups]
         # By default a choice made while the tab is still being filled would be dropped.
         gr.on([tab.select, model.change], handlers.show, model, outputs, trigger_mode="always_last", **quiet)
+        model.input(lambda name: in_address(training_model=[name]), model, session.address, **quiet)
+        session.blocks.load(handlers.open_link, None, model, **quiet)
         session.names.change(handlers.offer, [session.names, model], model, **quiet)
     return tab
 
@@ -60,10 +72,16 @@ class Handlers:
         """The models that can be chosen."""
         return gr.Radio(choices=names, value=model if model in names else self.first_model(names))
 
+    def open_link(self, request: gr.Request) -> Any:
+        """The checkpoint in the page's address."""
+        name = request.query_params.get("training_model")
+        return name if name in self.store.names() else gr.skip()
+
     def show(self, model: str | None) -> tuple[Any, ...]:
-        """Facts, curves, samples, learned quantities and slices of a checkpoint."""
+        """Facts, curves, samples and learned quantities of a checkpoint, whether there are any of these, and slices."""
         if model not in self.store.names():
-            return [], [], [], [], {}
+            return [], [], [], [], *(gr.Column(visible=False),) * 3, {}
         entry = self.store.entry(model)
         rows, card = read_history(entry.folder), read_card(entry.folder)
-        return facts(entry, rows, card), curves(rows), samples(rows), learned(rows), slices(card)
+        shown = curves(rows, card), samples(rows), learned(rows)
+        return facts(entry, rows, card), *shown, *(gr.Column(visible=bool(each)) for each in shown), slices(card)

@@ -573,6 +573,18 @@ def test_summary_names_the_weights():
 # States and counts.
 
 
+def test_keys_that_are_scored_are_counted_beside_those_that_are_read():
+    def scored(*candidates: str, disabled: tuple[str, ...] = ()) -> list[int]:
+        mechanism = MasksConfig(candidates=candidates).build(layer())
+        mechanism.disable(*disabled)
+        return [mechanism.keys_scored(position) for position in (0, 5, 999)]
+
+    assert scored("window(8)", "first(2)") == [0, 0, 0]
+    assert scored("window(8)", "top(4)") == [1, 5, 5]  # the best four so far, and the new one
+    assert scored("top(4)", "induction(2)") == [1, 6, 1000]  # every earlier token is compared with the query's
+    assert scored("window(8)", "top(4)", "induction(2)", disabled=("induction(2)",)) == [1, 5, 5]
+
+
 @given(config=CONFIGS["masks"], position=st.integers(0, 40))
 def test_keys_read_is_the_size_of_the_support(config, position):
     assume(not config.build(layer()).plan().by_content)

@@ -341,6 +341,15 @@ def test_keys_read_are_those_the_maps_show(config, position):
     assert config.build(shape).keys_read(position) == seen
 
 
+@given(config=nsa_configs(), length=st.integers(0, 90))
+def test_keys_of_a_whole_text_are_summed_without_going_through_it(config, length):
+    mechanism = config.build(layer())
+    assert mechanism._keys_read_before(length) == sum(mechanism.keys_read(position) for position in range(length))
+    assert [mechanism.keys_scored(position) for position in range(length)] == [
+        config.visible(position) for position in range(length)
+    ]
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the number of elements of the largest result of an operation."""
 

@@ -1,14 +1,18 @@
 """The attention tab in a browser: values, keeping, thumbnails, links to the text, downloads, hostile tokens."""
 
 import json
+import re
 import struct
 import threading
+from urllib.parse import urlencode
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 import attention
+from demo.attention import Look
 from demo.engine import Decoder
 
 from .conftest import Watched
@@ -233,6 +237,114 @@ def test_maps_are_saved_as_numbers_and_as_a_picture(tab: Page, maps):
     assert height > 600
 
 
+def test_the_drawing_has_labels_colours_and_the_text(tab: Page, maps):
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download the maps as a drawing").click()
+    root = ElementTree.parse(download.value.path()).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [node.text or "" for node in root.iter(f"{space}text")]
+    assert "masks · layer 0 · head 0" in texts
+    assert len(list(root.iter(f"{space}linearGradient"))) == len(list(root.iter(f"{space}image"))) - 1  # one by branch
+    assert "".join(texts[-maps["masks"][0].shape[-1] :]) == TEXT
+    assert any("of its weight" in text for text in texts)
+
+
+def test_the_page_of_its_own_needs_nothing_and_runs_no_token(tab: Page, browser: BrowserContext, tmp_path):
+    show(tab, HOSTILE)
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download this view as a page of its own").click()
+    path = tmp_path / "view.html"
+    download.value.save_as(path)
+    watched = Watched(browser.new_page())
+    watched.page.unroute_all()
+    requests = []
+    watched.page.on("request", lambda request: requests.append(request.url))
+    watched.page.goto(path.as_uri())
+    expect(watched.page.locator(".title")).to_have_text("masks · layer 0 · head 0")
+    expect(watched.page.locator(".tokens")).to_contain_text("<img src=x onerror=alert(1)> ${alert(2)}")
+    watched.page.locator(".tokens .token").nth(6).click()
+    expect(watched.page.locator(".where")).to_contain_text("(6) reads")
+    expect(watched.page.locator(".steps li").first).to_be_visible()
+    expect(watched.page.get_by_role("button", name="Reach")).to_have_count(0)
+    watched.page.close()
+    assert watched.errors == []
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_the_sentence_and_the_steps_follow_the_token(tab: Page, maps):
+    tokens = tab.locator("#attention-maps .tokens .token")
+    tokens.nth(3).hover()
+    summary = tab.locator("#attention-maps .summary")
+    expect(summary).to_contain_text("It reads 4 of 4 tokens; of its weight")
+    tokens.nth(12).hover()
+    expect(summary).to_contain_text("of 13 tokens")
+    expect(tab.locator("#attention-maps .steps")).to_contain_text("of the 13 tokens so far")
+    expect(tab.locator("#attention-maps .next")).to_contain_text("perplexity")
+
+
+def test_heads_in_another_order(tab: Page):
+    heads = tab.locator("#attention-heads")
+    heads.get_by_label("Heads in order of").select_option("previous")
+    shares = [int(re.search(r"(\d+) %", text)[1]) for text in heads.locator(".head .axis").all_inner_texts()]
+    assert len(shares) == 4
+    assert shares == sorted(shares, reverse=True)
+    heads.get_by_role("radio").nth(2).click()
+    expect(heads.get_by_role("radio").nth(2)).to_be_checked()
+    heads.get_by_label("Heads in order of").select_option("place")
+
+
+def test_what_if(tab: Page):
+    tab.get_by_role("button", name="What if").click()
+    tab.get_by_label("window(6)").check()
+    expect(title(tab)).to_contain_text("masks, without window(6) · layer 0")
+    expect(canvas(tab, "unchanged")).to_be_visible()
+    expect(tab.locator("#attention-maps .next h4")).to_have_text(["masks, without window(6)", "masks", "base"])
+    expect(tab.locator("#attention-meter progress")).to_be_hidden()
+    tab.get_by_role("button", name="As it is").click()
+    expect(title(tab)).to_have_text("masks · layer 0 · head 0")
+    tab.get_by_role("button", name="What if").click()
+
+
+def test_reach(tab: Page):
+    tab.locator("#attention-maps .tokens .token").nth(9).click()
+    tab.get_by_role("button", name="Reach").click()
+    reached = tab.locator("#attention-maps .reached")
+    expect(reached).to_have_count(2)
+    expect(reached.first.locator(".token")).to_have_count(10)
+    expect(tab.locator("#attention-maps")).to_contain_text("reached by 10 of 10 tokens")
+
+
+def test_it_shows_that_it_works(tab: Page, monkeypatch: pytest.MonkeyPatch):
+    gate, rows = threading.Event(), Look.rows
+
+    def held(look: Look, layer: int) -> torch.Tensor:
+        gate.wait(60)
+        return rows(look, layer)
+
+    monkeypatch.setattr(Look, "rows", held)
+    tab.locator("#attention-text textarea").fill("Something new that takes its time.")
+    tab.get_by_role("button", name="Show attention").click()
+    expect(tab.locator("#attention-meter")).to_contain_text("masks: layer 0 of 2")
+    expect(tab.locator("#attention-meter progress")).to_be_visible()
+    gate.set()
+    expect(tab.locator("#attention-maps .tokens")).to_contain_text("Something new")
+    expect(tab.locator("#attention-meter")).to_have_text("")
+
+
+def test_what_is_shown_survives_a_reload(browser: BrowserContext, url: str):
+    watched = Watched(browser.new_page())
+    query = {"attention_model": "masks", "attention_text": TEXT, "attention_layer": 1, "attention_head": 1}
+    watched.page.goto(f"{url}?{urlencode(query)}")
+    expect(watched.page.locator("#generate-columns .token").nth(60)).to_be_visible()
+    watched.page.get_by_role("tab", name="Attention").click()
+    expect(title(watched.page)).to_have_text("masks · layer 1 · head 1")
+    assert watched.page.locator("#attention-maps .tokens").inner_text() == TEXT
+    watched.page.get_by_role("radio", name="Layer 0, head 1").click()
+    watched.page.wait_for_url("**attention_layer=0&attention_head=1**")
+    watched.page.close()
+    assert watched.errors == []
+
+
 def test_hostile_tokens_are_text(tab: Page):
     show(tab, HOSTILE)
     tokens = tab.locator("#attention-maps .tokens")
@@ -253,8 +365,10 @@ def test_a_long_text_is_shown_in_parts(tab: Page, store):
     start.fill("20")
     start.press("Enter")
     expect(title(tab)).to_contain_text("tokens 20 to")
-    start.fill("0")
-    start.press("Enter")
+    tab.get_by_role("button", name="Show a later part of the text").click()
+    expect(title(tab)).not_to_contain_text("tokens 20 to")
+    tab.locator("#attention-maps .strip .bar").click(position={"x": 2, "y": 5})
+    expect(title(tab)).to_contain_text("tokens 0 to")
 
 
 def test_bad_input_is_said(tab: Page):

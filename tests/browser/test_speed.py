@@ -1,5 +1,7 @@
 """The speed tab in a browser: curves that grow, words, Stop."""
 
+import csv
+import io
 import re
 
 from playwright.sync_api import Page, expect
@@ -16,32 +18,44 @@ def test_curves_and_words(page: Page):
     expect(page.locator("#speed-measured")).to_contain_text("Press Measure")
     page.get_by_role("button", name="Measure", exact=True).click()
     expect(page.locator("#speed-meter")).to_contain_text("Done")
-    for part in ("#speed-measured", "#speed-counted"):
-        charts = page.locator(part).locator(".chart")
-        expect(charts).to_have_count(3)
-        for chart in charts.all():
-            expect(chart.locator("path.series")).to_have_count(2)
-            expect(chart.locator("circle")).to_have_count(2 * 4)  # 64, 128, 256 and 512 tokens
-    expect(page.locator("#speed-verdict")).to_contain_text(re.compile("masks, reading a text: (slower|no slower)"))
+    charts = page.locator("#speed-measured .chart")
+    expect(charts).to_have_count(3)
+    for index, chart in enumerate(charts.all()):
+        expect(chart.locator("path.series")).to_have_count(2)
+        expect(chart.locator("circle")).to_have_count(2 * 4)  # 64, 128, 256 and 512 tokens
+        expect(chart.locator("path.spread")).to_have_count(2 * 4 * (index < 2))
+    expect(page.locator("#speed-verdict")).to_contain_text(
+        re.compile("masks, reading a text: (slower|faster|too noisy to tell)")
+    )
+    table = page.locator("#speed-table table")
+    expect(table).to_contain_text("Reading 512, ms")
+    with page.expect_download() as download:
+        page.locator("#speed-table .csv").click()
+    rows = list(csv.reader(io.StringIO(download.value.path().read_text(encoding="utf-8-sig"))))
+    assert rows[0][0] == "Model"
+    assert [row[0] for row in rows[1:]] == ["base", "masks"]
 
 
-def test_a_chart_is_read_by_pointer_and_keyboard(page: Page, store):
-    open_tab(page, "512")
-    page.get_by_role("button", name="Measure", exact=True).click()
-    expect(page.locator("#speed-meter")).to_contain_text("Done")
-    chart = page.locator("#speed-counted .chart").filter(has_text="Keys read")
+def test_counted_needs_no_measurement_and_reaches_a_million_tokens(page: Page, store):
+    page.get_by_role("tab", name="Speed").click()
+    expect(page.locator("#speed-counted-verdict")).to_contain_text("masks, counted: reading a text takes")
+    chart = page.locator("#speed-counted .chart").filter(has_text="Keys read and scored")
     drawing = chart.locator("svg")
     drawing.press("ArrowLeft")
-    expect(chart.locator(".keys")).to_contain_text("tokens 512")
-    expect(chart.locator(".keys")).to_contain_text("base512")
-    expect(chart.locator(".keys")).to_contain_text(f"masks{store.get('masks').model.mechanisms[0].keys_read(511)}")
+    expect(chart.locator(".keys")).to_contain_text("tokens 1.05M")
+    keys = sum(mechanism.keys_read(2**20 - 1) for mechanism in store.get("masks").model.mechanisms)
+    expect(chart.locator(".keys")).to_contain_text(f"masks{keys}")
     drawing.press("ArrowLeft")
-    expect(chart.locator(".keys")).to_contain_text("tokens 256")
-    box = drawing.bounding_box()
-    page.mouse.move(box["x"] + 50, box["y"] + 60)
-    expect(chart.locator(".keys")).to_contain_text("tokens 64")
+    expect(chart.locator(".keys")).to_contain_text("tokens 524k")
     page.mouse.move(0, 0)
-    expect(chart.locator(".keys")).not_to_contain_text("tokens")
+    page.locator("#speed-layer input").click()
+    page.get_by_role("option", name="1", exact=True).click()
+    one = store.get("masks").model.mechanisms[1].keys_read(2**20 - 1)
+    drawing = page.locator("#speed-counted .chart").filter(has_text="Keys read and scored").locator("svg")
+    expect(page.locator("#speed-table table")).to_be_visible()
+    page.wait_for_timeout(1500)
+    drawing.press("ArrowLeft")
+    expect(chart.locator(".keys")).to_contain_text(f"masks{one}")
 
 
 def test_stop_keeps_what_was_measured(page: Page, monkeypatch):
@@ -49,7 +63,7 @@ def test_stop_keeps_what_was_measured(page: Page, monkeypatch):
     monkeypatch.setattr("demo.speed.MAX_ROUNDS", 10**6)
     open_tab(page, "8192")
     page.get_by_role("button", name="Measure", exact=True).click()
-    circles = page.locator("#speed-counted circle")
+    circles = page.locator("#speed-measured circle")
     expect(circles.first).to_be_visible()
     page.locator("#speed-stop").click()
     expect(page.locator("#speed-meter")).to_contain_text("Stopped")

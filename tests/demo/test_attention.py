@@ -2,17 +2,22 @@
 
 from base64 import b64decode
 from dataclasses import replace
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import QueryParams
 
 import attention
+import demo.attention
 from attention.reference import effective_mask, softmax_weights
-from demo.attention import AttentionViews, Passage, ViewError, encode_text, passage
+from demo.attention import AttentionViews, Look, Passage, Subject, ViewError, encode_text, passage
+from demo.mechanisms import Change, as_variant
 from demo.parts import explain, total_variation, weight_tables
+from demo.reach import reach
 from demo.runs import Column, Run, Settings
 from demo.tabs.attention import Chosen, Handlers
 
@@ -27,9 +32,35 @@ def zoo(checkpoints):
     return load_zoo(checkpoints / "base")
 
 
+class Views:
+    """The views, asked for a model and a passage."""
+
+    def __init__(self, cache_bytes: int = 256_000_000):
+        self.views = AttentionViews(cache_bytes)
+
+    def __getattr__(self, name):
+        return lambda loaded, part, *place, **options: getattr(self.views, name)(
+            Subject(loaded, part, **options), *place
+        )
+
+
 @pytest.fixture
 def views():
-    return AttentionViews()
+    return Views()
+
+
+@pytest.fixture
+def restored():
+    """Puts the weights of mechanisms back that a test changes."""
+    before = []
+
+    def keep(mechanism):
+        before.append((mechanism, {name: t.clone() for name, t in mechanism.state_dict().items()}))
+        return mechanism
+
+    yield keep
+    for mechanism, weights in before:
+        mechanism.load_state_dict(weights)
 
 
 def read(loaded, text=TEXT, start=0, count=400) -> Passage:
@@ -97,6 +128,224 @@ def test_a_part_of_a_text_is_cut_out_of_the_whole(zoo, views, method):
     torch.testing.assert_close(torch.tensor(outside), expected, atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_distances_of_a_part_are_those_of_whole_rows(zoo, views, method):
+    loaded = zoo[method]
+    part = passage(loaded, encode_text(loaded, TEXT, 10_000)[:46], 30, 16)
+    ids = torch.tensor([part.token_ids])
+    ours, theirs = (attention.attention_maps(model, ids)[1][0] for model in (loaded.model, zoo["base"].model))
+    expected = total_variation(ours, theirs)[:, 30:]
+    cut = total_variation(ours[:, 30:, 30:], theirs[:, 30:, 30:])
+    if method != "softmax":
+        assert (expected - cut).abs().max() > 0.1  # so that keys before the part matter
+    rows = views.maps(loaded, part, 1, 1)["rows"]
+    told = next(each for each in rows if "elsewhere" in each["title"])["series"][0]["values"]
+    torch.testing.assert_close(torch.tensor(told), expected[1], atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(views.heads(loaded, part, 0, 0)["distance"][1]), expected.mean(-1), atol=2e-3, rtol=0
+    )
+    numbers = views.numbers(loaded, part, 1, 1)
+    torch.testing.assert_close(torch.tensor(numbers["elsewhere"]["base"]), expected[1], atol=2e-3, rtol=0)
+    before = attention.attention_maps(loaded.model, ids)[1][0, 1, 30:, :30].sum(-1)
+    torch.testing.assert_close(torch.tensor(numbers["before"]["model"]), before, atol=2e-3, rtol=0)
+    outside = next(each for each in rows if "before the part shown" in each["title"])["series"][0]["values"]
+    torch.testing.assert_close(torch.tensor(outside), before, atol=2e-3, rtol=0)
+
+
+def test_gates_are_means_over_the_text_and_not_those_at_an_input_of_zero(zoo, views, restored):
+    loaded = zoo["nsa"]
+    mechanism = restored(loaded.model.mechanisms[1])
+    torch.manual_seed(0)
+    mechanism.gate_weight.data.normal_(std=3)
+    part = read(loaded, start=5, count=30)
+    view = views.maps(loaded, part, 1, 1)
+    curves = {s["name"]: s["values"] for s in next(r for r in view["rows"] if r["title"] == "Gates")["series"]}
+    by_layer, by_head = ({row["name"]: row["values"] for row in table["rows"]} for table in view["tables"])
+    for name in mechanism.branches:
+        mean = sum(curves[name]) / len(curves[name])
+        assert by_head[f"{name} gate"][1] == pytest.approx(mean, abs=1e-3)
+        assert abs(mean - mechanism.summary()[f"{name}_gate"][1]) > 0.02
+        assert by_layer[f"{name} gate"][1] == pytest.approx(sum(by_head[f"{name} gate"]) / 2, abs=1e-3)
+
+
+def test_layers_of_different_methods_leave_each_others_weights_empty(zoo):
+    mechanisms = [zoo["masks"].model.mechanisms[0], zoo["nsa"].model.mechanisms[1]]
+    rows = {row["name"]: row["values"] for row in weight_tables(mechanisms, 1)[0]["rows"]}
+    assert rows["first(2)"] == [0.5, None]
+    assert rows["window gate"][0] is None
+    assert rows["window gate"][1] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("method", ["masks", "nsa", "performer"])
+@torch.inference_mode()
+def test_the_parts_of_a_method_add_up_to_its_map(zoo, views, method):
+    loaded = zoo[method]
+    part = read(loaded, start=9, count=30)
+    for layer in (0, 1):
+        look = views.views._look(Subject(loaded, part), "model")
+        parts = look.parts(layer, 1)
+        assert len(parts.branches) > 1
+        torch.testing.assert_close(sum(parts.branches.values()), look.rows(layer)[1], atol=3e-3, rtol=1e-2)
+        if method == "masks" and layer == 0:
+            near, first = parts.branches["Near places"], parts.branches["First tokens"]
+            assert not near[20, : 20 + 9 - 6].any()
+            assert not first[:, 2:].any()
+            assert first[20, :2].min() > 0
+
+
+def test_heads_are_found_by_what_they_look_at(zoo, views):
+    loaded = zoo["base"]
+    part = read(loaded, "the old man and the old man and the sea and the old man")
+    ids = torch.tensor(part.token_ids)
+    maps = attention.attention_maps(loaded.model, ids[None])
+    measures = {each["key"]: each["values"] for each in views.heads(loaded, part, 0, 0)["measures"]}
+    assert set(measures) == {"previous", "first", "followed", "mean"}  # a base has no distance from itself
+    for layer, head in ((0, 0), (1, 1)):
+        rows = maps[layer][0, head]
+        assert measures["previous"][layer][head] == pytest.approx(float(rows.diagonal(-1).mean()), abs=2e-3)
+        assert measures["first"][layer][head] == pytest.approx(float(rows[1:, 0].mean()), abs=2e-3)
+        shares = []
+        for i in range(len(ids)):
+            after = [j + 1 for j in range(i) if ids[j] == ids[i]]
+            shares += [float(rows[i, after].sum())] if after else []
+        assert measures["followed"][layer][head] == pytest.approx(sum(shares) / len(shares), abs=2e-3)
+
+
+def test_a_head_that_reads_all_tokens_alike_says_that_it_is_near_the_mean(zoo, views, restored):
+    loaded = zoo["softmax"]
+    view = views.maps(loaded, read(loaded), 1, 0)
+    assert view["says"] == []
+    even = restored(loaded.model.mechanisms[1])
+    look = Views()
+    try:
+        rows = torch.ones(1, 2, len(read(loaded).tokens), len(read(loaded).tokens)).tril()
+        even.attention_map = lambda *_: rows / rows.sum(-1, keepdim=True)
+        assert "near the running mean of the values" in look.maps(loaded, read(loaded), 1, 0)["says"][0]
+        assert look.heads(loaded, read(loaded), 0, 0)["measures"][-1]["values"][1] == pytest.approx([0, 0], abs=1e-2)
+    finally:
+        del even.attention_map
+
+
+@pytest.mark.parametrize("method", ["base", *METHODS])
+def test_every_token_has_a_sentence_and_steps_with_its_own_numbers(zoo, views, method):
+    loaded = zoo[method]
+    part = read(loaded, start=6, count=20)
+    steps = views.maps(loaded, part, 1, 0)["steps"]
+    assert len(steps) >= 4
+    for step in steps:
+        assert step["text"].count("{}") == len(step["values"])
+        assert all(len(column) == 20 for column in step["values"])
+        assert "{" not in step["text"].replace("{}", "")
+
+
+def test_the_sentence_of_nsa_counts_blocks_and_weight(zoo, views):
+    loaded = zoo["nsa"]
+    part = read(loaded)
+    view = views.maps(loaded, part, 0, 1)
+    last = len(part.tokens) - 1
+    sentence = view["steps"][0]
+    said = sentence["text"].format(*(column[last] for column in sentence["values"]))
+    config = loaded.model.mechanisms[0].config
+    read_blocks = int(unpack(by_key(view["parts"])["selected_blocks"])[last].sum() // config.select_block)
+    assert said.startswith(f"It read 3 of {last // config.select_block + 1} blocks, 3 of them always; of its weight")
+    assert read_blocks in (2, 3)  # the last one may be incomplete
+    gates = {s["name"]: s["values"][last] for s in next(r for r in view["rows"] if r["title"] == "Gates")["series"]}
+    share = gates["window"] / sum(gates.values())
+    assert f"{100 * share:.0f} % in the window" in said
+
+
+@torch.no_grad()
+def test_what_a_part_is_worth_shows_in_maps_and_predictions(zoo, views):
+    loaded = zoo["nsa"]
+    part = read(loaded)
+    change = Change(off=frozenset({"window"}), blocks=3)
+    view = views.maps(loaded, part, 1, 0, change=change)
+    assert [each["key"] for each in view["maps"]] == [
+        "model", "unchanged", "base", "difference-unchanged", "difference",
+    ]  # fmt: skip
+    assert "without window" in view["title"]
+    gates = {s["name"]: s["values"] for s in next(r for r in view["rows"] if r["title"] == "Gates")["series"]}
+    assert set(gates["window"]) == {0}
+    mechanism, q, k, x = attention.mechanism_inputs(loaded.model, torch.tensor([part.token_ids]))[0]
+    mechanism.disable("window")
+    try:
+        expected = mechanism.attention_map(q, k, x)[0, 1]
+        logits = loaded.model(torch.tensor([part.token_ids])).logits[0]
+    finally:
+        mechanism.disable()
+    first = views.maps(loaded, part, 0, 1, change=Change(off=frozenset({"window"}), layers=frozenset({0})))
+    torch.testing.assert_close(unpack(first["maps"][0]), expected, atol=1e-3, rtol=1e-3)
+    off, as_it_is, base = first["next"]["models"]
+    theirs = zoo["base"].model(torch.tensor([part.token_ids])).logits[0].log_softmax(-1)
+    kl = (theirs.exp() * (theirs - logits.log_softmax(-1))).sum(-1)
+    assert off["kl"] == pytest.approx(float(kl.mean()), rel=1e-2, abs=1e-4)
+    assert off["kl"] != as_it_is["kl"]
+    assert base["kl"] is None
+    assert not loaded.model.mechanisms[0].disabled
+
+
+@pytest.mark.parametrize("method", ["base", "nsa", "performer", "masks"])
+def test_silent_heads_and_layers_add_nothing(zoo, views, method):
+    loaded = zoo[method]
+    part = read(loaded)
+    silent = views.maps(loaded, part, 0, 0, change=Change(silent_heads=frozenset({(0, 0)})))
+    assert not unpack(silent["maps"][0]).any()
+    assert unpack(views.maps(loaded, part, 0, 1, change=Change(silent_heads=frozenset({(0, 0)})))["maps"][0]).any()
+    whole = Change(silent_layers=frozenset({0, 1}))
+    look = Look(loaded, part, whole)
+    body = as_variant(loaded).transformer
+    ids = torch.tensor([part.token_ids])
+    x = body.wte(ids) + body.wpe(torch.arange(ids.shape[1]))
+    for block in body.h:
+        x = x + block.attn.c_proj.bias
+        x = x + block.mlp(block.ln_2(x))
+    expected = loaded.model.lm_head(body.ln_f(x))[0].detach()
+    torch.testing.assert_close(look.predictions.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_smaller_window_is_the_models_own_with_another_config(zoo, views):
+    loaded = zoo["performer"]
+    small = attention.convert(zoo["base"].model, attention.PerformerConfig(num_features=8, window=2)).eval()
+    weights = {name: t for name, t in loaded.model.state_dict().items() if "mechanism" in name}
+    small.load_state_dict(weights, strict=False)
+    part = read(loaded)
+    changed = views.maps(loaded, part, 1, 0, change=Change(window=2))
+    expected = attention.attention_maps(small, torch.tensor([part.token_ids]))[1][0, 0]
+    torch.testing.assert_close(unpack(changed["maps"][0]), expected, atol=2e-3, rtol=2e-3)
+    assert loaded.model.mechanisms[0].config.window == 4
+
+
+def test_two_variants_stand_beside_the_base(zoo, views):
+    part = read(zoo["nsa"])
+    view = views.maps(zoo["nsa"], part, 1, 1, beside=zoo["masks"])
+    maps = by_key(view["maps"])
+    assert list(maps) == ["model", "beside", "base", "difference-beside", "difference"]
+    for key, name in (("beside", "masks"), ("base", "base"), ("model", "nsa")):
+        expected = attention.attention_maps(zoo[name].model, torch.tensor([part.token_ids]))[1][0, 1]
+        torch.testing.assert_close(unpack(maps[key]), expected, atol=1e-3, rtol=1e-3)
+    assert [model["name"] for model in view["next"]["models"]] == ["nsa", "masks", "base"]
+
+
+def test_a_prediction_reaches_what_changes_it(zoo):
+    loaded = zoo["masks"]
+    ids = tuple(encode_text(loaded, TEXT, 10_000)[:40])
+    narrow = Change(off=frozenset({"first(2)", "window(6)", "top(4)", "induction(2)"}))
+    found = list(reach(loaded, ids, narrow))[-1]
+    # Layer 0 then reads the token itself and the one two back; layer 1 has nothing left and reads the token itself.
+    assert found.reached.nonzero().flatten().tolist() == [37, 39]
+    whole = list(reach(zoo["base"], ids, Change()))[-1]
+    assert whole.reached.all()
+    assert whole.together == 1
+
+
+def test_neighbours_are_changed_together_in_a_long_text(zoo, monkeypatch):
+    monkeypatch.setattr("demo.reach.BUDGET", 400)
+    found = list(reach(zoo["base"], tuple(range(10, 50)), Change()))[-1]
+    assert found.together == 4
+    assert len(found.effects) == 40
+    assert len(set(found.effects[:4].tolist())) == 1
+
+
 def test_texts_longer_than_the_context_are_windowed(zoo, views):
     loaded = zoo["base"]
     ids = encode_text(loaded, TEXT * 6, 10_000)
@@ -139,9 +388,10 @@ def test_masks_show_their_weights_and_the_effective_mask(zoo, views):
     assert {row["name"] for row in by_layer["rows"]} == set().union(*of_layer)
     assert by_layer["columns"] == ["layer 0", "layer 1"]
     for row in by_layer["rows"]:
-        assert row["values"] == [0.5 * (row["name"] in names) for names in of_layer]
+        assert row["values"] == [0.5 if row["name"] in names else None for names in of_layer]
     assert by_head["columns"] == ["head 0", "head 1"]
-    assert {value for row in by_head["rows"] for value in row["values"]} == {0.0, 0.5}
+    assert {row["name"] for row in by_head["rows"]} == set(of_layer[0])  # no row for what the layer does not have
+    assert {value for row in by_head["rows"] for value in row["values"]} == {0.5}
 
 
 def test_the_effective_mask_shows_the_keys_that_the_text_decides(zoo, views):
@@ -212,7 +462,8 @@ def test_a_method_that_nobody_knows_is_shown_by_shapes(zoo):
     }
     mechanism.attention_parts = lambda *_: told
     mechanism.summary = lambda: {"weight": [0.25, 0.75], "scalar": [0.5]}
-    parts = explain(mechanism, q, k, x, torch.arange(20)[None], head=1, shown=slice(4, length))
+    rows = torch.rand(length - 4, length, generator=generator)
+    parts = explain(mechanism, q, k, x, torch.arange(20)[None], head=1, shown=slice(4, length), rows=rows)
     maps, rows = by_key(parts.maps), {each["title"]: each for each in parts.rows}
     torch.testing.assert_close(unpack(maps["square"]), told["square"][0, 1, 4:, 4:].tril(), atol=1e-3, rtol=1e-3)
     assert maps["signed"]["kind"] == "difference"
@@ -259,9 +510,9 @@ def test_a_model_without_its_base_is_shown_alone(zoo, views):
 
 def test_a_passage_is_computed_once_and_memory_is_bounded(zoo, monkeypatch):
     calls = []
-    original = attention.mechanism_inputs
-    monkeypatch.setattr("demo.attention.mechanism_inputs", lambda *args: calls.append(args) or original(*args))
-    views = AttentionViews(cache_bytes=1)
+    original = demo.attention.recorded
+    monkeypatch.setattr("demo.attention.recorded", lambda *args: calls.append(args) or original(*args))
+    views = Views(cache_bytes=1)
     loaded = zoo["masks"]
     part = read(loaded)
     for layer in (0, 1):
@@ -270,7 +521,7 @@ def test_a_passage_is_computed_once_and_memory_is_bounded(zoo, monkeypatch):
     assert len(calls) == 2  # the model and its base
     for text in ("One.", "Two.", "Three."):
         views.heads(loaded, read(loaded, text), 0, 0)
-    assert len(views._looks) == 2
+    assert len(views.views._looks) == 4
 
 
 @pytest.fixture
@@ -306,9 +557,81 @@ def test_the_text_of_the_newest_run_is_taken(handlers):
     assert isinstance(handlers.take_text([], "base")[0], dict)  # nothing changes
 
 
+def asked(model: str, text: str = TEXT, start: int = 0, count: int = 50, **options) -> list:
+    """Values of the controls, in their order."""
+    own = {
+        "beside": "none",
+        "offered": model,
+        "off": [],
+        "off_in": [],
+        "silent": [],
+        "window": None,
+        "blocks": None,
+        **options,
+    }
+    return [model, text, start, count, *own.values()]
+
+
+def last(steps) -> tuple:
+    return list(steps)[-1]
+
+
 def test_what_is_shown_already_is_not_computed_again(handlers):
-    heads, maps, chosen = handlers.show("masks", TEXT, 0, 50, [], Chosen())
+    steps = list(handlers.show(*asked("masks"), [], Chosen()))
+    meters = [step[0] for step in steps]
+    assert meters[-1] is None
+    assert [meter["share"] for meter in meters[:-1]] == sorted(meter["share"] for meter in meters[:-1])
+    assert "masks: layer 1 of 2" in {meter["text"] for meter in meters[:-1]}
+    _, heads, maps, chosen, address = steps[-1]
+    assert address["parameters"]["attention_model"] == ["masks"]
+    assert address["parameters"]["attention_text"] == [TEXT]
+    assert address["parameters"]["attention_if_off"] == []
     assert heads["layers"] == 2
     assert len(maps["tokens"]) > 10
-    assert handlers.show_if_any("masks", TEXT, 0, 50, [], chosen)[0] != heads
-    assert handlers.show_if_any("base", TEXT, 0, 50, [], chosen)[1]["title"].startswith("base")
+    assert last(handlers.show_if_any(*asked("masks"), [], chosen))[1] != heads
+    assert last(handlers.show_if_any(*asked("base"), [], chosen))[2]["title"].startswith("base")
+
+
+def test_controls_that_are_not_the_models_yet_switch_nothing_off(handlers):
+    before = asked("masks", offered="", off=["window(6)"], window=1, blocks=3)
+    _, _, maps, chosen, _ = last(handlers.show(*before, [], Chosen()))
+    assert not chosen.change
+    assert maps["title"] == "masks · layer 0 · head 0"
+    assert handlers.offer_parts("masks", "")[0] == "masks"
+
+
+class Request:
+    """A visit with an address."""
+
+    def __init__(self, query: str):
+        self.query_params = QueryParams(query)
+
+
+def test_what_is_shown_comes_back_from_the_address(handlers):
+    values = asked("masks", off=["window(6)"], silent=["0.1", "1"], start=3, count=20)
+    *_, chosen, address = last(handlers.show(*values, [], Chosen(layer=1, head=1)))
+    query = urlencode(address["parameters"], doseq=True)
+    model, text, start, count, place, linked, offered, beside, off, off_in, silent, *_ = handlers.open_link(
+        [], Request(query)
+    )
+    assert (model, text, start, count, linked, offered) == ("masks", TEXT, 3, 20, True, "masks")
+    assert (place.layer, place.head) == (1, 1)
+    assert (beside.value, off.value, off_in.value, silent.value) == ("none", ["window(6)"], [], ["0.1", "1"])
+    again = asked("masks", text, start, count, off=off.value, silent=silent.value)
+    assert last(handlers.show(*again, [], place))[3] == chosen
+    assert handlers.take_text([run(column("masks", [1], ["x"]))], "masks", linked)[3] is False
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", "attention_model=<b>", "attention_text=x", "attention_model=masks&attention_layer=-1&attention_count=9e9",
+     "attention_model=masks&attention_if_off=<b>&attention_if_window=x&attention_if_silent=9.9&attention_beside=nsa"],
+)  # fmt: skip
+def test_addresses_that_anyone_may_have_written(handlers, query):
+    found = handlers.open_link([], Request(query))
+    assert len(found) == 13
+    if query.startswith("attention_model=masks"):
+        assert found[0] == "masks"
+        assert (found[4].layer, found[3]) == (0, handlers.store.limits.view_tokens)
+    if "if_off" in query:
+        assert (found[7].value, found[8].value, found[10].value) == ("none", [], [])

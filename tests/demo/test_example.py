@@ -1,11 +1,15 @@
 """The finished run that is shown first."""
 
 import shutil
+from datetime import date
 
 import pytest
 
 from demo.example import CHECKPOINTS, FirstRun, make, stored, ticked, write
 from demo.models import Access, ModelStore, bundled
+from demo.runs import Run
+from demo.timing import device_name
+from demo.views import cost_table
 
 
 def test_a_stored_example_comes_back_as_it_was(store, tmp_path):
@@ -14,6 +18,21 @@ def test_a_stored_example_comes_back_as_it_was(store, tmp_path):
     assert stored(store, tmp_path / "first.json") == example.run
     assert example.run.settings.models == ("base", "masks")
     assert [column.stage for column in example.run.columns] == ["done", "done"]
+
+
+def test_it_is_said_where_and_when_stored_costs_were_measured(store, tmp_path):
+    example = make(store)
+    year = str(date.today().year)
+    assert year in example.run.measured
+    assert device_name() in example.run.measured
+    write(example, tmp_path / "first.json")
+    said = cost_table(stored(store, tmp_path / "first.json"))["measured"]
+    assert example.run.measured in said
+    assert "not on this machine now" in said
+    example.run.measured = ""  # as files had it before
+    write(example, tmp_path / "first.json")
+    assert "on another machine" in cost_table(stored(store, tmp_path / "first.json"))["measured"]
+    assert cost_table(Run(example.run.settings, example.run.columns))["measured"] == ""
 
 
 def test_other_models_make_a_stored_example_stale(store, checkpoints, tmp_path):

@@ -1,5 +1,7 @@
-"""Measuring: what is measured and counted, break-even, words, limits."""
+"""Measuring: what is measured, break-even and noise, words, limits; and counting."""
 
+import random
+import time
 from itertools import pairwise
 
 import pytest
@@ -8,21 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attention
-from demo.speed import (
-    COUNTED,
-    MEASURED,
-    LayerSubject,
-    Sample,
-    SpeedError,
-    SpeedRun,
-    break_even,
-    charts,
-    lengths_up_to,
-    report,
-    round_length,
-    verdicts,
-)
-from demo.tabs.speed import Handlers
+from demo import counting
+from demo.busy import BUSY, WRITING
+from demo.costs_table import costs_table
+from demo.counting import Counted
+from demo.ratios import Ratio, break_even, falling, interval, ratio, round_length, verdict
+from demo.speed import AttentionSubject, Sample, SpeedError, SpeedRun, charts, lengths_up_to, report, verdicts
+from demo.tabs.speed import ALL_LAYERS, Handlers
 
 from .zoo import SMALL, load_zoo
 
@@ -35,18 +29,18 @@ def zoo(checkpoints):
     return load_zoo(checkpoints / "base")
 
 
-def samples(times: list[float], name: str = "m") -> list[Sample]:
-    lengths = LENGTHS[: len(times)]
-    return [Sample(name, name, n, t, t, 1, 1, 1, 1.0) for n, t in zip(lengths, times, strict=True)]
-
-
 def finished(run: SpeedRun) -> SpeedRun:
     for _ in run.measure():
         pass
     return run
 
 
-@pytest.mark.parametrize("level", ["layer", "model"])
+def ratios(*middles: float, noise: float = 1.05) -> list[Ratio]:
+    """Ratios at 64, 128, …, with intervals of a factor `noise` both ways."""
+    return [Ratio(n, m, m / noise, m * noise) for n, m in zip(LENGTHS, middles, strict=False)]
+
+
+@pytest.mark.parametrize("level", ["attention", "model"])
 def test_every_model_is_measured_at_every_length_with_its_base(zoo, level):
     chosen = [zoo[method] for method in METHODS]
     run = finished(SpeedRun(chosen, level, 100, seconds=60))
@@ -57,37 +51,61 @@ def test_every_model_is_measured_at_every_length_with_its_base(zoo, level):
         (name, length) for length in run.lengths for name in ["base", *METHODS]
     ]
     assert all(s.prefill_ms > 0 and s.token_ms > 0 and s.peak_bytes >= s.state_bytes > 0 for s in run.samples)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_counted_is_what_the_mechanism_says(zoo, method):
-    loaded = zoo[method]
-    first = loaded.model.mechanisms[0]
-    for sample in finished(SpeedRun([loaded], "layer", 80, seconds=60)).of(method):
-        assert sample.operations == first.operations(sample.length)
-        assert sample.keys_read == first.keys_read(sample.length - 1)
-    total = sum(mechanism.operations(64) for mechanism in loaded.model.mechanisms)
-    assert finished(SpeedRun([loaded], "model", 64, seconds=60)).of(method)[0].operations == total
+    assert all(s.prefill_spread[0] <= s.prefill_ms <= s.prefill_spread[1] for s in run.samples)
+    assert all(s.token_spread[0] <= s.token_ms <= s.token_spread[1] for s in run.samples)
+    assert {key: [each.length for each in found] for key, found in run.ratios.items()} == {
+        (name, quantity): [64, 100] for name in METHODS for quantity in ("prefill_ms", "token_ms")
+    }
 
 
 @torch.inference_mode()
-def test_one_layer_can_be_measured_past_the_models_context(zoo):
-    subject = LayerSubject(zoo["masks"])
+def test_all_layers_are_measured_unless_one_is_named(zoo):
+    loaded = zoo["masks"]
+    sizes = []
+    for layers in (None, [0], [1]):
+        subject = AttentionSubject(loaded, layers)
+        subject.load(96)
+        subject.prefill()
+        sizes.append(subject.state_bytes())
+    assert sizes[0] == sizes[1] + sizes[2]
+    assert sizes[1] < sizes[2]  # layer 1 keeps every key, for some of its places the text decides on
+    with pytest.raises(SpeedError, match="layers 0 to 1"):
+        AttentionSubject(loaded, [2])
+
+
+@torch.inference_mode()
+def test_attention_can_be_measured_past_the_models_context(zoo):
+    subject = AttentionSubject(zoo["masks"])
     length = 4 * zoo["masks"].context
     subject.load(length)
     subject.prefill()
     subject.step()
-    assert subject.state.seen == length + 1
+    assert {state.seen for state in subject.states} == {length + 1}
 
 
-def test_a_whole_model_ends_at_its_context(zoo):
+def test_a_whole_model_ends_at_its_context_and_that_is_said(zoo):
     context = zoo["masks"].context
     run = SpeedRun([zoo["masks"]], "model", 4096, seconds=60)
     assert max(run.lengths) == context - 8
+    finished(run)
+    said = verdicts(run)[-1]
+    assert said.startswith(f"4,096 tokens were asked for, {context - 8} reached: the models hold no more")
+    assert (report(run)["asked"], report(run)["reached"]) == (4096, context - 8)
+
+
+def test_what_was_not_reached_in_time_is_said(zoo):
+    run = finished(SpeedRun([zoo["masks"]], "attention", 8192, seconds=0))
+    assert not run.finished
+    assert "limit" in run.doing
+    assert run.samples == []
+    assert verdicts(run) == [
+        "8,192 tokens were asked for, 0 reached: 0 s are the limit for one measurement. Counted, below, goes on."
+    ]
+    assert verdicts(finished(SpeedRun([zoo["masks"]], "attention", 64, seconds=60)))[-1].startswith("masks, one more")
 
 
 def test_a_run_that_is_left_keeps_its_samples_and_frees_the_model(zoo):
-    run = SpeedRun([zoo["masks"]], "layer", 128, seconds=60)
+    run = SpeedRun([zoo["masks"]], "attention", 128, seconds=60)
     steps = run.measure()
     while not run.samples:
         next(steps)
@@ -98,18 +116,41 @@ def test_a_run_that_is_left_keeps_its_samples_and_frees_the_model(zoo):
     zoo["masks"].lock.release()
 
 
-def test_time_is_limited(zoo):
-    run = finished(SpeedRun([zoo["masks"]], "layer", 8192, seconds=0))
-    assert not run.finished
-    assert "limit" in run.doing
-    assert run.samples == []
-
-
 def test_progress_only_grows(zoo):
-    run = SpeedRun([zoo["masks"]], "layer", 128, seconds=60)
+    run = SpeedRun([zoo["masks"]], "attention", 128, seconds=60)
     shares = [step.share for step in run.measure()]
     assert all(a <= b for a, b in pairwise(shares))
     assert shares[-1] == 1
+
+
+def test_measuring_waits_while_a_text_is_written(zoo):
+    run = SpeedRun([zoo["masks"]], "attention", 64, seconds=60)
+    steps = run.measure()
+    next(steps)
+    with BUSY.doing(WRITING):
+        assert "Waiting" in [next(steps).doing for _ in range(3)][-1]
+    for _ in steps:
+        pass
+    assert run.finished
+
+
+def test_rounds_in_which_a_text_was_written_do_not_count(zoo, monkeypatch):
+    run = SpeedRun([zoo["masks"]], "attention", 64, seconds=60)
+    base = run.subjects[0]
+    passes = []
+
+    def prefill() -> None:
+        passes.append(len(passes))
+        if len(passes) == 3:
+            time.sleep(0.5)
+            with BUSY.doing(WRITING):
+                pass
+        type(base).prefill(base)
+
+    monkeypatch.setattr(base, "prefill", prefill)
+    finished(run)
+    assert run.samples[0].prefill_ms < 400
+    assert run.samples[0].prefill_spread[1] < 400
 
 
 @given(st.integers(1, 100_000))
@@ -119,27 +160,59 @@ def test_lengths_rise_to_the_longest(longest):
     assert lengths[-1] == longest
 
 
+# Comparing.
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=9))
+def test_a_fit_never_rises_and_keeps_the_mean(values):
+    fit = falling(values)
+    assert len(fit) == len(values)
+    assert all(a >= b - 1e-9 for a, b in pairwise(fit))
+    assert sum(fit) == pytest.approx(sum(values), abs=1e-6)
+    if all(a >= b for a, b in pairwise(values)):
+        assert fit == pytest.approx(values)
+
+
+def test_a_fit_pools_what_rises():
+    assert falling([3, 1, 2, 0]) == [3, 1.5, 1.5, 0]
+
+
+@pytest.mark.parametrize("count", [5, 8, 12, 15])
+def test_the_median_lies_in_its_interval_as_often_as_is_said(count):
+    low, high = interval(count)
+    rng = random.Random(count)
+    inside = 0
+    for _ in range(4000):
+        values = sorted(rng.random() for _ in range(count))
+        inside += values[low] <= 0.5 <= values[high]
+    assert inside / 4000 >= 0.9 - 0.015
+    if low:
+        assert inside / 4000 < 0.999
+
+
+def test_slow_rounds_that_hit_both_do_not_matter():
+    load = [1, 1, 5, 1, 9, 1, 2, 1]
+    found = ratio(64, [2 * each for each in load], load)
+    assert (found.middle, found.low, found.high) == (2, 2, 2)
+
+
 @given(st.integers(0, 3), st.floats(0.2, 5), st.floats(0.2, 5))
 def test_break_even_lies_where_the_lines_cross(index, slower, faster):
-    slower, faster = 1 + slower, 1 / (1 + faster)
-    ours = [slower] * index + [faster] * (4 - index)
-    length = break_even(samples(ours), samples([1.0] * 4), "prefill_ms")
+    found = break_even(ratios(*[1 + slower] * index, *[1 / (1 + faster)] * (4 - index)))
     if index == 0:
-        assert length == LENGTHS[0]
+        assert found.length == LENGTHS[0]
+        assert found.slower_to is None
     else:
-        assert LENGTHS[index - 1] < length < LENGTHS[index]
+        assert LENGTHS[index - 1] < found.length < LENGTHS[index]
+        assert (found.slower_to, found.faster_from) == (LENGTHS[index - 1], LENGTHS[index])
 
 
 @pytest.mark.parametrize(
     ("ours", "expected"),
-    [([2, 2, 2, 2], None), ([0.5, 0.5, 0.5, 2], None), ([2, 0.5, 2, 0.5], 256 * 2**0.5), ([2, 1, 1, 1], 128)],
+    [((2, 2, 2, 2), None), ((2, 1, 1, 1), 128), ((4, 0.4, 1.6, 0.25), 64 * 2 ** (1.3863 / (1.3863 + 0.2231)))],
 )
-def test_break_even_counts_only_what_lasts(ours, expected):
-    assert break_even(samples(ours), samples([1.0] * 4), "prefill_ms") == (expected and pytest.approx(expected))
-
-
-def test_break_even_of_nothing():
-    assert break_even([], samples([1.0]), "prefill_ms") is None
+def test_break_even_is_that_of_the_fit(ours, expected):
+    assert break_even(ratios(*ours)).length == (expected and pytest.approx(expected, rel=1e-3))
 
 
 @given(st.floats(1, 1e6))
@@ -148,54 +221,176 @@ def test_lengths_are_said_with_two_digits(length):
     assert len(str(round_length(length)).rstrip("0")) <= 2
 
 
-def told(zoo, ours: list[float]) -> str:
-    run = SpeedRun([zoo["masks"]], "layer", 512, seconds=1)
-    run.samples = samples(ours, "masks") + samples([1.0] * 4, "base")
-    return verdicts(run)[0]
-
-
-def test_it_is_said_plainly_where_a_method_is_slower(zoo):
-    assert told(zoo, [3, 3, 3, 2]) == (
-        "masks, reading a text: slower than base up to 512 tokens; at 512 it takes 2.0 times as long."
+def test_it_is_said_plainly_where_a_method_is_slower():
+    assert verdict(ratios(3, 3, 3, 2), "base") == (
+        "slower than base up to 512 tokens (3.0 times (2.9 to 3.2) as long at 64); at 512 it takes 2.0 times "
+        "(1.9 to 2.1) as long."
     )
-    assert told(zoo, [4, 2, 0.5, 0.25]) == (
-        "masks, reading a text: slower than base below about 180 tokens (4.0 times as long at 64 tokens), "
-        "no slower from there on; 4.0 times as fast at 512."
+    assert verdict(ratios(4, 2, 0.5, 0.25), "base") == (
+        "slower than base up to 128 tokens (4.0 times (3.8 to 4.2) as long at 64), faster from 256 on (4.0 times "
+        "(3.8 to 4.2) as fast at 512); equal at about 180."
     )
-    assert told(zoo, [0.5, 0.5, 0.1, 0.05]) == (
-        "masks, reading a text: no slower than base at any length measured; 2.0 times as fast at 64 tokens, "
-        "20 times at 512."
+    assert verdict(ratios(0.5, 0.5, 0.1, 0.05), "base") == (
+        "faster than base at every length measured (20 times (19 to 21) as fast at 512)."
     )
 
 
-def test_charts_have_a_curve_a_model_and_mark_the_break_even(zoo):
-    run = SpeedRun([zoo["masks"]], "layer", 512, seconds=1)
-    assert charts(run, MEASURED) == []
-    run.samples = samples([4, 2, 0.5, 0.25], "masks") + samples([1.0] * 4, "base")
-    prefill, token, memory = charts(run, MEASURED)
+def test_noise_is_not_stated_as_fact():
+    assert verdict(ratios(1.4, 0.7, 1.3, 0.8, noise=2), "base") == (
+        "too noisy to tell from base up to 512 tokens: their times overlap at every length."
+    )
+    assert verdict(ratios(3, 1.1, 0.9, 1, noise=1.5), "base") == (
+        "slower than base up to 64 tokens (3.0 times (2.0 to 4.5) as long at 64); too noisy to tell from there on."
+    )
+    assert verdict(ratios(1.1, 1, 0.9, 0.3, noise=1.5), "base") == (
+        "too noisy to tell from base below 512 tokens, faster from 512 on (3.3 times (2.2 to 5.0) as fast at 512)."
+    )
+
+
+def told(zoo, *middles: float, noise: float = 1.05) -> SpeedRun:
+    run = SpeedRun([zoo["masks"]], "attention", 512, seconds=1)
+    run.samples = [
+        Sample(name, name, length, time, time, (time, time), (time, time), 1, 1)
+        for name, times in (("masks", middles), ("base", (1.0,) * 4))
+        for length, time in zip(LENGTHS, times, strict=True)
+    ]
+    run.ratios = {("masks", quantity): ratios(*middles, noise=noise) for quantity in ("prefill_ms", "token_ms")}
+    return run
+
+
+def test_charts_have_a_curve_a_model_its_spread_and_mark_the_break_even(zoo):
+    assert charts(SpeedRun([zoo["masks"]], "attention", 512, seconds=1)) == []
+    prefill, token, memory = charts(told(zoo, 4, 2, 0.5, 0.25))
     assert [(series["name"], series["color"]) for series in prefill["series"]] == [("base", 0), ("masks", 1)]
+    assert prefill["series"][1]["spread"] == [[64, 4, 4], [128, 2, 2], [256, 0.5, 0.5], [512, 0.25, 0.25]]
     assert prefill["events"][0]["label"] == token["events"][0]["label"] == "masks from 180"
     assert memory["events"] == []
-    assert [chart["title"] for chart in charts(run, COUNTED)] == ["Operations", "Keys read", "Memory of the text"]
+    assert charts(told(zoo, 1.2, 1, 1, 0.9, noise=3))[0]["events"] == []
 
 
 def test_a_report_is_plain_data(zoo):
-    result = report(finished(SpeedRun([zoo["masks"]], "layer", 64, seconds=60)))
+    result = report(finished(SpeedRun([zoo["masks"]], "attention", 64, seconds=60)))
     assert set(result["samples"][0]) == set(Sample.__dataclass_fields__)
     assert set(result["break_even"]["masks"]) == {"prefill_ms", "token_ms"}
+    assert set(result["break_even"]["masks"]["token_ms"]) == {"length", "slower_to", "faster_from"}
     assert len(result["verdicts"]) == 2
+
+
+# Counting.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_counted_is_the_sum_of_what_the_mechanisms_say(zoo, method):
+    mechanisms = zoo[method].model.mechanisms
+    for layers in (None, [0], [1]):
+        chosen = mechanisms if layers is None else [mechanisms[layer] for layer in layers]
+        for count in Counted([zoo[method]], "attention", layers, longest=300).of(method):
+            assert count.operations == sum(mechanism.operations(count.length) for mechanism in chosen)
+            assert count.keys_read == sum(mechanism.keys_read(count.length - 1) for mechanism in chosen)
+            assert count.keys_scored == sum(mechanism.keys_scored(count.length - 1) for mechanism in chosen)
+
+
+@pytest.mark.parametrize("method", ["base", *METHODS])
+@torch.inference_mode()
+def test_memory_is_counted_as_states_have_it_at_any_length(zoo, method):
+    counter = counting.Counter(zoo[method], "attention")
+    for length in (64, 700, 1024, 3000):
+        subject = AttentionSubject(zoo[method])
+        subject.load(length)
+        subject.prefill()
+        assert counter.at(length).state_bytes == pytest.approx(subject.state_bytes(), rel=0.02)
+
+
+def test_counting_reaches_a_million_tokens_past_any_context(zoo):
+    for level in ("attention", "model"):
+        found = Counted([zoo[method] for method in METHODS], level)
+        assert found.lengths[-1] == 2**20
+        base = found.of("base")[-1]
+        assert base.keys_read == 2 * 2**20
+        assert all(count.state_bytes <= 1.3 * base.state_bytes for count in found.counts)
+
+
+def test_the_whole_model_counts_what_is_the_same_for_every_method(zoo):
+    attention_alone, whole = (Counted([zoo["masks"]], level, longest=64) for level in ("attention", "model"))
+    rest = [w.operations - a.operations for w, a in zip(whole.counts, attention_alone.counts, strict=True)]
+    width, vocabulary = 16, zoo["base"].model.config.vocab_size
+    assert set(rest) == {2 * 64 * (2 * 12 * width * width + vocabulary * width)}
+
+
+@pytest.mark.parametrize("quantity", ["operations", "keys"])
+def test_a_counted_break_even_is_exact(zoo, quantity):
+    found = Counted([zoo["nsa"], zoo["performer"], zoo["masks"]], "attention")
+
+    def needs(name: str, length: int) -> int:
+        counter = found.counters[name]
+        return counter.operations(length) if quantity == "operations" else sum(counter.keys(length))
+
+    for name, base in found.comparisons:
+        even = found.break_even(name, base, quantity)
+        assert even is not None or name == "masks"  # whose second layer goes through every token, besides reading some
+        if even is not None and even > 1:
+            assert needs(name, even) <= needs(base, even)
+            assert needs(name, even - 1) > needs(base, even - 1)
+
+
+def test_keys_scored_are_counted_beside_keys_read(zoo):
+    count = Counted([zoo["masks"]], "attention", [1], longest=4096).of("masks")[-1]
+    assert (count.keys_read, count.keys_scored) == (12, 4096)  # window(6), top(4), induction(2)
+
+
+def test_the_table_says_what_is_known_and_what_is_not(zoo, tmp_path):
+    found = Counted([zoo["masks"], zoo["nsa"]], "attention")
+    table = costs_table(found, None)
+    assert [row[0] for row in table["rows"]] == ["base", "masks", "nsa"]
+    by_header = [dict(zip(table["headers"], row, strict=True)) for row in table["rows"]]
+    assert by_header[2]["Reading: fewer operations from"] == f"{found.break_even('nsa', 'base', 'operations'):,}"
+    assert by_header[2]["Reading: faster from"] == "–"
+    results = report(told(zoo, 4, 2, 0.5, 0.25))
+    table = costs_table(found, results)
+    measured = dict(zip(table["headers"], table["rows"][1], strict=True))
+    assert measured["Reading: faster from"] == "about 180"
+    assert measured["Reading 512, ms"] == "0.25 (0.25 to 0.25)"
+    noisy = costs_table(found, report(told(zoo, 1.2, 1, 1, 0.9, noise=3)))
+    assert dict(zip(noisy["headers"], noisy["rows"][1], strict=True))["A token: faster from"] == "?"
+
+
+def test_counts_come_with_the_choice_and_once(store):
+    handlers = Handlers(store)
+    choices, said, shown, state = handlers.count(["masks"], "attention", ALL_LAYERS, None)
+    assert choices.choices == [(ALL_LAYERS, ALL_LAYERS), ("0", "0"), ("1", "1")]
+    assert said[0]["text"].startswith("masks, counted: reading a text takes no more operations than base's")
+    assert [chart["title"] for chart in shown] == [
+        "Operations",
+        "Keys read",
+        "Keys read and scored",
+        "Memory of the text",
+    ]
+    assert shown[0]["series"][0]["points"][-1][0] == 2**20
+    again = handlers.count(["masks"], "attention", ALL_LAYERS, state)
+    assert all(isinstance(each, dict) and each.get("__type__") == "update" for each in again)
+    assert handlers.count([], "attention", ALL_LAYERS, state)[2] == []
+    assert "layers 0 to 1" in handlers.count(["masks"], "attention", "7", None)[1][0]["text"]
+
+
+def test_stop_says_that_nothing_is_measured(store):
+    class Request:
+        session_hash = "x"
+
+    assert Handlers(store).stop(Request()) == {"share": 0.0, "text": "Nothing is being measured."}
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (([], "layer", 512), "Choose 1 to 3 models"),
-        ((["base"] * 9, "layer", 512), "Choose 1 to 3 models"),
-        ((["<b>"], "layer", 512), "No model <b>; there are: base, masks"),
-        ((["base"], "galaxy", 512), "'layer' or 'model'"),
-        ((["base"], "layer", 10**9), "64 to 8,192"),
-        ((["base"], "layer", "many"), "64 to 8,192"),
-        ((None, None, None), "Choose 1 to 3 models.*'layer' or 'model'.*64 to 8,192"),
+        (([], "attention", 512), "Choose 1 to 3 models"),
+        ((["base"] * 9, "attention", 512), "Choose 1 to 3 models"),
+        ((["<b>"], "attention", 512), "No model <b>; there are: base, masks"),
+        ((["base"], "galaxy", 512), "'attention' or 'model'"),
+        ((["base"], "attention", 10**9), "64 to 8,192"),
+        ((["base"], "attention", "many"), "64 to 8,192"),
+        ((["base"], "attention", 512, "-1"), "A layer is a number from 0"),
+        ((["base"], "attention", 512, "9"), "layers 0 to 1"),
+        ((None, None, None), "Choose 1 to 3 models.*'attention' or 'model'.*64 to 8,192"),
     ],
 )
 def test_bad_requests_name_all_that_is_wrong(store, arguments, problem):

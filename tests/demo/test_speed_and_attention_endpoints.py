@@ -64,6 +64,23 @@ def test_bad_requests_are_answered_with_what_is_wrong(served, arguments, message
         served[0].predict(*arguments, api_name="/attention")
 
 
+def test_parts_can_be_switched_off(served):
+    whole, without = (
+        served[0].predict(TEXT, "masks", layer=1, head=0, off=off, api_name="/attention")
+        for off in (None, ["window(6)"])
+    )
+    assert without["maps"]["unchanged"] == whole["maps"]["model"]
+    assert without["maps"]["model"] != whole["maps"]["model"]
+    for options, message in (
+        ({"off": ["nothing"]}, r"no part nothing; there are: last\(0\)"),
+        ({"off": "window"}, "must be a list"),
+        ({"window": 0}, "at least 1"),
+        ({"blocks": 1}, "at least 3"),
+    ):
+        with pytest.raises(AppError, match=message):
+            served[0].predict(TEXT, "masks", api_name="/attention", **options)
+
+
 def test_odd_texts_come_back_as_they_are(served):
     text = "<b>${x} {{value}} \u202e\u0007 é"
     result = served[0].predict(text, "masks", api_name="/attention")
@@ -71,19 +88,24 @@ def test_odd_texts_come_back_as_they_are(served):
 
 
 def test_speed(served):
-    result = served[0].predict(["masks"], "layer", 128, api_name="/speed")
+    result = served[0].predict(["masks"], "attention", 128, api_name="/speed")
     assert [(s["model"], s["length"]) for s in result["samples"]] == [
         (name, length) for length in (64, 128) for name in ("base", "masks")
     ]
     assert result["finished"]
+    assert (result["asked"], result["reached"]) == (128, 128)
+    assert result["counted"][-1]["length"] == 2**20
+    assert result["counted_break_even"]["masks"]["operations"] > 1
+    one = served[0].predict(["masks"], "attention", 64, 1, api_name="/speed")
+    assert one["samples"][1]["state_bytes"] < result["samples"][1]["state_bytes"]
     assert set(result["break_even"]) == {"masks"}
     with pytest.raises(AppError, match="Choose 1 to 3"):
-        served[0].predict([], "layer", 128, api_name="/speed")
+        served[0].predict([], "attention", 128, api_name="/speed")
 
 
 def test_endpoints_are_described(served):
     endpoints = served[0].view_api(return_format="dict")["named_endpoints"]
-    for name, words in (("/attention", "What one head"), ("/speed", "Measures what models cost")):
+    for name, words in (("/attention", "What one head"), ("/speed", "Measures and counts what models cost")):
         assert words in endpoints[name]["description"]
     parameters = {each["parameter_name"]: each for each in endpoints["/speed"]["parameters"]}
-    assert parameters["level"]["parameter_default"] == "layer"
+    assert parameters["level"]["parameter_default"] == "attention"

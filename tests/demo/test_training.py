@@ -1,6 +1,8 @@
 """The training tab's data: histories and cards as they are, broken ones included."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,9 +10,23 @@ from hypothesis import strategies as st
 
 from demo.models import Entry
 from demo.tabs.training import Handlers
-from demo.training import NO_SLICES, curves, facts, learned, read_card, read_history, samples, slices, thin
+from demo.training import (
+    NO_SLICES,
+    commands,
+    curves,
+    facts,
+    learned,
+    read_card,
+    read_history,
+    samples,
+    slices,
+    thin,
+)
 from trainer.card import with_measurement
+from trainer.config import load_config
 
+REPOSITORY = Path(__file__).parents[2]
+BUNDLED = REPOSITORY / "checkpoints"
 ROWS = [
     {"kind": "eval", "step": 0, "stage": "transfer", "kl": 2.5, "perplexity": 90.0, "base_perplexity": 20.0,
      "top1_agreement": 0.2, "mechanisms": [{"last(0)": [0.5, 0.5]}, {"last(0)": [0.5, 0.5]}]},
@@ -31,7 +47,7 @@ model-index:
 - name: masks
   results:
   - task: {type: text-generation}
-    dataset: {type: text, name: test.txt}
+    dataset: {type: text, name: test.txt, split: test}
     metrics:
     - {type: kl, name: KL to the base, value: 0.0712}
     - {type: perplexity, name: Perplexity, value: "not a number"}
@@ -117,11 +133,104 @@ def test_values_that_are_no_numbers_are_no_points(value):
 
 def test_what_the_layers_learned(folder):
     (one,) = learned(read_history(folder))
+    assert one["note"] == ""
     assert one["title"] == "last(0)"
     assert one["y"]["max"] == 1
     points = {series["name"]: [[x, round(y, 6)] for x, y in series["points"]] for series in one["series"]}
     assert points == {"layer 0": [[0, 0.5], [20, 0.5]], "layer 1": [[0, 0.5], [20, 0.95]]}
     assert [series["shade"] for series in one["series"]] == [0, 1]
+
+
+def test_a_layer_without_a_place_has_no_curve():
+    layers = [{"last(0)": [0.0, 0.0], "window(8)": [0.0, 0.5]}, {"last(0)": [0.4, 0.6]}]
+    rows = [{"kind": "eval", "step": step, "mechanisms": layers} for step in (0, 10)]
+    charts = learned(rows)
+    assert chart(charts, "last(0)") == {"layer 1": [[0, 0.5], [10, 0.5]]}
+    assert chart(charts, "window(8)") == {"layer 0": [[0, 0.25], [10, 0.25]]}
+
+
+def test_gates_on_the_text_stand_before_those_at_an_input_of_zero():
+    zero, text = [{"window_gate": [0.54, 0.54]}], [{"window_gate": [0.01, 0.03]}]
+    rows = [{"kind": "eval", "step": 10, "mechanisms": zero, "means": text}]
+    first, second = learned(rows)
+    assert (first["title"], first["note"]) == ("window gate", "Mean over the validation text.")
+    assert first["series"][0]["points"] == [[10, 0.02]]
+    assert second["series"][0]["points"] == [[10, 0.54]]
+    assert "input of zero, which no text has" in second["note"]
+
+
+MADE = """---
+tags: [a]
+---
+# A card
+
+## How it was made
+
+```
+accelerate launch trainer/train.py --config trainer/recipes/performer-last.yaml --max_steps 20 --data.train ../s/a.txt /b.txt --data.rename true --card.name 'two words' --resume
+```
+
+- **distil**: 20 steps of 4 × 1024 tokens
+
+Method options: `a=(1, 2), b='x. y'`. Text: 175 books. In all 20 steps, 2,000 tokens, 3,725 s on a machine, seed 0; torch 2.13.0, code at d506df5a-dirty.
+
+Before it, the variant was made by `trainer/recipes/performer-gpu.yaml` (1,000 steps, 50,000 tokens of the same text with names, 376 s on one GPU) and `trainer/recipes/masks.yaml`: 30 steps, 700 tokens, 4 s.
+"""  # noqa: E501
+
+
+@pytest.fixture
+def made(tmp_path):
+    (tmp_path / "README.md").write_text(MADE, encoding="utf-8")
+    return read_card(tmp_path)
+
+
+def test_totals_are_over_all_stages_whether_the_history_has_them_or_not(entry, made):
+    last_alone = [{"kind": "train", "step": 20, "tokens": 2000, "seconds": 3725.0}]
+    everything = [{"kind": "train", "step": 1050, "tokens": 52_700, "seconds": 4105.0}]
+    for rows in (last_alone, everything, []):
+        said = dict(facts(entry, rows, made))
+        assert (said["Steps"], said["Tokens"], said["Time"]) == ("1,050", "52,700", "1:08:25")
+    assert dict(facts(entry, last_alone, made))["Before the curves"] == "1,030 steps, 50,700 tokens"
+    assert "Before the curves" not in dict(facts(entry, everything, made))
+
+
+def test_stages_are_marked_and_where_the_last_run_goes_on(made):
+    stages = [(10, "transfer"), (20, "distil"), (30, "distil"), (40, "distil"), (50, "distil")]
+    rows = [{"kind": "train", "step": step, "stage": stage, "loss": 1.0} for step, stage in stages]
+    assert curves(rows)[0]["events"] == [{"x": 10, "label": "distil"}]
+    assert curves(rows, made)[0]["events"] == [{"x": 10, "label": "distil"}, {"x": 30, "label": "distil, last run"}]
+
+
+def test_commands_name_nothing_outside_a_clone_and_no_commit_that_nobody_has(entry, made):
+    said = dict(facts(entry, [], made))
+    assert said["On a clone"].splitlines() == [
+        "accelerate launch trainer/train.py --config trainer/recipes/performer-gpu.yaml",
+        "accelerate launch trainer/train.py --config trainer/recipes/masks.yaml",
+        "accelerate launch trainer/train.py --config trainer/recipes/performer-last.yaml --max_steps 20 "
+        "--data.rename true",
+    ]
+    assert "dirty" not in said["How it was made"]
+    assert "Text: 175 books." in said["How it was made"]
+    assert "a=(1, 2)" not in said["How it was made"]
+
+
+@pytest.mark.parametrize("name", ["masks", "nsa", "performer", "performer-window"])
+def test_commands_of_the_bundled_checkpoints_run_on_a_clone(name):
+    made = set()
+    for command in commands(read_card(BUNDLED / name)):
+        words = shlex.split(command)
+        script = words.index("trainer/train.py")
+        for word in words[:script]:
+            assert "/" not in word or (REPOSITORY / word).is_file()
+        config = load_config(REPOSITORY / words[script + 2], words[script + 3 :])
+        assert config.variant is None or config.variant in made
+        made.add(f"{config.output}/variant")
+
+
+def test_totals_of_the_bundled_performer_have_its_earlier_stages():
+    entry = Entry("p", "", BUNDLED / "performer", "performer", "", 1, False, "base")
+    said = dict(facts(entry, read_history(entry.folder), read_card(entry.folder)))
+    assert (said["Steps"], said["Tokens"]) == ("2,350", "54,067,200")
 
 
 def test_samples(folder):
@@ -136,17 +245,18 @@ def test_facts_say_on_what_for_how_long_and_how_close(entry, folder):
     assert said["Fitted on"] == "Salesforce/wikitext"
     assert said["Stages"] == "transfer, distil"
     assert (said["Steps"], said["Tokens"], said["Time"]) == ("20", "2,000", "1:02:05")
-    assert said["KL to the base, validation"] == "0.25 nats/token"
+    assert said["KL, validation"] == "0.25 nats/token"
     assert said["Perplexity, validation"] == "25 (base 20)"
-    assert said["Same first choice, validation"] == "80.0% of tokens"
-    assert said["KL to the base, test.txt"] == "0.0712"
+    assert said["Same choice, validation"] == "80.0% of tokens"
+    assert said["KL, test"] == "0.0712"
+    assert said["Test text"] == "test.txt"
     assert said["Options"] == "candidates a, b"
-    assert said["Weights on disk"] == "2.5 MB"
-    assert said["Same first choice, test.txt"] == "75.0% of tokens"
+    assert said["On disk"] == "2.5 MB"
+    assert said["Same choice, test"] == "75.0% of tokens"
     assert said["How it was made"] == "Fitted on many books with train.py."
-    assert "Perplexity, test.txt" not in said
-    assert "KL to the base, validation text" not in said
-    assert dict(facts(entry, [], read_card(folder)))["KL to the base, validation text"] == "0.06"
+    assert "Perplexity, test" not in said
+    assert "Before the curves" not in said
+    assert dict(facts(entry, [], read_card(folder)))["KL, validation"] == "0.06"
 
 
 def measured(context: int, kl: float) -> dict[str, object]:
@@ -212,8 +322,9 @@ def test_thin_keeps_the_last_point(count, most):
 
 def test_the_tab_shows_what_the_store_has(store):
     handlers = Handlers(store)
-    about, history, texts, inside, lookups = handlers.show("masks")
+    about, history, texts, inside, *frames, lookups = handlers.show("masks")
     assert ["Method", "masks"] in about
     assert (history, texts, inside) == ([], [], [])
+    assert [frame.visible for frame in frames] == [False] * 3
+    assert handlers.show("../etc")[:4] == ([], [], [], [])
     assert lookups == {"headers": [NO_SLICES], "rows": []}
-    assert handlers.show("../etc") == ([], [], [], [], {})
