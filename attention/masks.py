@@ -33,7 +33,7 @@ from .reference import causal_mask, combined_mask, effective_mask, masked_softma
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
 
-MOST_CANDIDATES = 256  # of a layer
+MOST_CANDIDATES = 1024  # of a layer
 MOST_LISTS = 1000  # as many as a model has layers
 LARGEST_SCALE = 100.0  # σ of α is 0 or 1 long before
 

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from demo.timing import seconds_of
+from demo.timing import device_name, seconds_of
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # names of mallopt's parameters, as in malloc.h
 

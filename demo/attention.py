@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+import attention
 from attention.mechanism import repeat_heads
 
 from .components.heads import HeadsView
@@ -117,7 +118,7 @@ class Look:
         self.tokens = torch.tensor([part.token_ids], device=loaded.model.device)
         try:
             variant = as_variant(loaded)
-        except UnsupportedModelError as error:
+        except attention.UnsupportedModelError as error:
             raise ViewError(f"The attention of {loaded.name} cannot be shown: {error}.") from error
         self.mechanisms = list(variant.mechanisms)
         with self._changed(), recorded(self.mechanisms) as layers:

@@ -28,7 +28,6 @@ def as_transformers_does(variant: object, folder: Path) -> None:
     variant.save_pretrained(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the variant takes the base's place")
 @pytest.mark.parametrize("through", ["path", "link"])
 @pytest.mark.parametrize("save", [as_given, with_its_base, with_all_weights, as_transformers_does])
 def test_a_variant_is_not_saved_over_its_own_base(save: Callable, through: str, tmp_path: Path):
