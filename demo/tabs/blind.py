@@ -106,7 +106,7 @@ def build_blind_test(
     )
     save.click(lambda text: text or "", votes, file, **quiet).then(None, file, js=SAVE_FILE, **quiet)
     forget.click(lambda: ("", table([])), None, [votes, tally], **quiet)
-    session.blocks.load(handlers.tally, votes, tally, **quiet)
+    gr.on([session.blocks.load, votes.change], handlers.tally, votes, tally, **quiet)  # it may be read after loading
 
 
 class Handlers:

@@ -303,7 +303,8 @@ class Handlers:
         runs = [run, *(each for each in runs if each is not run)]
         limits = self.store.limits
         kept = newest(runs, limits.runs, limits.history_tokens)
-        return *self._show(run), gr.skip(), None, kept, *idle(), gr.skip()
+        # The page shows only the last of values that come at once, so this says again what the first frame said.
+        return *self._show(run), in_address(run.settings), None, kept, *idle(), gr.Button(interactive=True)
 
     def _show(self, run: Run) -> tuple[Any, str, Any, Any]:
         return prompt_notices(run), settings_line(run.settings), columns_view(run, self.store), cost_table(run)

@@ -125,11 +125,11 @@ class Handlers:
             address = in_address(text, names)
             for scores in score_text(self.store, names, text):
                 yield *self._show(scores, done=False), address, *[gr.skip()] * 2
-                address = gr.skip()
         except ScoreError as error:
             yield warning(error), *[gr.skip()] * 10
             return
-        yield *self._show(scores, done=True), gr.skip(), gr.Button(interactive=True), gr.Button(interactive=True)
+        # The page shows only the last of values that come at once, so the address is among all of them.
+        yield *self._show(scores, done=True), address, gr.Button(interactive=True), gr.Button(interactive=True)
 
     def _show(self, scores: TextScores, done: bool) -> tuple[Any, ...]:
         if not done:
