@@ -81,7 +81,7 @@ def _loaded(
     model: PreTrainedModel | str | Path, base: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> LoadedModel:
     """A model as the views take it."""
-    name = Path(getattr(model, "name_or_path", "") or str(model) if isinstance(model, PreTrainedModel) else model).name
+    name = Path(model.name_or_path if isinstance(model, PreTrainedModel) else model).name
     if not isinstance(model, PreTrainedModel):
         found = attention.describe(str(model))
         if base is None and found.base is not None:

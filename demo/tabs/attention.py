@@ -127,9 +127,8 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
             **quiet,
             **lane,
         )
-        reset.click(
-            handlers.offer_parts, model, [beside, off, off_in, silent, window, blocks], queue=False, **quiet
-        ).then(handlers.show_if_any, inputs, outputs, **quiet, **lane)
+        took_back = reset.click(handlers.offer_parts, model, controls, queue=False, **quiet)
+        took_back.then(handlers.show_if_any, inputs, outputs, **quiet, **lane)
         # Not "always_last": Gradio would repeat the data of the first click in place of the last one's.
         opened = [maps, chosen, session.address]
         grid.select(handlers.open, [session.runs, chosen], opened, trigger_mode="multiple", **quiet, **lane)

@@ -596,7 +596,7 @@ def test_controls_that_are_not_the_models_yet_switch_nothing_off(handlers):
     before = asked("masks", offered="", off=["window(6)"], window=1, blocks=3)
     _, _, maps, chosen, _ = last(handlers.show(*before, [], Chosen()))
     assert not chosen.change
-    assert maps["title"].startswith("masks · layer 0 · head 0")
+    assert maps["title"].startswith("masks · layer 0 · head 0 · tokens 0 to 49")
     assert handlers.offer_parts("masks", "")[0] == "masks"
 
 

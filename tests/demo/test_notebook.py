@@ -51,5 +51,5 @@ def test_what_is_wrong_is_said(checkpoints):
         attention_view(checkpoints / "masks", TEXT, layer=9)
     with pytest.raises(ViewError, match="empty"):
         attention_view(checkpoints / "masks", "")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises((OSError, ValueError), match="nowhere"):
         attention_view("./nowhere", TEXT)
