@@ -23,7 +23,7 @@ Record = dict[str, Any]  # plain data, as JSON has it
 class Kind(Enum):
     """What it means that an option is another when a run goes on."""
 
-    FREE = "touches neither what is learnt nor what is measured: said in the log"
+    FREE = "touches neither what is learnt nor what is measured, but for rounding: said in the log"
     NOTED = "said in the log and in the history; refused in a stage that is over"
     TEXT = "what a text is made of: noted where its tokens are others, which their fingerprint decides"
     MODEL = "what a model is made of: refused where it is another, which its fingerprint decides"

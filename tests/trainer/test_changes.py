@@ -556,12 +556,12 @@ def has(stage: str, option: str) -> bool:
     return option in options_of(kinds[stage], "stages.")
 
 
-CLOSE = ("stages.micro_batch_size", "gradient_checkpointing")  # equal up to rounding
+CLOSE = ("stages.micro_batch_size", "gradient_checkpointing")  # sums, and draws of dropout, have another order
 CASES = [
     (option, stage)
     for option, value in OTHER.items()
     for stage in (STOPS if option.startswith("stages.") else ["distil"])
-    if value is not None and (not option.startswith("stages.") or has(stage, option))
+    if value is not None and option != "max_steps" and (not option.startswith("stages.") or has(stage, option))
 ]
 
 
@@ -589,9 +589,8 @@ def test_each_option_does_what_its_kind_says(
     if kind in (Kind.NOTED, Kind.FIGURE):
         assert any(option.removeprefix("stages.") in change for change in changes)
     elif kind is Kind.FREE:
-        same = torch.allclose if option in CLOSE else torch.equal
-        for one, other in zip(*(tensors(folder) for folder in (tmp_path / "run", whole[name])), strict=True):
-            assert same(one.float(), other.float())
+        assert changes == []
+        assert option in CLOSE or result(tmp_path / "run") == result(whole[name])
 
 
 def tensors(folder: Path) -> list[torch.Tensor]:
