@@ -369,6 +369,12 @@ def test_only_what_is_read_is_pulled(server, api, hub, saved):
     assert cached_origin(folder) == HubSpec("me/repo", "", server.repos["me/repo"].branches["main"])
 
 
+def test_a_bases_table_of_pairs_is_pulled_with_it(server, hub, base):
+    server.add("me/base", contents(base) | {"pairs.safetensors": b"table"})
+    assert (attention.locate("me/base", hub) / "pairs.safetensors").read_bytes() == b"table"
+    attention.load("me/base", hub=hub)
+
+
 def test_size_and_progress(server, api, hub, saved):
     attention.push(saved, "me/repo", api=api)
     size = attention.hub_size("me/repo", hub)
