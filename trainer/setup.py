@@ -124,6 +124,7 @@ def build(config: RunConfig) -> Setup:
         fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
+        test = load_test_tokens(config, tokenizer)
         train, valid = load_tokens(
             config.data,
             tokenizer,
@@ -132,7 +133,6 @@ def build(config: RunConfig) -> Setup:
             show_progress=is_main,
         )
         check_length(len(train), config.stages)
-        test = load_test_tokens(config, tokenizer)
     if config.trackers:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
     return Setup(config, accelerator, model, base, tokenizer, train, valid, test)
