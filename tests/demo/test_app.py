@@ -13,6 +13,8 @@ import pytest
 from gradio_client import Client
 
 import app
+from demo.context import App
+from demo.page import launch
 
 from .conftest import free_port
 
@@ -76,6 +78,16 @@ def test_it_serves_the_bundled_models_and_those_it_is_given(checkpoints):
         assert "Traceback" not in errors
     finally:
         process.kill()
+
+
+def test_below_a_path_of_a_server_its_addresses_are_there(store, monkeypatch):
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "/demo")
+    served, url, _ = launch(App(store), port=free_port(), prevent_thread_lock=True, quiet=True)
+    try:
+        headers = {"Host": "example.org", "X-Forwarded-Proto": "https"}
+        assert httpx.get(f"{url}config", headers=headers, timeout=60).json()["root"] == "https://example.org/demo"
+    finally:
+        served.blocks.close()
 
 
 def heed_interrupts() -> None:
