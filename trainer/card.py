@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -165,6 +166,7 @@ def _figures(making: Making, measured: dict[str, Fidelity]) -> str:
 def _usage(making: Making) -> str:
     to = making.config.push_to
     repository = HubSpec.parse(to).arguments if to else ANY_REPOSITORY
+    place = to or making.config.output + "/variant"
     generate = (
         'inputs = tokenizer("The old man looked at the sea and", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
@@ -173,7 +175,7 @@ def _usage(making: Making) -> str:
         "In a clone of the project that made it:\n\n"
         "```python\n"
         "import attention\n\n"
-        f'model, tokenizer = attention.load("{to or making.config.output + "/variant"}")\n'
+        f"model, tokenizer = attention.load({json.dumps(place, ensure_ascii=False)})\n"
         f"{generate}```\n\n"
         "From the Hub, where its code travels with it, with transformers alone:\n\n"
         "```python\n"

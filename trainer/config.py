@@ -116,6 +116,8 @@ class DataConfig(Section):
     def _one_source(self) -> DataConfig:
         if self.train and self.dataset:
             raise ValueError("give either train (files) or dataset (on the Hub), not both")
+        if empty := [name for name in ("train", "valid") if getattr(self, name) == []]:
+            raise ValueError(f"{' and '.join(empty)} must name a file, or be null")
         if self.test_split and not self.dataset:
             raise ValueError("test_split is a split of dataset; for a file there is eval.text")
         return self
@@ -595,10 +597,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: listing everything that is wrong.
     """
     try:
-        values = read_yaml(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(str(path), [f"is not YAML: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["must be a mapping of options to values"])
@@ -622,7 +624,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
         path = option.split(".")
         try:
             _set(values, path, _value(_annotation(path), words))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             problems.append(f"--{option} {words[0]}: the value is not YAML")
         except (LookupError, TypeError, ValueError) as error:
             why = f": {error}" if type(error) is ValueError else " has no place in the recipe"

@@ -129,6 +129,11 @@ def load_tokens(
     """
     if not show_progress:
         disable_progress_bars()
+    valid = None  # read first: what takes long comes after all that can be refused
+    if config.valid:
+        valid = read_files(config.valid, tokenizer, config)
+    elif config.dataset and config.valid_split:
+        valid = _read_hub(config, config.valid_split, tokenizer)
     renamed = seed if config.rename else None
     if config.train:
         train = read_files(config.train, tokenizer, config, renamed)
@@ -140,10 +145,8 @@ def load_tokens(
         )
     else:
         train = sample()
-    if config.valid:
-        return train, read_files(config.valid, tokenizer, config)
-    if config.dataset and config.valid_split:
-        return train, _read_hub(config, config.valid_split, tokenizer)
+    if valid is not None:
+        return train, valid
     kept = _kept(len(train), config)
     return train[:-kept], train[-kept:]
 
@@ -343,7 +346,8 @@ def _rename(rows: Dataset, column: str, seed: int, source: str) -> Dataset:
 def _encode(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of each text, with eos after it; none for one that is nothing but blanks."""
     encoded: list[list[int]] = [[] for _ in texts]
-    held = {place: text.removeprefix(MARK) for place, text in enumerate(texts) if text and not text.isspace()}
+    bare = [(text or "").removeprefix(MARK) for text in texts]
+    held = {place: text for place, text in enumerate(bare) if text and not text.isspace()}
     if held:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         for place, ids in zip(held, tokenizer(list(held.values()), **options)["input_ids"], strict=True):

@@ -136,6 +136,7 @@ def build(config: RunConfig) -> Setup:
         fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
+        test = load_test_tokens(config, tokenizer)
         train, valid = load_tokens(
             config.data,
             tokenizer,
@@ -144,7 +145,6 @@ def build(config: RunConfig) -> Setup:
             show_progress=is_main,
         )
         check_length(len(train), config.stages)
-        test = load_test_tokens(config, tokenizer)
         with accelerator.autocast():
             cache = None if base is None else _teacher_cache(config, base, train, accelerator.mixed_precision)
     if config.trackers:

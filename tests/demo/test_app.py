@@ -13,6 +13,8 @@ import pytest
 from gradio_client import Client
 
 import app
+from demo.context import App
+from demo.page import launch
 
 from .conftest import free_port
 
@@ -88,6 +90,16 @@ def test_it_serves_the_models_that_can_be_read_and_ends_when_it_is_interrupted(c
         assert "terminate" not in errors
     finally:
         process.kill()
+
+
+def test_below_a_path_of_a_server_its_addresses_are_there(store, monkeypatch):
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "/demo")
+    served, url, _ = launch(App(store), port=free_port(), prevent_thread_lock=True, quiet=True)
+    try:
+        headers = {"Host": "example.org", "X-Forwarded-Proto": "https"}
+        assert httpx.get(f"{url}config", headers=headers, timeout=60).json()["root"] == "https://example.org/demo"
+    finally:
+        served.blocks.close()
 
 
 def heed_interrupts() -> None:

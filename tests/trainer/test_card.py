@@ -1,5 +1,7 @@
 """What a card says of where a variant comes from: only what the Hub knows, and nothing of this machine."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,10 @@ COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 ENVIRONMENT = dict.fromkeys(("command", "torch", "transformers", "accelerate", "python", "device", "threads"), "1")
 
 
-def card(base: str, **data: object) -> ModelCard:
+def card(base: str, output: str = "o", **data: object) -> ModelCard:
     """The card of a variant of a base, made on some data."""
     stages = [{"stage": "distil", "steps": 1}]
-    values = {"base": base, "attention": {"method": "masks"}, "stages": stages, "output": "o", "data": data}
+    values = {"base": base, "attention": {"method": "masks"}, "stages": stages, "output": output, "data": data}
     config = RunConfig.model_validate(values)
     making = Making(config, MasksConfig(), {**ENVIRONMENT, "commit": None}, 1, 1, 1.0)
     return write_card(making, Fidelity(1, 0.1, 2.0, 2.0, 0.9), None)
@@ -95,3 +97,12 @@ def test_a_card_names_its_data(data: dict, datasets: list[str] | None, text: str
     made = card("gpt2", **data)
     assert made.data.datasets == datasets
     assert text in made.text
+
+
+@pytest.mark.parametrize("output", ["runs/mine", "runs/try #2", 'a "quoted" one', "back\\slash", "日本"])
+def test_the_snippet_of_a_card_is_python(output: str):
+    code = re.search(r"```python\n(.*?)```", card("gpt2", output=output).text, re.DOTALL)[1]
+    (call,) = (
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and "load" in ast.dump(node.func)
+    )
+    assert ast.literal_eval(call.args[0]) == f"{output}/variant"

@@ -169,6 +169,8 @@ def test_a_kind_names_all_stages_of_that_kind(short: Path):
         (["--output", "o", "p"], "'p' is not an option"),
         (["--data.train=a.txt", "b.txt"], "'b.txt' is not an option"),
         (["--stages.pretrain.lr", "1"], "there is no 'pretrain' among 0 (transfer), 1 (distil), 2 (distil)"),
+        (["--data.train", "[]", "--data.valid", "[]"], "data: train and valid must name a file, or be null"),
+        (["--eval.context", "[" * 5000], "the value is not YAML"),
         (["--stages.3.lr", "1"], "--stages.3.lr has no place in the recipe"),
         (["--base.x", "1"], "--base.x has no place in the recipe"),
         (["--eval.context", "[1"], "--eval.context [1: the value is not YAML"),
@@ -241,12 +243,20 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot be read"), ("a: [", "is not YAML"), ("- a", "must be a mapping")]
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "is not YAML"),
+        ("- a", "must be a mapping"),
+        ("base: caf\u00e9".encode("latin-1"), "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        ("\ufeff- a", "must be a mapping"),
+    ],
 )
-def test_what_is_no_recipe(content: str | None, message: str, tmp_path: Path):
+def test_what_is_no_recipe(content: str | bytes | None, message: str, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     if content is not None:
-        recipe.write_text(content)
+        recipe.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         load_config(recipe)
 

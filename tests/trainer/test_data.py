@@ -190,7 +190,7 @@ def test_a_hub_data_set_joined_is_its_text(monkeypatch, tokenizer):
     train, valid = load_tokens(options, tokenizer, no_sample, show_progress=False)
     assert tokenizer.decode(train) == " = A = \nthe sea\n" + tokenizer.eos_token
     assert tokenizer.decode(valid) == "a ship\n" + tokenizer.eos_token
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in rows]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("validation", "train")]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,11 @@ def test_names_are_exchanged_in_the_training_text_alone(tmp_path, tokenizer):
     assert found == names
     again = load_tokens(options, tokenizer, no_sample, seed=2, show_progress=False)[0]
     assert tokenizer.decode(train) != tokenizer.decode(again)
+
+
+def test_a_validation_text_is_read_before_anything_is_sampled(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"no file matches none.txt"):
+        load_tokens(DataConfig(valid="none.txt"), tokenizer, no_sample, show_progress=False)
 
 
 def test_names_are_exchanged_in_text_only(tokenizer):
