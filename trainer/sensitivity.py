@@ -41,9 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=512, help="tokens of a block (default: %(default)s)")
     add("--tokens", type=int, default=32_768, help="tokens from the beginning of the text (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="blocks of a forward pass (default: %(default)s)")
-    add(
-        "--budget", type=float, metavar="KEYS", help="also print the best mix with so many keys, mean over layers"
-    )
+    add("--budget", type=float, metavar="KEYS", help="also print the best mix with so many keys, mean over layers")
     add("--figure", type=Path, metavar="PNG", help="also draw the KL by layer")
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)

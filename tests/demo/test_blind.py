@@ -33,7 +33,11 @@ def handlers(store) -> Handlers:
 def start(handlers: Handlers, **changes) -> list[tuple]:
     settings = replace(SETTINGS, **changes)
     values = [list(v) if isinstance(v, tuple) else v for v in (getattr(settings, name) for name in FIELDS)]
-    return list(handlers.start(*values))
+    for _ in range(20):  # tiny models may write the same text twice, which is no question
+        steps = list(handlers.start(*values))
+        if isinstance(steps[-1][6], Round):
+            break
+    return steps
 
 
 def test_a_pair_is_drawn_with_the_base_where_it_is_chosen_and_in_either_order(store):

@@ -300,7 +300,6 @@ def test_what_the_command_cannot_use_is_named(variants, workplace, valid, capsys
         ("--context 1", "--context must be at least 2, not 1"),
         ("--context -5", "--context must be at least 2, not -5"),
         ("--batch_size 0", "--batch_size must be at least 1, not 0"),
-        ("--samples -1", "--samples must be at least 0, not -1"),
         ("--samples 2 --prompt_length 0", "--prompt_length must be at least 1, not 0"),
         ("--samples 2 --length 3", "--length must be at least 4, not 3"),
         ("--seed -1", "--seed must be at least 0, not -1"),

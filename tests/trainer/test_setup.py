@@ -31,20 +31,10 @@ def test_a_base_that_is_not_finite_is_refused_with_its_tensors_named(
         options |= {"attention": None, "stages": [{"stage": "pretrain", "steps": 1, "context": 32}]}
     assert main(["--config", str(write_recipe(tmp_path, options))]) == 2
     log = (tmp_path / "run" / "train.log").read_text()
-    assert f"{base} has weights that are NaN or infinite" in log
+    assert f"{base} is damaged" in log
+    assert "numbers that are infinite or none" in log
     assert all(name in log for name in names)
     assert not (tmp_path / "run" / "training.jsonl").exists()
-
-
-def test_many_tensors_are_counted(workplace: Path, tmp_path: Path):
-    base = Path(shutil.copytree(workplace / "base", tmp_path / "base"))
-    weights = load_file(base / "model.safetensors")
-    save_file(
-        {name: tensor * float("nan") for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"}
-    )
-    options = recipe(workplace, base=str(base), output=str(tmp_path / "run"))
-    assert main(["--config", str(write_recipe(tmp_path, options))]) == 2
-    assert f" and {len(weights) + 1 - 8} more" in (tmp_path / "run" / "train.log").read_text()  # one is tied
 
 
 @pytest.mark.parametrize(("words", "code"), [(12, 0), (200, 2)])
