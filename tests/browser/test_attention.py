@@ -89,6 +89,7 @@ def maps(store) -> dict[str, list[torch.Tensor]]:
         return {name: attention.attention_maps(model, ids) for name, model in models.items()}
 
 
+@pytest.mark.long
 def test_the_text_generated_last_is_there(opened: Page):
     written = opened.locator("#generate-columns section").nth(1).locator(".token")
     expect(opened.locator("#attention-maps .tokens .token")).to_have_count(written.count())
@@ -249,6 +250,7 @@ def test_the_drawing_has_labels_colours_and_the_text(tab: Page, maps):
     assert any("of its weight" in text for text in texts)
 
 
+@pytest.mark.long
 def test_the_page_of_its_own_needs_nothing_and_runs_no_token(tab: Page, browser: BrowserContext, tmp_path):
     show(tab, HOSTILE)
     with tab.expect_download() as download:
@@ -305,6 +307,7 @@ def test_what_if(tab: Page):
     tab.get_by_role("button", name="What if").click()
 
 
+@pytest.mark.long
 def test_reach(tab: Page):
     tab.locator("#attention-maps .tokens .token").nth(9).click()
     tab.get_by_role("button", name="Reach").click()
@@ -331,6 +334,7 @@ def test_it_shows_that_it_works(tab: Page, monkeypatch: pytest.MonkeyPatch):
     expect(tab.locator("#attention-meter")).to_have_text("")
 
 
+@pytest.mark.long
 def test_what_is_shown_survives_a_reload(browser: BrowserContext, url: str):
     watched = Watched(browser.new_page())
     query = {"attention_model": "masks", "attention_text": TEXT, "attention_layer": 1, "attention_head": 1}
@@ -355,6 +359,7 @@ def test_hostile_tokens_are_text(tab: Page):
     assert tab.locator("#attention-maps img, #attention-maps script").count() == 0
 
 
+@pytest.mark.long
 def test_a_long_text_is_shown_in_parts(tab: Page, store):
     context = store.get("masks").context
     show(tab, "far away " * context)
@@ -371,6 +376,7 @@ def test_a_long_text_is_shown_in_parts(tab: Page, store):
     expect(title(tab)).to_contain_text("tokens 0 to")
 
 
+@pytest.mark.long
 def test_bad_input_is_said(tab: Page):
     tab.locator("#attention-text textarea").fill("")
     tab.get_by_role("button", name="Show attention").click()
