@@ -14,7 +14,7 @@ from demo.models import Access, ModelStore
 from demo.page import launch
 from tests.demo.conftest import checkpoints, free_port  # noqa: F401 (a fixture)
 
-TIMEOUT_MS = 1000 * int(os.environ.get("BROWSER_TIMEOUT", "30"))  # seconds; a busy machine needs more
+TIMEOUT_MS = 1000 * int(os.environ.get("BROWSER_TIMEOUT", "90"))  # seconds; a busy machine needs them
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 expect.set_options(timeout=TIMEOUT_MS)
 
