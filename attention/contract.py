@@ -253,8 +253,8 @@ def beams(case: Case) -> Result:
     return nats.judge(
         found,
         "beam search finds what a loop of forwards finds",
-        f"beam search is {abs(best - own):.2g} nats worse than a loop of forwards, and misjudges what it found by "
-        f"{abs(claimed - own):.2g}",
+        f"beam search finds what is {max(0.0, best - own):.2g} nats worse than what a loop of forwards finds, and "
+        f"misjudges it by {abs(claimed - own):.2g}",
     )
 
 

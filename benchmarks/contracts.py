@@ -31,21 +31,31 @@ from benchmarks.peers import PEERS, installed_version, keeps
 from benchmarks.tiny_models import families, tiny_model, unusual
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTH = 64  # eight windows of the tiny models
+LENGTH, PEER_LENGTH = 64, 256  # eight windows of the tiny models; enough for a mean to differ from softmax
 MEMORY = 6 << 30  # bytes that one of them may take
 Report = dict[str, Any]
 """name, version, what is asked, and either results (by check: holds, difference, sentence) or a problem, a sentence."""
 
+FROM_ZERO = "a cached block of several tokens starts its scan from a state of zeros"
+NO_FLOOR = "a single token's step has no floor (`time_step_min`), a longer text's has"
 CAUSES = {  # what the code of a version does, found by reading it; printed beside a failure of that version alone
-    ("5.24.0", "MambaForCausalLM"): "a cached block of several tokens starts its scan from a state of zeros",
-    ("5.24.0", "JambaForCausalLM"): "a cached block of several tokens starts its scan from a state of zeros",
-    ("5.24.0", "ZambaForCausalLM"): "a cached block of several tokens starts its scan from a state of zeros",
-    ("5.24.0", "Zamba2ForCausalLM"): "a single token's step has no floor (`time_step_min`), a longer text's has",
-    ("5.24.0", "NemotronHForCausalLM"): "a single token's step has no floor (`time_step_min`), a longer text's has",
-    ("5.24.0", "BambaForCausalLM"): "its own positions start at 0 whatever the cache holds",
-    ("5.24.0", "MoshiForCausalLM"): "the cache keeps `sliding_window` tokens; the mask of a forward lets all be read",
-    ("5.24.0", "RwkvForCausalLM"): "`attention_mask` is not read, and the state cannot be reordered",
-    ("5.24.0", "ReformerModelWithLMHead"): "its hashes are drawn anew at every call unless `hash_seed` is set",
+    "MambaForCausalLM 5.24.0": FROM_ZERO,
+    "FalconMambaForCausalLM 5.24.0": FROM_ZERO,
+    "JambaForCausalLM 5.24.0": FROM_ZERO,
+    "ZambaForCausalLM 5.24.0": FROM_ZERO,
+    "Zamba2ForCausalLM 5.24.0": NO_FLOOR,
+    "NemotronHForCausalLM 5.24.0": NO_FLOOR,
+    "BambaForCausalLM 5.24.0": "its own positions start at 0 whatever the cache holds",
+    "MoshiForCausalLM 5.24.0": "the cache keeps `sliding_window` tokens; the mask of a forward lets all be read",
+    "MiniMaxForCausalLM 5.24.0": "its cache reorders the layers of softmax attention alone",
+    "MiniMaxM3VLForCausalLM 5.24.0": "blocks lie at places in the cache, so that padding before a row shifts them",
+    "RecurrentGemmaForCausalLM 5.24.0": "the recurrence reads padding; its state is kept in the layers, out of reach",
+    "RwkvForCausalLM 5.24.0": "`attention_mask` is not read, and the state cannot be reordered",
+    "xLSTMForCausalLM 5.24.0": "it takes no `attention_mask`, and the state cannot be reordered",
+    "ReformerModelWithLMHead 5.24.0": "its hashes are drawn anew at every call unless `hash_seed` is set",
+    "performer-pytorch 1.1.4": "keys are scaled by a maximum over all positions, then floored at 1e-4, where most lie",
+    "native-sparse-attention-pytorch 0.2.3": "a cache takes single tokens, without `compress_mem_kv`, zero when new",
+    "tptt 0.12.1": "its chunk is the largest divisor of the length; its state is kept in the model, out of reach",
 }
 
 
@@ -103,7 +113,7 @@ def problem(name: str, sentence: str) -> Report:
 
 
 def reports(
-    function: Callable[..., Report], names: Iterable[str], options: argparse.Namespace, log: Path
+    function: Callable[..., Report], names: Iterable[str], length: int, options: argparse.Namespace, log: Path
 ) -> list[Report]:
     """A report for each name; those that the log holds are not asked again, new ones are added to it at once."""
     done = {}
@@ -113,7 +123,7 @@ def reports(
 
     def one(name: str) -> Report:
         if name not in done:
-            done[name] = ask(function, name, options.length, options.limit)
+            done[name] = ask(function, name, length, options.limit)
             with log.open("a") as file:
                 file.write(json.dumps({"asked": name, "report": done[name]}) + "\n")
             print(f"{name}: {done[name].get('problem') or ', '.join(broken(done[name])) or 'holds'}", file=sys.stderr)
@@ -147,7 +157,7 @@ def page(models: list[Report], peers: list[Report], options: argparse.Namespace)
         f"{len(kept)} of {len(asked)} keep all that they can be asked.",
         results_table(asked, "layers"),
         "## Other libraries",
-        "Tiny and random, with options under which they should be causal.",
+        f"Tiny and random, with options under which they should be causal, on texts of {options.peer_length} tokens.",
         results_table([report for report in peers if "results" in report], "asked"),
     ]
     failed = [report for report in [*models, *peers] if "problem" in report]
@@ -162,8 +172,8 @@ data; the exit status is 1 where something does not hold, 2 for what cannot be l
 `forward`, `generate` and the config. Texts are random, of {USUAL_LENGTH} tokens if the model holds them.
 
 Parameters that are zero throughout hold random values meanwhile, since what starts as zero hides what it is used for.
-Two computations of one output may differ by {MARGIN} times what rounding does to a usual token, which is measured
-against float64; what differs by more is computed again in float64, which tells rounding from logic. `running_mean`
+Two computations of one output may differ by {MARGIN} times what rounding does to a text, which is measured against
+float64; what differs by more is computed again in float64, which tells rounding from logic. `running_mean`
 fails where attention departs from the mean of its values less than {FLAT} times as far as softmax does with the same
 queries and keys. Nothing is said of a check that a model cannot be asked, such as one of a cache where it has none."""
 
@@ -184,7 +194,7 @@ def results_table(found: list[Report], what: str) -> str:
     for report in found:
         held = [one["holds"] for one in report["results"].values()]
         wrong = "; ".join(f"`{name}` {_amount(one)}".strip() for name, one in broken(report).items())
-        cause = CAUSES.get((report["version"], report["name"]), "") if wrong else ""
+        cause = CAUSES.get(f"{report['name']} {report['version']}", "") if wrong else ""
         counts = f"{held.count(True)} of {held.count(True) + held.count(False)}"
         rows.append(f"| {report['name']} | {report['version']} | {report['what']} | {counts} | {wrong} | {cause} |")
     return "\n".join(rows)
@@ -213,7 +223,8 @@ def _cell(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a text")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a text for families")
+    parser.add_argument("--peer_length", type=int, default=PEER_LENGTH, help="tokens of a text for libraries")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="families and libraries; all by default")
@@ -227,8 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     installed = [name for name in PEERS if installed_version(name)]
     if options.only:
         chosen, installed = ([name for name in names if name in options.only] for names in (chosen, installed))
-    models = reports(family, chosen, options, options.log / "families.jsonl")
-    peers = reports(peer, installed, options, options.log / "peers.jsonl")
+    models = reports(family, chosen, options.length, options, options.log / "families.jsonl")
+    peers = reports(peer, installed, options.peer_length, options, options.log / "peers.jsonl")
     options.output.write_text(page(models, peers, options))
     print(options.output)
 

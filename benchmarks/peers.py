@@ -147,7 +147,7 @@ class Heads(Subject):
 
 
 def performer(library: Any, length: int) -> Heads:
-    return Heads(library.FastAttention(USUAL_HEAD, nb_features=128, causal=True))
+    return Heads(library.FastAttention(USUAL_HEAD, causal=True))
 
 
 def nsa(library: Any, length: int) -> Layer:
@@ -162,11 +162,6 @@ def nsa(library: Any, length: int) -> Layer:
         num_selected_blocks=2,
         causal=True,
     )
-    return Layer(layer, return_cache=True)
-
-
-def taylor(library: Any, length: int) -> Layer:
-    layer = library.TaylorSeriesLinearAttn(dim=WIDTH, dim_head=HEAD, heads=HEADS, causal=True)
     return Layer(layer, return_cache=True)
 
 
@@ -195,7 +190,7 @@ SMALL = {"num_tokens": VOCABULARY, "dim": WIDTH, "heads": HEADS, "dim_head": HEA
 
 
 def reformer(library: Any, length: int) -> nn.Module:
-    return Language(library.ReformerLM(**SMALL, depth=2, max_seq_len=256, bucket_size=BLOCK, n_hashes=2))
+    return Language(library.ReformerLM(**SMALL, depth=2, max_seq_len=512, bucket_size=BLOCK, n_hashes=2))
 
 
 def routing(library: Any, length: int) -> nn.Module:
@@ -204,7 +199,7 @@ def routing(library: Any, length: int) -> nn.Module:
 
 
 def hierarchical(library: Any, length: int) -> nn.Module:
-    return Language(library.HTransformer1D(**SMALL, depth=1, max_seq_len=256, block_size=BLOCK))
+    return Language(library.HTransformer1D(**SMALL, depth=1, max_seq_len=512, block_size=BLOCK))
 
 
 def linformer(library: Any, length: int) -> nn.Module:
@@ -221,7 +216,6 @@ PEERS = {
         Peer("native-sparse-attention-pytorch", "native_sparse_attention_pytorch", "SparseAttention(causal=True)", nsa),
         Peer("tptt", "tptt", "a Llama through get_tptt_model", converted),
         Peer("rwkv7-hf", "rwkv7_hf", "RWKV7ForCausalLM", rwkv),
-        Peer("taylor-series-linear-attention", "taylor_series_linear_attention", "TaylorSeriesLinearAttn", taylor),
         Peer("reformer-pytorch", "reformer_pytorch", "ReformerLM(causal=True)", reformer),
         Peer("routing-transformer", "routing_transformer", "RoutingTransformerLM(causal=True)", routing),
         Peer("linformer-pytorch", "linformer_pytorch", "LinformerLM(causal=True)", linformer),

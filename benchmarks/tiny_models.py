@@ -72,7 +72,13 @@ ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 EXTRA: dict[str, dict[str, Any]] = {  # by model_type; a family whose layers have no list of types says where they are
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dory": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"head_dim": 2 * HEAD},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
