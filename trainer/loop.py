@@ -255,7 +255,7 @@ class Loop:
         run_ends = stage_ends and index == len(config.stages) - 1
         stopped = self._stop_asked()
         saves = self._due(config.checkpoint.every) or stage_ends or stopped
-        if saves or self._due(config.eval.every) or self._due(config.samples.every) or self._due(config.push_every):
+        if saves or self._due(config.eval.every) or self._due(config.samples.every) or self._push_due():
             self._check_weights(stage)
         if self._due(config.log_every) or stage_ends:
             row = self.observer.record_losses(self.step, stage, optimizers)
@@ -272,8 +272,8 @@ class Loop:
             if not saves and self.accelerator.num_processes == 1:  # several would have to fail together
                 self._save_checkpoint(index, done, optimizers)
             raise
-        if self._due(config.push_every) and not run_ends:
-            self._push_behind(stage, measured=self._due(config.eval.every) or stage_ends)
+        if self._push_due() and not run_ends:
+            self._push_behind()
 
     def _measure(self, index: int, done: int, optimizers: list[Optimizer]) -> None:
         """Validation and samples that are due after step `done` of a stage; then a run at its end is finished.
@@ -284,22 +284,22 @@ class Loop:
         stage_ends = done == self._steps(stage)
         run_ends = stage_ends and index == len(self.config.stages) - 1
         has = {row["kind"] for row in self.observer.history.rows if row["step"] == self.step}
-        if (self._due(self.config.eval.every) or stage_ends) and "eval" not in has:
+        # A push, too: its card says what the weights beside it reach.
+        if (self._due(self.config.eval.every) or stage_ends or self._push_due()) and "eval" not in has:
             self.observer.validate(self.step, stage)
         if (self._due(self.config.samples.every) or run_ends) and "samples" not in has:
             self.observer.write_samples(self.step, stage)
         if run_ends:
             self._save_checkpoint(index, done, optimizers, finished=True)
 
-    def _push_behind(self, stage: StageConfig, *, measured: bool) -> None:
-        if self.publisher is None:
-            return
-        if not measured:  # the card says what the weights beside it reach
-            self.observer.validate(self.step, stage)
+    def _push_behind(self) -> None:
         model = self.setup.whole_model()
         if model is not None:
             figures = self.observer.last_figures(best=False)
             self.publisher.push_behind(save_variant(self.setup, self.observer, model, self.step, figures))
+
+    def _push_due(self) -> bool:
+        return self.publisher is not None and self._due(self.config.push_every)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

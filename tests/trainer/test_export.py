@@ -20,6 +20,7 @@ from tests.trainer.conftest import recipe, write_recipe
 from trainer.data import read_files
 from trainer.export import Publisher
 from trainer.fidelity import measure
+from trainer.observer import Observer
 from trainer.train import main
 
 
@@ -74,6 +75,38 @@ def test_a_card_has_figures_of_the_weights_beside_it(keep: str, workplace: Path,
         measured.append(measure(attention.load(folder, base=base)[0], base, tokens, 32).kl)
     assert stated == pytest.approx(measured, rel=0.01)
     assert (stated[-1] <= min(stated)) == (keep == "best")
+
+
+def test_a_run_that_died_on_its_way_to_a_push_has_the_same_history(workplace: Path, tmp_path: Path, monkeypatch):
+    """The push's own validation is owed by a run that goes on after it, since the step's checkpoint came first."""
+    monkeypatch.setattr(Publisher, "push_behind", lambda *_: None)
+    monkeypatch.setattr(Publisher, "push", lambda *_, **__: None)
+    options = ["--push_every", "2", "--checkpoint.every", "2", "--eval.every", "8"]
+    command = ["--config", pushing(workplace, tmp_path), *options]
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+
+    def dies(self: Observer, step: int, stage: object) -> None:
+        if step == 2:
+            raise KilledError
+        validate(self, step, stage)
+
+    validate = Observer.validate
+    with monkeypatch.context() as patch:
+        patch.setattr(Observer, "validate", dies)
+        with pytest.raises(KilledError):
+            main([*command, "--output", str(tmp_path / "run")])
+    assert main([*command, "--output", str(tmp_path / "run"), "--resume"]) == 0
+    steps = [[row["step"] for row in rows(tmp_path / name) if row["kind"] == "eval"] for name in ("whole", "run")]
+    assert steps[0] == steps[1]
+    assert 2 in steps[0]
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+class KilledError(BaseException):
+    """Ends a run where it stands; like a signal, it passes all handlers of errors."""
 
 
 def run_elsewhere(code: str, server: HubServer, folder: Path) -> str:
