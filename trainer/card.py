@@ -297,8 +297,9 @@ def with_pairs(card: str, said: str) -> str:
     """A base's card with a section about its table of pairs at the end, in place of the one it had."""
     rest = re.sub(rf"^{PAIRS_SECTION}$.*?(?=^## |\Z)", "", card, flags=re.M | re.S).rstrip()
     return (
-        f"{rest}\n\n{PAIRS_SECTION}\n\n`{PAIRS}`: {said} By `python -m trainer.pairs`. For `trainer/evaluate.py` a "
-        "token that ends a rare pair which its block has had before is one that must be looked up.\n"
+        f"{rest}\n\n{PAIRS_SECTION}\n\n`{PAIRS}`, made by `python -m trainer.pairs`, holds {said}. For "
+        "`trainer/evaluate.py` a token that ends a rare pair which its block has had before is one that must be looked "
+        "up.\n"
     )
 
 

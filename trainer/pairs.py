@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"{path}: {path.stat().st_size / 1000:,.0f} kB. {said}\n")
+    sys.stdout.write(f"{path}: {path.stat().st_size / 1000:,.0f} kB, {said}\n")
     return 0
 
 
@@ -68,10 +68,10 @@ def _base(options: argparse.Namespace) -> tuple[Path, PreTrainedTokenizerBase]:
 
 
 def describe(table: PairTable) -> str:
-    """What is in a table, in a sentence or two."""
+    """What is in a table."""
     return (
-        f"The {len(table.codes):,} pairs of tokens that come more than {table.at_most} times in {table.tokens:,} "
-        f"tokens of {table.source}; all others are rare."
+        f"the {len(table.codes):,} pairs of tokens that come more than {table.at_most} times in {table.tokens:,} "
+        f"tokens of {table.source}; all others are rare"
     )
 
 

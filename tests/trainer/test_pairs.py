@@ -34,21 +34,22 @@ def test_the_table_lies_with_the_base_and_its_card_says_so(base, long_text, toke
     codes, counts = np.unique(pair_codes(tokens), return_counts=True)
     assert table.codes.tolist() == codes[counts > 2].tolist()
     assert (table.tokens, table.at_most, table.source) == (100_000, 2, "long.txt")
-    said = f"The {len(table.codes):,} pairs of tokens that come more than 2 times in 100,000 tokens of long.txt"
+    said = f"the {len(table.codes):,} pairs of tokens that come more than 2 times in 100,000 tokens of long.txt"
     assert said in capsys.readouterr().out
     card = (base / "README.md").read_text()
-    assert f"## Frequent pairs of tokens\n\n`pairs.safetensors`: {said}" in card
+    assert "\n## Frequent pairs of tokens\n\n`pairs.safetensors`, made by `python -m trainer.pairs`" in card
+    assert f", holds {said}; all others are rare. " in card
     attention.load(base)
 
 
 def test_the_card_says_what_was_counted_last():
-    card = with_pairs("# A base\n\nText.\n\n## Limits\n\nMany.\n", "The first.")
-    again = with_pairs(card, "The second.")
+    card = with_pairs("# A base\n\nText.\n\n## Limits\n\nMany.\n", "the first")
+    again = with_pairs(card, "the second")
     assert re.findall("^#.*$", again, re.M) == ["# A base", "## Limits", "## Frequent pairs of tokens"]
-    assert again == card.replace("The first.", "The second.")
-    moved = with_pairs(card + "\n## More\n\nYes.\n", "The third.")
+    assert again == card.replace("the first", "the second")
+    moved = with_pairs(card + "\n## More\n\nYes.\n", "the third")
     assert re.findall("^#.*$", moved, re.M) == ["# A base", "## Limits", "## More", "## Frequent pairs of tokens"]
-    assert "The first." not in moved
+    assert "the first" not in moved
     assert "Many.\n\n## More\n\nYes.\n" in moved
 
 
