@@ -27,7 +27,7 @@ from .files import (
     write_weights,
 )
 from .hub import HUB, HubOptions, cached_origin
-from .stored import Stored, is_tied, open_stored, origin, spec_of, without_copies
+from .stored import VARIANTS, Stored, is_tied, open_stored, origin, spec_of, without_copies
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,13 @@ def save(
         hub: how to find a base on the Hub.
 
     Raises:
-        CheckpointError: if the folder holds something else, or the disk refuses.
+        CheckpointError: if the model is no variant, the folder holds something else, or the disk refuses.
     """
+    if getattr(variant, "config", None) is None or variant.config.model_type not in VARIANTS:
+        raise CheckpointError(
+            f"{type(variant).__name__} is no variant: make one with attention.convert, or write a model that is to "
+            "stay as it is with its own save_pretrained"
+        )
     folder = Path(folder).expanduser().absolute()
     source = _find_base(variant, base, hub)
     _spare_base(variant, source, folder)

@@ -174,6 +174,12 @@ def test_the_generation_config_is_a_copy(base, saved):
         assert model.generation_config.max_new_tokens is None
 
 
+def test_a_base_is_not_saved_as_a_variant(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no variant: make one with attention\.convert"):
+        attention.save(tiny_gpt2(), tmp_path / "variant")
+    assert not (tmp_path / "variant").exists()
+
+
 def test_a_given_tokenizer_wins_over_that_of_the_base(tmp_path, base):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["dog"])
