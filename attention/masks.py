@@ -15,7 +15,7 @@ Two kinds of candidate look at the text as well, and are listed likewise (see `m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf, isfinite
 from typing import ClassVar, Literal
@@ -83,8 +83,12 @@ class MasksConfig(MechanismConfig):
 
     def of_layer(self, layer_idx: int) -> tuple[Candidate, ...]:
         """The masks that a layer begins with."""
+        return tuple(map(Candidate.parse, self.alone(layer_idx).candidates))
+
+    def alone(self, layer_idx: int) -> MasksConfig:
+        """As in `MechanismConfig`."""
         own = self.first_layers[layer_idx] if layer_idx < len(self.first_layers) else self.candidates
-        return tuple(map(Candidate.parse, own))
+        return replace(self, candidates=own, first_layers=())
 
     def of_all_layers(self) -> list[Candidate]:
         """Every mask that some layer begins with."""

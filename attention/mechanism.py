@@ -98,6 +98,10 @@ class MechanismConfig(ABC):
         """
         return [self] * count
 
+    def alone(self, layer_idx: int) -> MechanismConfig:
+        """The same for one of a model's layers, without the options of the others."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, `method` included, from which `config_from_dict` rebuilds the config."""
         return {"method": self.method, **dataclasses.asdict(self)}

@@ -96,9 +96,12 @@ class PerformerConfig(MechanismConfig):
     def _numbers(self) -> tuple[int, ...]:
         return self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
 
+    def alone(self, layer_idx: int) -> PerformerConfig:
+        """As in `MechanismConfig`."""
+        return dataclasses.replace(self, num_features=self._numbers[min(layer_idx, len(self._numbers) - 1)])
+
     def build(self, layer: LayerShape) -> PerformerAttention:
-        own = self._numbers[min(layer.layer_idx, len(self._numbers) - 1)]
-        return PerformerAttention(dataclasses.replace(self, num_features=own), layer)
+        return PerformerAttention(self.alone(layer.layer_idx), layer)
 
 
 class Ring(NamedTuple):

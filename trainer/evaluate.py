@@ -40,11 +40,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
-from attention.files import CARD, PAIRS, write_file
+from attention.files import CARD, write_file
 from trainer.card import USE, with_measurement
 from trainer.data import DataError, check_vocabulary, read_files
 from trainer.fidelity import Fidelity, Reader, predicted, read_each
-from trainer.hits import RARE, find_pairs, hit_distances, hit_distances_without_table, load_pairs
+from trainer.hits import distances_in
 from trainer.recall import measure_recall
 from trainer.samples import Writing, draw_prompts, measure_writing
 from trainer.slices import Slice, by_position, by_recall, slice_by
@@ -197,7 +197,7 @@ def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -
         for subject, names in zip(family.subjects, parts, strict=True)
         for without in ((), *((name,) for name in names))
     ]
-    distances, rare = _hits(family, tokens, options)
+    distances, rare = distances_in(tokens, family.spec, family.tokenizer, options.context, options.pairs)
     found = iter(read_each(readers, family.base, tokens, options.context, options.batch_size, description="reading"))
     places = predicted(len(tokens), options.context)
     blocks = places // options.context
@@ -223,17 +223,6 @@ def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -
             row["ablations"] = {name: _ablation(next(found).means, figures.kl, options.tolerance) for name in names}
         rows.append(row)
     return rows
-
-
-def _hits(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """Distances (N,) of the hits among tokens (N,), and what was taken as rare."""
-    path, tokenizer = options.pairs, family.tokenizer
-    table = find_pairs(family.spec, tokenizer) if path is None else load_pairs(path, tokenizer)
-    if table is not None:
-        rare = f"it comes at most {table.at_most} times in {table.tokens:,} tokens of {table.source}"
-        return hit_distances(tokens, table, options.context), rare
-    rare = f"it comes at most {RARE} times in a million tokens of the text's other blocks (the base has no {PAIRS})"
-    return hit_distances_without_table(tokens, options.context), rare
 
 
 def _to_dicts(slices: dict[str, Slice]) -> dict[str, Row]:

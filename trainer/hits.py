@@ -166,6 +166,35 @@ def find_pairs(base: str | Path, tokenizer: PreTrainedTokenizerBase) -> PairTabl
     return load_pairs(path, tokenizer) if path.is_file() else None
 
 
+def distances_in(
+    tokens: np.ndarray,
+    base: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    pairs: str | Path | None = None,
+) -> tuple[np.ndarray, str]:
+    """The hits of a text that is read in blocks, by the base's table or else by the text's other blocks.
+
+    Args:
+        tokens: (N,) the text.
+        base: what `attention.load` takes.
+        context: tokens of a block.
+        pairs: a table in place of that which lies with the base.
+
+    Returns:
+        (N,) their distances, 0 for what is no hit; and a sentence on what was taken as rare.
+
+    Raises:
+        attention.CheckpointError, ValueError: see `find_pairs`.
+    """
+    table = find_pairs(base, tokenizer) if pairs is None else load_pairs(pairs, tokenizer)
+    if table is not None:
+        rare = f"it comes at most {table.at_most} times in {table.tokens:,} tokens of {table.source}"
+        return hit_distances(tokens, table, context), rare
+    rare = f"it comes at most {RARE} times in a million tokens of the text's other blocks (the base has no {PAIRS})"
+    return hit_distances_without_table(tokens, context), rare
+
+
 def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     listed = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
