@@ -1,10 +1,12 @@
 """Speed of whole models: generation, prefill, and how the time of a token grows with what came before it.
 
     python benchmarks/generate.py
+    python benchmarks/generate.py --positions 512 2048 8192 --family gpt2
 
-Three tables, every ratio against softmax attention measured in the same rounds: the bundled checkpoints writing
-`--tokens` tokens with their caches; one token of a mechanism after 100 and after 8,000 tokens; and the prefill of a
-model of GPT-2 small's size with random weights.
+Every ratio is against softmax attention measured in the same rounds. Four tables: the bundled checkpoints writing
+`--tokens` tokens with their caches, and `--batch_tokens` for eight rows at once, padded on the left; one token of a
+mechanism after 100 and after 8,000 tokens; and the prefill of a model of GPT-2 small's size with random weights. With
+`--positions` instead a table of whole models of that size at these lengths (`benchmarks/lengths.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 import attention
 from benchmarks import measure
 from benchmarks.attention import MECHANISMS, SHAPE, VOCABULARY
+from benchmarks.lengths import at_lengths, figure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +60,25 @@ def generation(folder: Path, tokens: int, seconds: float) -> list[dict[str, Any]
     start = torch.zeros(1, 1, dtype=torch.long)
     options["attention_mask"] = torch.ones_like(start)
     runs = {name: partial(model.eval().generate, start, **options) for name, model in checkpoints(folder).items()}
+    return compare(runs, "base", seconds)
+
+
+def batches(folder: Path, tokens: int, seconds: float, sizes: tuple[int, ...] = (64, 5, 33, 48, 20, 64, 9, 56)):
+    """`generate` of `tokens` tokens after prompts of several lengths in one batch, greedy, padded on the left."""
+    real = torch.arange(max(sizes)) >= max(sizes) - torch.tensor(sizes)[:, None]
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "pad_token_id": 0,
+        "min_new_tokens": tokens,
+        "max_new_tokens": tokens,
+    }
+    models = checkpoints(folder)
+    torch.manual_seed(0)
+    ids = torch.randint(1, models["base"].config.vocab_size, real.shape) * real
+    runs = {
+        name: partial(model.eval().generate, ids, attention_mask=real.long(), **options)
+        for name, model in models.items()
+    }
     return compare(runs, "base", seconds)
 
 
@@ -107,31 +129,60 @@ def prefill(length: int, seconds: float) -> list[dict[str, Any]]:
     return compare(runs, "softmax", seconds)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder of the models to time")
     parser.add_argument("--tokens", type=int, default=1000, help="tokens to generate")
+    parser.add_argument("--batch_tokens", type=int, default=200, help="tokens to generate for eight rows")
     parser.add_argument("--prefill", type=int, default=1024, help="tokens of the prefill")
+    parser.add_argument("--positions", type=int, nargs="+", help="time whole models of random weights at these lengths")
+    parser.add_argument("--family", choices=("gpt2", "llama"), default="gpt2", help="of the models with --positions")
+    parser.add_argument("--methods", nargs="+", choices=list(MECHANISMS), default=list(MECHANISMS))
+    parser.add_argument("--memory", action="store_true", help="with --positions: also the peak memory of reading")
+    parser.add_argument("--figure", metavar="FILE", help="with --positions: draw tokens a second against length")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for the rounds of a table, after three")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args(argv)
+    if args.positions and min(args.positions) < 1:
+        parser.error(f"--positions are numbers of tokens from 1; given were {args.positions}")
+    return args
+
+
+TABLES = {
+    "generate": ["method", "ms", "ratio"],
+    "batches of 8 rows": ["method", "ms", "ratio"],
+    "decode": ["method", "ms", "growth", "state_kb_near", "state_kb_far"],
+    "prefill": ["method", "ms", "ratio"],
+    "lengths": [
+        *("method", "length", "read_ms", "read_ratio", "read_spread", "token_ms", "token_ratio", "token_spread"),
+        *("cache_mb", "cache_ratio", "peak_mb"),
+    ],
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     measure.keep_freed_memory()
-    report = {
-        "machine": measure.machine(),
-        "generate": generation(args.checkpoints, args.tokens, args.seconds),
-        "decode": decode_growth(),
-        "prefill": prefill(args.prefill, args.seconds),
-    }
+    report: dict[str, Any] = {"machine": measure.machine()}
+    if args.positions:
+        lengths = sorted(set(args.positions))
+        report["family"] = args.family
+        report["lengths"] = at_lengths(args.family, lengths, args.methods, args.seconds, args.memory)
+        if args.figure:
+            title = f"{args.family}, 12 layers, 768 wide, {report['machine']['device']}"
+            figure(report["lengths"], args.figure, title)
+    else:
+        report["generate"] = generation(args.checkpoints, args.tokens, args.seconds)
+        report["batches of 8 rows"] = batches(args.checkpoints, args.batch_tokens, args.seconds)
+        report["decode"] = decode_growth()
+        report["prefill"] = prefill(args.prefill, args.seconds)
     if args.json:
         print(json.dumps(report, indent=1))
         return
     print(json.dumps(report["machine"]))
-    for title, columns in (
-        ("generate", ["method", "ms", "ratio"]),
-        ("decode", ["method", "ms", "growth", "state_kb_near", "state_kb_far"]),
-        ("prefill", ["method", "ms", "ratio"]),
-    ):
-        print(f"\n{title}\n" + measure.table(report[title], columns))
+    for title, columns in TABLES.items():
+        if title in report:
+            print(f"\n{title}\n" + measure.table(report[title], columns))
 
 
 if __name__ == "__main__":
