@@ -115,6 +115,14 @@ class Model(Subject):
         self.cache_name  # noqa: B018 - or there is none
         return Memory()
 
+    def record(self, memory: Memory) -> None:
+        if not getattr(memory.cache, "is_croppable", False):
+            raise DoesNotApply("its cache does not say that it can be cropped")
+        memory.cache.activate_past_recording()
+
+    def take_back(self, memory: Memory, count: int) -> None:
+        memory.cache.crop(-count)
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -25,6 +25,7 @@ Inputs = tuple[Tensor, ...]
 MARGIN = 8  # times the rounding that is measured once: there are many more differences, each of two computations
 BLOCKS = (9, 7, 10)  # none divides another or a usual block
 SHORT_PROMPT = 3
+DRAFTS = ((1, 4), (3, 2), (5, 0), (1, 1), (2, 9))  # tokens of a draft that hold, and that are taken back
 PREFIXES = (1, 2, 3, 5, 8, 11, 16, 17, 23, 31, 32, 33, 47, 64, 71, 96, 100, 127, 128, 129, 191, 200, 255, 256, 257, 300)
 SIGHT = 64  # tokens for which every pair is tried
 FLAT = 0.1  # of what softmax adds to a running mean; less than that is a running mean
@@ -84,6 +85,14 @@ class Subject(ABC):
     def memory(self) -> Any:
         """A memory that has seen nothing."""
         raise DoesNotApply("it keeps no memory of earlier tokens")
+
+    def record(self, memory: Any) -> None:
+        """Asks a memory that has seen something to keep what `take_back` needs, from now on."""
+        raise DoesNotApply("its memory cannot forget")
+
+    def take_back(self, memory: Any, count: int) -> None:
+        """Has a memory forget its last tokens, of those that came since `record` or since it last forgot some."""
+        raise DoesNotApply("its memory cannot forget")
 
     def mixing(self, inputs: Inputs) -> list[Mixing]:
         """What each attention layer mixes; layers of other kinds are left out."""
@@ -257,6 +266,37 @@ def cached_without_position_ids(case: Case) -> Result:
     short = min(case.length, 2 * sum(BLOCKS))
     case = replace(case, inputs=part(case.inputs, None, short), others=part(case.others, None, short))
     return cached(case, parts_of(case.length, BLOCKS, repeat(1)), positions=False)
+
+
+def rollback(case: Case) -> Result:
+    """Other tokens after a part of the text, some or all of them forgotten again, leave no trace in the memory.
+
+    This is what a draft of several tokens needs, of which the first ones hold (arXiv 2211.17192).
+    """
+    expected, memory, found = case.subject.run(case.inputs), case.subject.memory(), {}
+    start = max(1, case.length // 3)
+    case.subject.run(part(case.inputs, None, start), memory)
+    case.subject.record(memory)
+    for right, wrong in cycle(DRAFTS):
+        stop = start + right
+        if stop + wrong > case.length:
+            break
+        tokens = joined(part(case.inputs, start, stop), part(case.others, stop, stop + wrong))
+        output = case.subject.run(tokens, memory, positions=arange_positions(tokens, start))
+        case.subject.take_back(memory, wrong)
+        found[start] = difference(output[:, :right], expected[:, start:stop])
+        start = stop
+    rest = part(case.inputs, start, None)
+    if rest[0].shape[1]:
+        output = case.subject.run(rest, memory, positions=arange_positions(rest, start))
+        found[start] = difference(output, expected[:, start:])
+    _, worst = _worst(found)
+    first = next((start for start, one in found.items() if one > case.tolerance), None)
+    return case.judge(
+        worst,
+        f"{len(found)} drafts, partly or wholly taken back, leave no trace",
+        f"tokens that were taken back leave a trace: up to {worst:.2g} off, first after {first} tokens",
+    )
 
 
 def parts_of(length: int, first: Sequence[int], then: Iterator[int]) -> list[int]:
@@ -500,6 +540,7 @@ CHECKS: dict[str, Check] = {
     "cached_in_blocks": cached_in_blocks,
     "cached_after_short_prompt": cached_after_short_prompt,
     "cached_without_position_ids": cached_without_position_ids,
+    "rollback": rollback,
     "batch": batch,
     "padded_left": padded_left,
     "padded_right": padded_right,

@@ -128,6 +128,7 @@ class MasksState(State):
     """
 
     batched = ("keys", "values", "bias")
+    summarised = ("keys", "values", "least")
 
     def __init__(self, plan: Plan):
         super().__init__()
@@ -141,6 +142,7 @@ class MasksState(State):
 
     def push(self, k: Tensor, v: Tensor) -> None:
         """Shifts in one token (B, H_kv, 1, D), which is a sink in every row or in none."""
+        self.note(1, None, k, v)
         sinks = self.plan.sinks
         self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + 1 :], k], 2)
         self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + 1 :], v], 2)
@@ -152,10 +154,33 @@ class MasksState(State):
 
     def absorb(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Takes in T tokens (B, H_kv, T, D), of which the first `lengths` of each row are real."""
+        self.note(k.shape[2], lengths, k, v)
+        self._take_in(k, v, lengths)
+
+    def _take_in(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         index = self._survivors(k, lengths)
         self.keys, self.values = (self._keep(*pair, index, lengths) for pair in ((self.keys, k), (self.values, v)))
         self.least += k.shape[2] if lengths is None else 0
         self.advance(k.shape[2], lengths)
+
+    def can_remove(self, count: int) -> bool:
+        return self.seen <= self.plan.reach or super().can_remove(count)
+
+    def remove(self, count: int) -> None:
+        if not super().can_remove(count):  # nothing has left the buffer yet
+            super().remove(count)
+            self._shift_back(count)
+            return
+        super().remove(count)
+        for block in self.rewind():
+            self._take_in(*block.tensors, block.lengths)
+
+    def _shift_back(self, count: int) -> None:
+        sinks = self.plan.sinks
+        for name in ("keys", "values"):
+            first, last = getattr(self, name).tensor_split([sinks], 2)
+            setattr(self, name, torch.cat([first, last.roll(count, 2)], 2))
+        self.least = max(0, self.least - count)
 
     def _survivors(self, new: Tensor, lengths: Tensor | None) -> Tensor:
         """(B, sinks + reach) what to keep, counted along the buffer and then the new tokens (see `_keep`)."""

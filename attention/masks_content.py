@@ -77,6 +77,7 @@ class ContentState(State):
     """
 
     batched = ("pairs", "tokens", "best_scores", "best_positions")
+    summarised = ("best_scores", "best_positions")
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -92,6 +93,20 @@ class ContentState(State):
     def reset(self) -> None:
         super().reset()
         self.least, self.logs = 0, None
+
+    def can_remove(self, count: int) -> bool:
+        return not self.plan.top or super().can_remove(count)
+
+    def remove(self, count: int) -> None:
+        super().remove(count)
+        self.least = max(0, self.least - count)
+        if not self.plan.top:
+            return
+        for block in self.rewind():
+            scores = block.tensors[0]
+            best = Best.none(scores, self.plan.top) if self.best_scores is None else self.best_keys()
+            self._rank(best, scores, block.lengths)
+            self.advance(block.columns, block.lengths)
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Stores T tokens (B, H_kv, T, D) and counts them."""
@@ -123,6 +138,10 @@ class ContentState(State):
         Returns:
             The best of all.
         """
+        self.note(scores.shape[2], lengths, scores)
+        return self._rank(before, scores, lengths)
+
+    def _rank(self, before: Best, scores: Tensor, lengths: Tensor | None) -> Best:
         positions = self.seen if self.lengths is None else self.lengths[:, None, None]
         if scores.shape[2] > 1 or lengths is not None:
             place = torch.arange(scores.shape[2], device=scores.device)

@@ -157,6 +157,38 @@ class NSAState(State):
         self.layout = (0, 0, 0, False)
         self.read_masks: tuple[Tensor, ...] = ()
 
+    def can_remove(self, count: int) -> bool:
+        if super().can_remove(count):
+            return True
+        left, every = self.seen - count, self.config.select_every  # keys stay; a choice that is past may be lost
+        return self.lengths is None and (left % every == 0 or left // every == self.seen // every)
+
+    def remove(self, count: int) -> None:
+        if super().can_remove(count):
+            self.selected = self._choice_before(count)
+        super().remove(count)
+        self.read_keys = self.read_values = None
+
+    def _choice_before(self, count: int) -> Tensor:
+        """(B, H_kv, n) the choice on record for the first of the last columns of each row."""
+        blocks = iter(reversed(self.record.blocks))
+        while count > (block := next(blocks)).columns:
+            count -= block.columns
+        ends = block.columns if block.lengths is None else block.lengths
+        return take(block.tensors[0], (ends - count) if isinstance(ends, int) else (ends - count).clamp(min=0), 1)[
+            :, :, 0
+        ]
+
+    def note_choices(self, columns: int, lengths: Tensor | None, blocks: Tensor, shift: int | Tensor) -> None:
+        """Puts tokens on record with what is chosen for each, out of blocks (B, H_kv, G, n) for groups of tokens.
+
+        The first token is the one at `shift` in the first group, as one number or (B,).
+        """
+        choices = ()
+        if self.record_past:
+            choices = (take(blocks.repeat_interleave(self.config.select_every, 2), shift, columns),)
+        self.note(columns, lengths, *choices)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new tokens (B, H_kv, T, D), not counting them yet; returns the buffers."""
         needed = self.config.whole_blocks(self.seen + k.shape[2])
@@ -374,6 +406,7 @@ class NativeSparseAttention(Mechanism):
         blocks = self._choose(queries[0], compressed[0], first, keys.shape[2])
         if state is not None:
             blocks = self._resume(blocks, state, _column(start, k.device))
+            state.note_choices(length, lengths, blocks, shift)
             state.advance(length, lengths)
             state.selected = take(blocks, (state.position - first) // config.select_every, 1)[:, :, 0]
             state.read_keys = None
@@ -437,6 +470,7 @@ class NativeSparseAttention(Mechanism):
         keys, values = state.append(k, v)
         compressed = self._compress(keys, values, state, start, 1)
         self._choose_for_token(queries[0], compressed[0], state, start)
+        state.note_choices(1, lengths, state.selected[:, :, None], 0)
         state.advance(1, lengths)
         if isinstance(start, int):
             return self._token_of_equal_rows(queries, *state.read(k, v, compressed, start), gates)

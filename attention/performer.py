@@ -24,6 +24,7 @@ from .mechanism import (
 from .performer_features import FEATURE_MAPS, FeatureMap, FeatureState, RandomMap
 from .performer_kernel import ScaledOne, Steps, linear_chunks, rescaled, window_attention
 from .reference import softmax_weights
+from .state import Block
 
 CPU_SEGMENT, SEGMENT = 512, 8192  # tokens worked on at a time: on a CPU what is temporary must fit its cache
 NOTHING = -1e30  # log of a feature that no key has; finite, so that differences of two are not NaN
@@ -133,9 +134,11 @@ class PerformerState(FeatureState):
         ring_keys, ring_rows: (B, H, w, D) and (B, H, w, D + 1), the same for single tokens of rows of one length:
             position p in place p mod w, behind its value a one. Either these or the former.
         views: of these two.
+        behind: whether tokens were taken back and the sums do not know it yet.
     """
 
     batched = ("sums", "one", "peaks", "recent_keys", "recent_values", "ring_keys", "ring_rows")
+    summarised = ("sums", "peaks", "settled", "recent_keys", "recent_values", "ring_keys", "ring_rows")
 
     def __init__(self, window: int):
         super().__init__()
@@ -147,6 +150,19 @@ class PerformerState(FeatureState):
         self.ring_keys: Tensor | None = None
         self.ring_rows: Tensor | None = None
         self.views: Ring | None = None
+        self.behind = False
+
+    def reset(self) -> None:
+        super().reset()
+        self.views, self.behind = None, False
+
+    def remove(self, count: int) -> None:
+        super().remove(count)
+        self.behind = True
+
+    def rewind(self) -> list[Block]:
+        self.behind, self.views = False, None
+        return super().rewind()
 
     def missing(self) -> int | Tensor:
         """How many slots of the window are still empty; (B,) where the rows differ."""
@@ -241,6 +257,16 @@ class PerformerAttention(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, lengths: Tensor | None, dropout: float
     ) -> Tensor:
         q, k, v = q.float(), k.float(), v.float()
+        if state.behind:
+            for block in state.rewind():
+                anything = repeat_heads(block.tensors[0], q.shape[1])  # queries leave no trace in a state
+                self._take_in(anything, *block.tensors, state, block.lengths, 0.0)
+        state.note(k.shape[2], lengths, k, v)
+        return self._take_in(q, k, v, state, lengths, dropout)
+
+    def _take_in(
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, lengths: Tensor | None, dropout: float
+    ) -> Tensor:
         single = q.shape[2] == 1 and state.seen and state.lengths is None and lengths is None
         if single and not self.disabled and not torch.is_grad_enabled():
             output = self._step(q, k, v, state)

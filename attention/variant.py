@@ -43,7 +43,7 @@ from .padding import Rows
 from .pushing import push_model
 from .registry import config_from_dict
 from .saving import SHARD_SIZE, save_model
-from .state import State
+from .state import State, StateCache
 from .stored import VARIANT, VARIANTS, Stored, building, is_tied, matrix_names, open_stored, whole_weights
 
 ATTENTION = "mechanism"  # the name of `mix` among the attention functions of transformers
@@ -284,7 +284,10 @@ class Variant(PreTrainedModel):
         given = take_cache(model_kwargs)
         if given is None and not generation_config.use_cache:
             return
-        model_kwargs[cache_name(type(self))] = own_cache(self, given)
+        cache = own_cache(self, given)
+        if generation_config.is_assistant:  # whose drafts are taken back
+            cache.activate_past_recording()
+        model_kwargs[cache_name(type(self))] = cache
 
 
 def is_variant(model: object) -> bool:
@@ -454,6 +457,8 @@ def _enter_body(body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
                 raise ValueError("position_ids jump; several texts in a row can only be read without a cache")
             cache = None
             use_cache = False
+    if rows is not None and cache is not None:
+        _fix_columns(cache, kwargs["attention_mask"], given.shape[1])
     kwargs["position_ids"] = position_ids = _position_ids(body, positions, cache, rows, given)
     if rows is not None:
         for name in ("input_ids", "inputs_embeds", "token_type_ids"):
@@ -466,6 +471,13 @@ def _enter_body(body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
     maps = bool(kwargs.get("output_attentions", body.config.output_attentions))
     kwargs["variant_call"] = Call(rows, kwargs.get("input_ids"), maps)
     return (), kwargs
+
+
+def _fix_columns(cache: Cache, attention_mask: Tensor, length: int) -> None:
+    """Bars `crop` from new columns, `length` of them and some padding, unless they are padding and then tokens."""
+    seen = cache.get_seq_length()
+    if seen or not attention_mask[:, -1].all():
+        cache.fixed = seen + length
 
 
 def _leave_body(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -511,9 +523,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return last if last and any(table.num_embeddings >= last for table in tables) else None
 
 
-def new_cache(body: nn.Module) -> Cache:
+def new_cache(body: nn.Module) -> StateCache:
     """An empty cache for a variant or its body: one decode state a layer."""
-    return Cache(layers=[mechanism.new_state() for mechanism in mechanisms_of(body)])
+    return StateCache(layers=[mechanism.new_state() for mechanism in mechanisms_of(body)])
 
 
 def take_cache(kwargs: dict[str, Any]) -> Any:

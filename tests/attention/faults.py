@@ -64,6 +64,34 @@ def stale_cache() -> GPT2LMHeadModel:
     return made(StaleCache)
 
 
+class StaleCrop(GPT2LMHeadModel):
+    @wraps(GPT2LMHeadModel.forward)
+    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:
+        output = super().forward(input_ids, cache=cache, **kwargs)
+        if output.cache is not None:
+            output.cache.layers[-1].crop = lambda tokens_to_remove: None
+        return output
+
+
+def stale_crop() -> GPT2LMHeadModel:
+    """The last layer's state keeps tokens that were taken back."""
+    return made(StaleCrop)
+
+
+class NoCrop(GPT2LMHeadModel):
+    @wraps(GPT2LMHeadModel.forward)
+    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:
+        output = super().forward(input_ids, cache=cache, **kwargs)
+        if output.cache is not None:
+            output.cache.layers[-1].is_croppable = False
+        return output
+
+
+def no_crop() -> GPT2LMHeadModel:
+    """A cache that says of itself that it cannot be cropped."""
+    return made(NoCrop)
+
+
 class FreshBlock(GPT2LMHeadModel):
     @wraps(GPT2LMHeadModel.forward)
     def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:

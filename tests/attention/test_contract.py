@@ -60,6 +60,12 @@ class Mixer(Subject):
     def memory(self) -> State:
         return self.mechanism.new_state()
 
+    def record(self, memory: State) -> None:
+        memory.activate_past_recording()
+
+    def take_back(self, memory: State, count: int) -> None:
+        memory.crop(-count)
+
     @contextmanager
     def float64(self):
         self.dtype = torch.float64
@@ -177,6 +183,13 @@ def test_cached_equals_uncached_in_any_split(method, data):
 @torch.no_grad()
 def test_cached_equals_uncached_as_texts_are_written(method, split, data):
     hold(getattr(contract, f"cached_{split}")(promised(data.draw(cases(method)))))
+
+
+@every_method
+@given(data=st.data())
+@torch.no_grad()
+def test_tokens_that_were_taken_back_leave_no_trace(method, data):
+    hold(contract.rollback(promised(data.draw(cases(method)))))
 
 
 @every_method

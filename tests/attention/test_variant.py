@@ -246,9 +246,3 @@ def test_maps_of_a_base_are_its_own():
         attention.attention_maps(base, ids), base(ids, output_attentions=True).attentions, strict=True
     ):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_assisted_decoding_is_refused_clearly():
-    student = variant("performer")
-    with pytest.raises(ValueError, match="cropped"):
-        student.generate(tokens(1, 8).repeat(1, 2), max_new_tokens=8, prompt_lookup_num_tokens=2, pad_token_id=0)
