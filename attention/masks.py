@@ -160,7 +160,7 @@ class MasksState(State):
     def _take_in(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         index = self._survivors(k, lengths)
         self.keys, self.values = (self._keep(*pair, index, lengths) for pair in ((self.keys, k), (self.values, v)))
-        self.least += k.shape[2] if lengths is None else 0
+        self.least += k.shape[2] if lengths is None else int(lengths.min())
         self.advance(k.shape[2], lengths)
 
     def can_remove(self, count: int) -> bool:
@@ -311,8 +311,8 @@ class MasksAttention(Mechanism):
                 state.absorb(k, v, lengths)
             return self._from_start(plan, q, k, v)
         complete = state.least >= plan.depth
-        uniform = state.lengths is None and plan.reads_at_once
-        if q.shape[2] == 1 and lengths is None and (complete or uniform):
+        alike = plan.reads_at_once and (state.lengths is None or state.least >= plan.sinks)
+        if q.shape[2] == 1 and lengths is None and (complete or alike):
             return self._step(plan, q, k, v, state)
         return self._continue(plan, q, k, v, state, lengths)
 
@@ -362,14 +362,15 @@ class MasksAttention(Mechanism):
         return layout.by_position(mixed, length)
 
     def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:
-        """One token in every row: none misses a key, or all miss the same."""
+        """One token in every row, which is a sink in every row or in none."""
         layout = plan.layout(1, q.device)
         if state.bias is None:
             bias = layout.log_mask(self._weights().detach()) + layout.hidden_later
             state.bias = bias[:, :, 0].to(q.dtype).expand(len(q), -1, -1, -1)
         bias = state.bias
         if state.least < plan.depth:
-            bias = bias.masked_fill(layout.distance > state.seen, -inf)
+            position = state.position if state.lengths is None else state.lengths[:, None, None, None]
+            bias = bias.masked_fill(layout.distance > position, -inf)
         state.push(k, v)
         k, v = state.keys, state.values
         if layout.decode_index is not None:
