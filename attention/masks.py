@@ -123,22 +123,16 @@ class MasksState(State):
         keys: (B, H_kv, sinks + reach, D); what a row has not seen yet is arbitrary and finite.
         values: like keys.
         plan: the plan that these sizes belong to.
-        least: tokens that every row is known to have.
         bias: (B, 1 or H, 1, K) log M for a query that has all of its keys, once one came.
     """
 
     batched = ("keys", "values", "bias")
-    summarised = ("keys", "values", "least")
+    summarised = ("keys", "values")
 
     def __init__(self, plan: Plan):
         super().__init__()
         self.plan = plan
-        self.least = 0
         self.bias: Tensor | None = None
-
-    def reset(self) -> None:
-        super().reset()
-        self.least = 0
 
     def push(self, k: Tensor, v: Tensor) -> None:
         """Shifts in one token (B, H_kv, 1, D), which is a sink in every row or in none."""
@@ -149,7 +143,6 @@ class MasksState(State):
         if self.least < sinks:  # then all rows have the same length
             self.keys[:, :, self.seen] = k[:, :, 0]
             self.values[:, :, self.seen] = v[:, :, 0]
-        self.least += 1
         self.advance(1, None)
 
     def absorb(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
@@ -160,7 +153,6 @@ class MasksState(State):
     def _take_in(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         index = self._survivors(k, lengths)
         self.keys, self.values = (self._keep(*pair, index, lengths) for pair in ((self.keys, k), (self.values, v)))
-        self.least += k.shape[2] if lengths is None else int(lengths.min())
         self.advance(k.shape[2], lengths)
 
     def can_remove(self, count: int) -> bool:
@@ -180,7 +172,6 @@ class MasksState(State):
         for name in ("keys", "values"):
             first, last = getattr(self, name).tensor_split([sinks], 2)
             setattr(self, name, torch.cat([first, last.roll(count, 2)], 2))
-        self.least = max(0, self.least - count)
 
     def _survivors(self, new: Tensor, lengths: Tensor | None) -> Tensor:
         """(B, sinks + reach) what to keep, counted along the buffer and then the new tokens (see `_keep`)."""

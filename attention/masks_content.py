@@ -71,7 +71,6 @@ class ContentState(State):
         pairs: (B, H_kv, capacity, 2 D) each key with its value behind it, so that one index finds both.
         tokens: (B, 1, capacity, 1) ids by position; None where no head looks for them.
         best_scores, best_positions: (B, H, n) of `Best`; None at the start, and where no head reads by score.
-        least: tokens that every row is known to have.
         logs: log M for a query that has all of its keys, by kind of key, once one came.
         _firsts: batch, heads and capacity, and the first row of each head in a flat `pairs`.
     """
@@ -86,20 +85,18 @@ class ContentState(State):
         self.tokens: Tensor | None = None
         self.best_scores: Tensor | None = None
         self.best_positions: Tensor | None = None
-        self.least = 0
         self.logs: dict[str, Tensor] | None = None
         self._firsts: tuple[tuple[int, int, int], Tensor] | None = None
 
     def reset(self) -> None:
         super().reset()
-        self.least, self.logs = 0, None
+        self.logs = None
 
     def can_remove(self, count: int) -> bool:
         return not self.plan.top or super().can_remove(count)
 
     def remove(self, count: int) -> None:
         super().remove(count)
-        self.least = max(0, self.least - count)
         if not self.plan.top:
             return
         for block in self.rewind():
@@ -111,7 +108,6 @@ class ContentState(State):
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Stores T tokens (B, H_kv, T, D) and counts them."""
         self.pairs = store(self.pairs, torch.cat([k, v], -1), self.position, self.seen + k.shape[2])
-        self.least += k.shape[2] if lengths is None else 0
         self.advance(k.shape[2], lengths)
 
     def read_all(self) -> tuple[Tensor, Tensor]:

@@ -131,8 +131,8 @@ class PerformerState(FeatureState):
             normaliser.
         one: (B, H, 1, 1), what a token's value is extended by; kept from the first single token on.
         recent_keys, recent_values: (B, H_kv, w, D), the newest last; rows with fewer tokens have zeros in front.
-        ring_keys, ring_rows: (B, H, w, D) and (B, H, w, D + 1), the same for single tokens of rows of one length:
-            position p in place p mod w, behind its value a one. Either these or the former.
+        ring_keys, ring_rows: (B, H, w, D) and (B, H, w, D + 1), the same for single tokens, of rows of one length
+            or that all fill the window: column p in place p mod w, behind its value a one. Either these or the former.
         views: of these two.
         behind: whether tokens were taken back and the sums do not know it yet.
     """
@@ -267,7 +267,8 @@ class PerformerAttention(Mechanism):
     def _take_in(
         self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, lengths: Tensor | None, dropout: float
     ) -> Tensor:
-        single = q.shape[2] == 1 and state.seen and state.lengths is None and lengths is None
+        alike = state.lengths is None or state.least >= state.window
+        single = q.shape[2] == 1 and state.seen and lengths is None and alike
         if single and not self.disabled and not torch.is_grad_enabled():
             output = self._step(q, k, v, state)
             state.advance(1, None)
@@ -357,7 +358,7 @@ class PerformerAttention(Mechanism):
         return mixed, steps.joined(logs.squeeze(-1))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
-        """What `_segment` gives for a single token of rows of one length, in few operations and without gradients."""
+        """What `_segment` gives for a single token of rows alike, in few operations and without gradients."""
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         if state.window:
             return self._window_step(q, k, v, state)

@@ -85,6 +85,7 @@ class State(CacheLayerMixin):
         summarised: names of the attributes in which tokens cannot be told apart any more once they were taken in.
         seen: columns seen so far, padding included; no row has more tokens than that.
         lengths: (B,) tokens seen in each row, or None while every row has `seen` of them.
+        least: tokens that every row is known to have.
         record_past: whether a record is kept, from the next tokens on, so that `crop` can take them back. Nobody who
             does not ask for it pays for it.
         record: of the tokens since the last crop.
@@ -98,6 +99,7 @@ class State(CacheLayerMixin):
         super().__init__()
         self.seen = 0
         self.lengths: Tensor | None = None
+        self.least = 0
         self.record_past = False
         self.record: Record | None = None
 
@@ -119,6 +121,7 @@ class State(CacheLayerMixin):
         if self.lengths is not None:
             self.lengths = self.lengths + (columns if lengths is None else lengths)
         self.seen += columns
+        self.least += columns if lengths is None else int(lengths.min())
 
     def nbytes(self) -> int:
         """Bytes that the state holds, all rows."""
@@ -143,7 +146,7 @@ class State(CacheLayerMixin):
             self.record = None
             return
         if self.record is None or self.record.closed:
-            names = ("seen", "lengths", *self.summarised)
+            names = ("seen", "lengths", "least", *self.summarised)
             self.record = Record({name: _copied(getattr(self, name)) for name in names})
         self.record.blocks.append(Block(columns, lengths, tensors))
 
@@ -164,6 +167,7 @@ class State(CacheLayerMixin):
         else:
             self.record = None
         self.seen -= count
+        self.least = max(0, self.least - count)
         if self.lengths is not None:
             self.lengths = (self.lengths - count).clamp(min=0)
 
@@ -188,7 +192,7 @@ class State(CacheLayerMixin):
     def reset(self) -> None:
         for name in self._tensors():
             setattr(self, name, None)
-        self.seen, self.record = 0, None
+        self.seen, self.least, self.record = 0, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
