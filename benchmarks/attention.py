@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -51,6 +52,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 LAYERS = {"layer, softmax": {"method": "softmax"}, "layer, nsa": {"method": "nsa"}}
 PEER_PERFORMER, PEER_NSA = "performer-pytorch m=64", "layer, native-sparse-attention-pytorch"
+PEER_WINDOW = "FlexAttention, window 64 + 4 first"  # compiled, which is not timed; on a CPU it has no backward
 
 
 def make(name: str, length: int, backward: bool) -> Callable[[], Any]:
@@ -73,6 +75,8 @@ def make(name: str, length: int, backward: bool) -> Callable[[], Any]:
 def _mechanism(name: str, x: Tensor, tokens: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if name == "sdpa":
         return partial(scaled_dot_product_attention, is_causal=True)
+    if name == PEER_WINDOW:
+        return _peer_window(x.shape[1], x.device)
     if name == PEER_PERFORMER:
         from performer_pytorch import FastAttention
 
@@ -91,6 +95,16 @@ def _layer(options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     variant = attention.convert(base, config_from_dict(options)).eval()
     (layer,) = attention_modules(variant).values()
     return layer
+
+
+def _peer_window(length: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What a user would pick for the masks of that name: PyTorch's own attention that skips blocks, compiled."""
+
+    def reads(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & ((query - key < 64) | (key < 4))
+
+    mask = create_block_mask(reads, None, None, length, length, device=device)
+    return partial(torch.compile(flex_attention), block_mask=mask)
 
 
 def _peer_nsa() -> torch.nn.Module:
@@ -188,7 +202,7 @@ def figure(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
     axes = (drawing := Figure(figsize=(9, 4.6), layout="constrained")).subplots()
     for name in dict.fromkeys(row["method"] for row in rows):
-        style = "--" if name in (PEER_PERFORMER, PEER_NSA) else ":" if name in LAYERS else "-"
+        style = "--" if name in (PEER_WINDOW, PEER_PERFORMER, PEER_NSA) else ":" if name in LAYERS else "-"
         axes.loglog(*zip(*_points(rows, name), strict=True), style, marker="o", markersize=3, label=name)
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -226,7 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     measure.keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = ["sdpa", *args.methods] + ([PEER_PERFORMER, *LAYERS, PEER_NSA] if args.peers else [])
+    names = ["sdpa", *args.methods]
+    if args.peers:
+        windows = [] if args.backward and not torch.cuda.is_available() else [PEER_WINDOW]
+        names += [*windows, PEER_PERFORMER, *LAYERS, PEER_NSA]
     report: dict[str, Any] = {"machine": measure.machine(), "backward": args.backward, "rows": []}
     for length in args.lengths:
         print(f"measuring length {length} ...", file=sys.stderr)
