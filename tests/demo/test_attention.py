@@ -24,7 +24,6 @@ from demo.tabs.attention import Chosen, Handlers
 from .zoo import SMALL, load_zoo
 
 TEXT = "The old house stood at the end of the lane. Nobody had lived there for years; but it was not empty. " * 2
-METHODS = [name for name in SMALL if name in attention.METHODS]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_tokens_of_a_passage_are_its_text(zoo):
     assert "".join(read(zoo["base"], text).tokens).replace("\ufffd", "") == text
 
 
-@pytest.mark.parametrize("method", ["base", *METHODS])
+@pytest.mark.parametrize("method", ["base", *SMALL])
 def test_maps_are_the_models_own_and_the_bases(zoo, views, method):
     loaded = zoo[method]
     part = read(loaded)
@@ -112,7 +111,7 @@ def test_maps_are_the_models_own_and_the_bases(zoo, views, method):
     assert maps["difference"]["of"] == ["model", "base"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_a_part_of_a_text_is_cut_out_of_the_whole(zoo, views, method):
     loaded = zoo[method]
     ids = encode_text(loaded, TEXT, 10_000)[:40]
@@ -128,7 +127,7 @@ def test_a_part_of_a_text_is_cut_out_of_the_whole(zoo, views, method):
     torch.testing.assert_close(torch.tensor(outside), expected, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_distances_of_a_part_are_those_of_whole_rows(zoo, views, method):
     loaded = zoo[method]
     part = passage(loaded, encode_text(loaded, TEXT, 10_000)[:46], 30, 16)
@@ -176,7 +175,7 @@ def test_layers_of_different_methods_leave_each_others_weights_empty(zoo):
     assert rows["window gate"][1] == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("method", ["masks", "nsa", "performer"])
+@pytest.mark.parametrize("method", ["masks", "nsa", "performer", "layers"])
 @torch.inference_mode()
 def test_the_parts_of_a_method_add_up_to_its_map(zoo, views, method):
     loaded = zoo[method]
@@ -226,7 +225,7 @@ def test_a_head_that_reads_all_tokens_alike_says_that_it_is_near_the_mean(zoo, v
         del even.attention_map
 
 
-@pytest.mark.parametrize("method", ["base", *METHODS])
+@pytest.mark.parametrize("method", ["base", *SMALL])
 def test_every_token_has_a_sentence_and_steps_with_its_own_numbers(zoo, views, method):
     loaded = zoo[method]
     part = read(loaded, start=6, count=20)
@@ -284,7 +283,7 @@ def test_what_a_part_is_worth_shows_in_maps_and_predictions(zoo, views):
     assert not loaded.model.mechanisms[0].disabled
 
 
-@pytest.mark.parametrize("method", ["base", "nsa", "performer", "masks"])
+@pytest.mark.parametrize("method", ["base", "nsa", "performer", "masks", "layers"])
 def test_silent_heads_and_layers_add_nothing(zoo, views, method):
     loaded = zoo[method]
     part = read(loaded)
@@ -357,7 +356,7 @@ def test_texts_longer_than_the_context_are_windowed(zoo, views):
     assert f"of {len(ids):,}" in view["title"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_thumbnails_and_distances_of_all_heads(zoo, views, method):
     loaded = zoo[method]
     part = read(loaded)
@@ -426,7 +425,7 @@ def test_nsa_shows_branches_gates_and_blocks(zoo, views):
     torch.testing.assert_close(unpack(parts["selected"])[blocks == 0], torch.zeros(int((blocks == 0).sum())))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "softmax"])
+@pytest.mark.parametrize("method", [name for name in SMALL if name != "softmax"])
 def test_every_method_is_compared_with_softmax_over_its_own_keys(zoo, views, method):
     loaded = zoo[method]
     part = read(loaded)

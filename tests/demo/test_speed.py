@@ -279,7 +279,7 @@ def test_a_report_is_plain_data(zoo):
 # Counting.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_what_is_counted_is_the_sum_of_what_the_mechanisms_say(zoo, method):
     mechanisms = zoo[method].model.mechanisms
     for layers in (None, [0], [1]):
@@ -290,7 +290,7 @@ def test_what_is_counted_is_the_sum_of_what_the_mechanisms_say(zoo, method):
             assert count.keys_scored == sum(mechanism.keys_scored(count.length - 1) for mechanism in chosen)
 
 
-@pytest.mark.parametrize("method", ["base", *METHODS])
+@pytest.mark.parametrize("method", ["base", *SMALL])
 @torch.inference_mode()
 def test_memory_is_counted_as_states_have_it_at_any_length(zoo, method):
     counter = counting.Counter(zoo[method], "attention")

@@ -21,6 +21,12 @@ SMALL = {
         "select_every": 4,
     },
 }
+SMALL["layers"] = {
+    "layers": [
+        {"layers": [0], "method": "performer", **SMALL["performer"]},
+        {"layers": [1], "method": "nsa", **SMALL["nsa"]},
+    ]
+}
 
 
 def load_zoo(folder: Path) -> dict[str, LoadedModel]:
