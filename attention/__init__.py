@@ -10,13 +10,14 @@ from .nsa import NSAConfig
 from .performer import PerformerConfig
 from .pushing import Push, push
 from .recording import attention_maps, mechanism_inputs
-from .registry import METHODS, LayersConfig, config_from_dict
+from .registry import CONFIGS, METHODS, LayersConfig, config_from_dict
 from .saving import save
 from .softmax import SoftmaxConfig
 from .stored import locate
 from .variant import Variant, VariantConfig, is_variant
 
 __all__ = [
+    "CONFIGS",
     "METHODS",
     "Checkpoint",
     "CheckpointError",

@@ -26,7 +26,7 @@ class Checkpoint:
 
     Attributes:
         folder: where its files lie.
-        method: a key of `METHODS`; "softmax" for a plain model.
+        method: a key of `CONFIGS`; "softmax" for a plain model.
         options: the method's options.
         base: what `load` takes to get the base, the same text for all variants of one base; None for a plain model
             and for a variant that carries all weights itself.

@@ -75,6 +75,9 @@ class LayersConfig(MechanismConfig):
         return {"method": self.method, "layers": layers}
 
 
+CONFIGS: dict[str, type[MechanismConfig]] = METHODS | {LayersConfig.method: LayersConfig}  # what a model may have
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -94,10 +97,9 @@ def config_from_dict(data: Mapping[str, Any]) -> MechanismConfig:
     """
     options = dict(data)
     method = options.pop("method", None)
-    known = METHODS | {LayersConfig.method: LayersConfig}
-    if not isinstance(method, str) or method not in known:
-        raise ConfigError("attention", [f"method {method!r} does not exist; choose one of {list(known)}"])
-    config_class = known[method]
+    if not isinstance(method, str) or method not in CONFIGS:
+        raise ConfigError("attention", [f"method {method!r} does not exist; choose one of {list(CONFIGS)}"])
+    config_class = CONFIGS[method]
     names = [field.name for field in dataclasses.fields(config_class)]
     unknown = [f"{name!r} is not an option; {method} has {names or 'none'}" for name in options if name not in names]
     missing = [

@@ -50,7 +50,7 @@ class Entry:
         name: unique, short; what pickers, links and endpoints say.
         source: what it was asked for by: a folder or a name on the Hub.
         folder: where its files lie.
-        method: a key of `attention.METHODS`; "softmax" for a plain model.
+        method: a key of `attention.CONFIGS`; "softmax" for a plain model.
         description: the method in one line.
         size: bytes of its weights on disk; a variant's are only what differs from its base.
         is_base: whether it is a plain model.
@@ -287,7 +287,7 @@ class ModelStore:
                 source=source,
                 folder=found.folder,
                 method=found.method,
-                description=attention.METHODS[found.method].description,
+                description=attention.CONFIGS[found.method].description,
                 size=sum(file.stat().st_size for file in found.folder.glob("*.safetensors")),
                 is_base=not found.is_variant,
                 base=base and base.name,
@@ -386,7 +386,7 @@ def _explained(source: str) -> Iterator[None]:
 
 def bundled(folder: Path) -> list[Path]:
     """The model folders inside `folder`: plain models first, then the variants by method and name."""
-    order = list(attention.METHODS)
+    order = list(attention.CONFIGS)
 
     def key(model_folder: Path) -> tuple[int, str]:
         try:

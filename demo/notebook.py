@@ -90,14 +90,14 @@ def _loaded(
         tokenizer = tokenizer or own
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
     mechanisms = getattr(model, "mechanisms", [])
-    method = ", ".join(dict.fromkeys(mechanism.config.method for mechanism in mechanisms)) or "softmax"
-    described = attention.METHODS.get(method)
+    methods = {mechanism.config.method for mechanism in mechanisms} or {"softmax"}
+    method = methods.pop() if len(methods) == 1 else attention.LayersConfig.method
     entry = Entry(
         name=name or method,
         source=name,
         folder=Path(name),
         method=method,
-        description=described.description if described else "",
+        description=attention.CONFIGS[method].description,
         size=0,
         is_base=not len(mechanisms),
         base="base" if base is not None else None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
+
+from attention import LayersConfig
 
 from .models import Entry, ModelStore
 from .runs import Column, ColumnView, Cost, Run, Settings, TokenScore, TokenView
@@ -187,6 +189,8 @@ WORDS = {"num_features": "features", "num_selected": "blocks", "candidates": "pl
 def what_it_reads(name: str, store: ModelStore) -> str:
     """A model in one short line: what tells it from others of its method, or else what a token of it reads."""
     entry = store.entry(name)
+    if entry.method == LayersConfig.method:
+        return option_text(entry.options["layers"])
     entries = [store.entry(each) for each in store.names()]
     return distinction(entry, entries) or BRIEF.get(entry.method) or entry.description
 
@@ -209,9 +213,18 @@ def option_text(value: Any) -> str:
         return "yes" if value else "no"
     if not isinstance(value, list | tuple):
         return str(value)
+    if value and all(isinstance(each, Mapping) for each in value):
+        return ", ".join(f"{each['method']} in {_layers(each['layers'])}" for each in value)
     if len(value) > 1 and all(isinstance(each, int | float) for each in value):
         return _by_layer(value)
     return ", ".join(map(option_text, value))
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    """Numbers of layers in words, those that follow each other together."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(sorted(numbers)), lambda e: e[1] - e[0])]
+    said = [f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(said)}"
 
 
 def _by_layer(values: Sequence[float]) -> str:

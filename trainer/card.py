@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from attention.files import PAIRS
 from attention.hub import HubSpec, cached_origin
 from attention.mechanism import MechanismConfig
 from attention.pushing import ANY_REPOSITORY
+from attention.registry import CONFIGS, LayersConfig
 
 from .config import RunConfig
 from .fidelity import Fidelity
@@ -186,6 +188,19 @@ def _usage(making: Making) -> str:
     )
 
 
+def _options(config: MechanismConfig) -> str:
+    """All options of a method; where each layer has its own, those that are not the method's defaults."""
+    if not isinstance(config, LayersConfig):
+        options = {name: value for name, value in config.to_dict().items() if name != "method"}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items()) or "none"
+    said = []
+    for choice in config.to_dict()["layers"]:
+        fields = dataclasses.fields(CONFIGS[choice["method"]])
+        own = [f"{field.name}={choice[field.name]!r}" for field in fields if choice[field.name] != field.default]
+        said.append(f"layers {', '.join(map(str, choice['layers']))}: {choice['method']}({', '.join(own)})")
+    return "; ".join(said)
+
+
 def _how(making: Making) -> str:
     config, environment = making.config, making.environment
     data = config.data
@@ -194,12 +209,11 @@ def _how(making: Making) -> str:
     text = config.card.train_data or ", ".join(sources) or "sampled from the base itself at temperature 1"
     text += ", its names exchanged" if data.rename else ""
     libraries = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "accelerate"))
-    options = ", ".join(f"{name}={value!r}" for name, value in making.method.to_dict().items() if name != "method")
     stages = "\n".join(f"- {_stage(stage)}" for stage in config.stages)
     return (
         f"```\n{environment['command']}\n```\n\n"
         f"{stages}\n\n"
-        f"Method options: `{options or 'none'}`. Text: {text}. In all {making.steps:,} steps, {making.tokens:,} "
+        f"Method options: `{_options(making.method)}`. Text: {text}. In all {making.steps:,} steps, {making.tokens:,} "
         f"tokens, {making.seconds:,.0f} s on {environment['device']} ({environment['threads']} threads), "
         f"seed {config.seed}; {libraries}, Python {environment['python']}"
         + (f", code at {environment['commit']}" if environment["commit"] else "")

@@ -435,7 +435,7 @@ class RunConfig(Section):
         positions_start: where the new position embeddings start: the old ones stretched over them ("interpolate"), or
             kept and repeated ("repeat"); see `positions.extend_positions`.
         variant: a variant to continue with, instead of a fresh one.
-        attention: method and its options; see `attention.METHODS`. With `variant`, in place of the variant's own, whose
+        attention: method and its options; see `attention.CONFIGS`. With `variant`, in place of the variant's own, whose
             weights must fit it; None: the variant's own.
         stages: what to do, in this order.
         max_steps: steps in all, shared among the stages in proportion; None: as the stages say.

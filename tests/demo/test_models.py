@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import attention
+from demo.engine import Generation
 from demo.limits import Limits
 from demo.models import Access, LoadError, ModelStore, bundled, is_local, short_name
+from demo.runs import Settings
+from demo.views import what_it_reads
 
 
 def test_entries_are_known_without_loading(store, checkpoints):
@@ -129,6 +132,19 @@ def test_a_variant_that_carries_all_weights_has_no_base(checkpoints, tmp_path):
     attention.save(variant, tmp_path / "alone", self_contained=True)
     store = ModelStore([tmp_path / "alone"], access=Access())
     assert store.get("alone").base is None
+
+
+def test_a_model_whose_layers_differ_is_one_like_others(checkpoints, tmp_path):
+    base, _ = attention.load(checkpoints / "base")
+    choices = [{"layers": [1], "method": "softmax"}, {"layers": [0], "method": "masks", "candidates": ["window(6)"]}]
+    mix = attention.convert(base, attention.config_from_dict({"method": "layers", "layers": choices}))
+    attention.save(mix, tmp_path / "mixed", dtype=None)
+    store = ModelStore([checkpoints / "base", tmp_path / "mixed"], Limits(), Access(None, (checkpoints, tmp_path)))
+    assert store.problems == {}
+    assert what_it_reads("mixed", store) == "softmax in layer 1, masks in layer 0"
+    generation = Generation(store, Settings("The old man", ("base", "mixed"), max_new_tokens=4))
+    list(generation.stream())
+    assert [column.generated for column in generation.run.columns] == [4, 4]
 
 
 def test_bundled_folders_come_base_first(checkpoints):

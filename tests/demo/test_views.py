@@ -116,4 +116,6 @@ def test_models_of_one_method_are_told_apart_by_their_options(store):
 def test_options_by_layer_are_said_by_the_layers_that_share_them():
     assert option_text((64, 64, 0, 0, 0, 256)) == "64 in layers 0–1, 0 in 2–4, 256 in 5"
     assert option_text((8, 8)) == "8"
+    mix = [{"layers": [0, 4, 1], "method": "masks"}, {"layers": [2], "method": "nsa"}, {"layers": [3], "method": "a"}]
+    assert option_text(mix) == "masks in layers 0–1, 4, nsa in layer 2, a in layer 3"
     assert option_text([True, "a"]) == "yes, a"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from attention import MasksConfig
+from attention import MasksConfig, config_from_dict
 from trainer.card import Making, hub_id, write_card
 from trainer.config import RunConfig
 from trainer.fidelity import Fidelity
@@ -106,3 +106,14 @@ def test_the_snippet_of_a_card_is_python(output: str):
         node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and "load" in ast.dump(node.func)
     )
     assert ast.literal_eval(call.args[0]) == f"{output}/variant"
+
+
+def test_a_card_says_which_layers_have_which_method():
+    mix = [{"layers": [0, 2], "method": "masks", "candidates": ["window(4)"]}, {"layers": [1], "method": "softmax"}]
+    method = {"method": "layers", "layers": mix}
+    values = {"base": "b", "attention": method, "stages": [{"stage": "distil", "steps": 1}], "output": "o"}
+    making = Making(
+        RunConfig.model_validate(values), config_from_dict(method), {**ENVIRONMENT, "commit": None}, 1, 1, 1.0
+    )
+    text = write_card(making, Fidelity(1, 0.1, 2.0, 2.0, 0.9), None).text
+    assert "Method options: `layers 0, 2: masks(candidates=('window(4)',)); layers 1: softmax()`." in text
