@@ -1,7 +1,9 @@
-"""What a tokenizer makes of a prompt, and whether a model knows all of its tokens."""
+"""What a tokenizer makes of a prompt and of what a model writes, and whether the model knows all of its tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,3 +52,13 @@ def unknown_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     size = model.get_input_embeddings().weight.shape[0]
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= size}
     return [beyond[index] for index in sorted(beyond)]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], **options: Any) -> str:
+    """The text of tokens; U+FFFD for those that a tokenizer in Python refuses, as a model may have more than it has."""
+    try:
+        return tokenizer.decode(token_ids, **options)
+    except Exception:  # in Python, what such a token leads to is anything
+        known = set(tokenizer.get_vocab().values())
+        runs = groupby(map(int, token_ids), known.__contains__)
+        return "".join(tokenizer.decode([*run], **options) if whole else "\ufffd" * len([*run]) for whole, run in runs)

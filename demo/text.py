@@ -5,7 +5,9 @@ from __future__ import annotations
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from attention.prompts import prompt_tokens
+from attention.prompts import decode, prompt_tokens
+
+MOST_BYTES = 4  # of a character; tokens that are not one by then will be none
 
 
 class PromptError(ValueError):
@@ -55,15 +57,16 @@ class TokenTexts:
             return self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
         self._last.append(token_id)
         before, now = map(self._decode, (self._last[: self._given], self._last))
-        if now.endswith("\ufffd") or len(now) <= len(before):
+        begun = now.endswith("\ufffd") and len(self._last) - self._given < MOST_BYTES
+        if begun or len(now) <= len(before):
             return ""
         self._last, self._given = self._last[self._given :], len(self._last) - self._given
         return now[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+        return decode(self._tokenizer, token_ids, clean_up_tokenization_spaces=False)
 
 
 def token_label(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """One token on its own, as a label; bytes that are no whole character show as U+FFFD."""
-    return tokenizer.decode([token_id])
+    return decode(tokenizer, [token_id])

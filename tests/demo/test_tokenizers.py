@@ -72,7 +72,7 @@ def test_no_prompt_is_closed(make, kind, prompt, ids):
 
 
 def test_a_tokenizer_in_python_works_in_every_view(make):
-    store = make("byt5")
+    store = make("byt5", vocab_size=4096)  # most of which it does not know
     column = generate(store, "Ein Käse")["byt5"]
     assert column.problem is None
     assert "".join(column.tokens[: column.prompt_length]) == "Ein Käse"
@@ -86,6 +86,8 @@ def test_characters_of_several_tokens_belong_to_the_last_also_in_python():
     tokenizer = ByT5Tokenizer()
     texts = TokenTexts(tokenizer)
     assert [texts.next(i) for i in encode(tokenizer, "aä😀</s>b")] == ["a", "", "ä", *3 * [""], "😀", "</s>", "b"]
+    assert [texts.next(4000) for _ in range(4)] == ["", "", "", 4 * "\ufffd"]
+    assert [texts.next(i) for i in (4000, *encode(tokenizer, "c"))] == ["", "\ufffdc"]
 
 
 def test_what_a_tokenizer_cannot_read_is_said_in_its_column_alone(make):
