@@ -35,6 +35,7 @@ from .files import (
     existing,
     fingerprint,
     has_tokenizer,
+    needs_sentencepiece,
     parse_json,
     parse_weights,
     read_json,
@@ -158,7 +159,14 @@ class Stored:
                 )
             return None
         with refusing(f"the tokenizer in {self.folder}"):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            except Exception as error:
+                if not needs_sentencepiece(self.folder):
+                    raise
+                raise NotAModelError(  # what transformers says is that tiktoken is missing
+                    f"the tokenizer in {self.folder} is of SentencePiece: pip install sentencepiece protobuf"
+                ) from error
             names = {*tokenizer.vocab_files_names.values()} - {"tokenizer_config.json"}
             if names and not any((self.folder / name).is_file() for name in names | {"tokenizer.json"}):
                 raise NotAModelError(

@@ -229,6 +229,14 @@ def test_a_tokenizer_that_makes_no_sense_is_refused(base):
             attention.load(base)
 
 
+def test_a_tokenizer_of_sentencepiece_names_the_package_that_it_takes(base, monkeypatch):
+    (bare(base) / "spiece.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    with pytest.raises(NotAModelError, match="pip install sentencepiece"):
+        attention.load(base)
+
+
 # Bases
 
 
