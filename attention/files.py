@@ -249,6 +249,11 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
     return data
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` as the home folder that it stands for; that of a user whom there is not stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Writes a JSON object, readable, with a newline at the end."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -26,6 +26,7 @@ from .files import (
     MANIFEST,
     OWN_WEIGHTS,
     check,
+    expanded,
     read_json,
     read_manifest,
     weight_files,
@@ -96,7 +97,7 @@ def push(
     """
     spec = HubSpec.parse(to)
     spec = replace(spec, revision=revision or spec.revision)
-    command = _command(Path(folder).expanduser().absolute(), spec, private, include_base)
+    command = _command(expanded(folder).absolute(), spec, private, include_base)
     with tempfile.TemporaryDirectory() as work:
         publish(locate(Path(folder)), Path(work), spec, include_base, HubOptions(api))
         _check_card(Path(work, CARD), command)
@@ -235,7 +236,7 @@ def _address_card(path: Path, folder: Path, spec: HubSpec) -> None:
         return
     text = path.read_text(encoding="utf-8")
     for place in set(re.findall(r'attention\.load\("([^"\n]+)"\)', text)):
-        if Path(place).expanduser().absolute() == folder.expanduser().absolute():
+        if expanded(place).absolute() == expanded(folder).absolute():
             text = text.replace(f'attention.load("{place}")', f'attention.load("{spec}")')
     path.write_text(text.replace(ANY_REPOSITORY, spec.arguments), encoding="utf-8", newline="\n")
 

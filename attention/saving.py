@@ -21,6 +21,7 @@ from .files import (
     CARD,
     HISTORY,
     SHARD_SIZE,
+    expanded,
     replaced,
     write_json,
     write_manifest,
@@ -68,7 +69,7 @@ def save(
     Raises:
         CheckpointError: if the folder holds something else, or the disk refuses.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     source = _find_base(variant, base, hub)
     _spare_base(variant, source, folder)
     if tokenizer is None and source is not None:
@@ -91,7 +92,7 @@ def save_model(
     max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
     """What `save_pretrained` does: config and weights, in the variant's own dtype; the tokenizer saves itself."""
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     source = _find_base(variant, None, HUB)
     _spare_base(variant, source, folder)
     with replaced(folder) as new:

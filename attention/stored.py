@@ -33,6 +33,7 @@ from .files import (
     OWN_WEIGHTS,
     check,
     existing,
+    expanded,
     fingerprint,
     has_tokenizer,
     needs_sentencepiece,
@@ -63,7 +64,7 @@ def locate(spec: str | Path, hub: HubOptions = HUB, progress: Progress | None = 
     Raises:
         CheckpointError: of the class that says why there is none.
     """
-    folder = existing(Path(spec).expanduser().absolute())
+    folder = existing(expanded(spec).absolute())
     if os.path.isdir(folder):  # False for names that no disk takes, where Path.is_dir raises
         return folder.resolve()
     if isinstance(spec, Path) or str(spec).startswith((".", "/", "~")):
@@ -258,7 +259,7 @@ def open_stored(
     Raises:
         CheckpointError: if it cannot be found, is damaged, or is no causal language model.
     """
-    folder = existing(Path(spec, subfolder).expanduser().absolute())
+    folder = existing(expanded(Path(spec, subfolder)).absolute())
     if os.path.isdir(folder) or not (subfolder or revision):
         folder = locate(Path(spec, subfolder) if subfolder else spec, hub, progress)
     else:
@@ -367,7 +368,7 @@ def origin(model: PreTrainedModel) -> dict[str, Any] | None:
     name = model.config.name_or_path
     if not name:
         return None
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         return {"id": name, "revision": None}
     place = cached_origin(folder.resolve())

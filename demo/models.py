@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
+from attention.files import expanded
 from attention.hub import HUB, HubSpec
 from attention.prompts import unknown_tokens
 
@@ -138,7 +139,7 @@ class Access:
             raise LoadError(str(error)) from None
 
     def _check_folder(self, source: str) -> None:
-        folder = Path(source).expanduser().resolve()
+        folder = expanded(source).resolve()
         if not any(folder.is_relative_to(root.resolve()) for root in self.folders):
             allowed = " or ".join(f"{root}/" for root in self.folders) or "none; only the Hub's models can be added"
             raise LoadError(

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.files import fingerprint, write_file
+from attention.files import expanded, fingerprint, write_file
 from attention.mechanism import is_mechanism
 from attention.stored import without_copies
 from attention.variant import causal_models, fuse_activations, position_limit
@@ -182,7 +182,7 @@ def check_places(config: RunConfig) -> None:
     """
     results = [(Path(config.output) / name).resolve() for name in ("variant", "model")]
     starts = {"base": config.base, "variant": config.variant}
-    if own := [name for name, place in starts.items() if place and Path(place).expanduser().resolve() in results]:
+    if own := [name for name, place in starts.items() if place and expanded(place).resolve() in results]:
         raise ValueError(f"{' and '.join(own)} would be replaced by the run's own result: choose another --output")
 
 

@@ -500,6 +500,25 @@ def test_what_is_no_model_is_refused(tmp_path, base):
         attention.load(base)
 
 
+@pytest.mark.parametrize("ask", [attention.load, attention.describe, attention.hub_size, attention.locate])
+def test_the_home_folder_of_nobody_is_no_folder(ask, base):
+    with pytest.raises(MissingCheckpointError, match="no folder ~no-such-user/x|neither a folder"):
+        ask("~no-such-user/x")
+
+
+def test_paths_below_a_home_folder_mean_it(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    variant = make_variant(Path("~/base"))
+    attention.save(variant, "~/variant")
+    attention.load("~/variant")
+    assert (tmp_path / "variant" / "manifest.json").is_file()
+    variant.config.name_or_path = "~no-such-user/x"
+    assert attention.convert(variant, small_config("softmax")).config.base["id"] == str(base)
+    plain, _ = attention.load(base)
+    plain.config.name_or_path = "~no-such-user/x"
+    assert attention.convert(plain, small_config("softmax")).config.base["id"] == "~no-such-user/x"
+
+
 def test_a_method_of_a_later_version_is_named(saved):
     config = json.loads((saved / "config.json").read_text())
     config["attention"] = {"method": "telepathy"}
