@@ -657,6 +657,42 @@ def test_saving_again_replaces_the_variant_and_keeps_the_rest(base, saved):
     }
 
 
+CLAIMS = """---
+license: mit
+model-index:
+- name: mine
+  results:
+  - metrics:
+    - type: kl
+      value: 0.02
+tags:
+- masks
+---
+
+# Mine
+
+KL 0.02
+"""
+
+
+def test_a_card_does_not_claim_figures_of_other_weights(base, saved):
+    attention.save(make_variant(base), saved, card=CLAIMS)
+    attention.save(make_variant(base), saved)
+    assert (saved / "README.md").read_text() == CLAIMS  # of the same weights, which it is still right about
+    for variant in (make_variant(base, "softmax"), make_variant(base, train=False)):
+        attention.save(variant, saved)
+        card = (saved / "README.md").read_text()
+        assert card.startswith(
+            "---\nlicense: mit\ntags:\n- masks\n---\n\n> This card, its figures included, is of weights"
+        )
+        assert card.endswith("\n\n# Mine\n\nKL 0.02\n")
+    assert card.count("> This card") == 1
+    make_variant(base).save_pretrained(saved)
+    assert (saved / "README.md").read_text() == card
+    attention.save(make_variant(base), saved, card=CLAIMS)
+    assert (saved / "README.md").read_text() == CLAIMS
+
+
 def test_a_damaged_variant_can_be_replaced(base, saved):
     (saved / "manifest.json").write_text("{")
     variant = make_variant(base, "softmax")
