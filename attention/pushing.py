@@ -222,7 +222,7 @@ def _includes_base(base: dict[str, Any] | None, spec: HubSpec, include_base: boo
 def _check_card(path: Path, command: str) -> None:
     """Parses the card's metadata, `model-index` included, as the Hub's client does."""
     if not path.is_file():
-        logger.warning("the variant has no %s, so its page on the Hub will be empty", path.name)
+        logger.warning("the variant has no %s, so its page on the Hub will be empty, or stay what it is", path.name)
         return
     try:
         ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)

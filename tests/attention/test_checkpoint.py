@@ -502,7 +502,7 @@ def test_what_is_no_model_is_refused(tmp_path, base):
 
 @pytest.mark.parametrize("ask", [attention.load, attention.describe, attention.hub_size, attention.locate])
 def test_the_home_folder_of_nobody_is_no_folder(ask, base):
-    with pytest.raises(MissingCheckpointError, match="no folder ~no-such-user/x|neither a folder"):
+    with pytest.raises(MissingCheckpointError, match=r"no folder ~no-such-user/x|neither a folder"):
         ask("~no-such-user/x")
 
 
