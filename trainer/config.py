@@ -486,6 +486,11 @@ class RunConfig(Section):
     def pretrains(self) -> bool:
         return self.stages[0].stage == "pretrain"
 
+    @property
+    def text_files(self) -> list[str]:
+        """All local files of text, or patterns of some, that the run reads."""
+        return [*(self.data.train or []), *(self.data.valid or []), *([self.eval.text] if self.eval.text else [])]
+
     def to_yaml(self) -> str:
         """The config as a recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
