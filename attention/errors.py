@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 3000  # characters; the names in a stranger's files may be longer
+
 
 class CheckpointError(OSError):
     """A checkpoint could not be read, written or moved; the message says what to do.
 
     An `OSError`, as transformers raises where a model cannot be loaded.
     """
+
+    def __init__(self, message: str):
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} [...] {message[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(message)
 
 
 class MissingCheckpointError(CheckpointError):

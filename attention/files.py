@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ MOST_TENSORS = 50_000
 
 # The files of tokenizers, whatever their class calls them.
 VOCABULARIES = ("*.txt", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "*.tokenizer")
+SENTENCEPIECE = ("*.model", "*.spm")
 # What is read of a checkpoint: neither code nor pickles, so nothing of it can run.
 PATTERNS = ("*.json", "*.jsonl", "model*.safetensors", PAIRS, *VOCABULARIES, "*.jinja", "README.md")
 OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -46,6 +48,12 @@ def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds files of a tokenizer; some have settings alone."""
     names = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "added_tokens.json", *VOCABULARIES)
     return any(fnmatch(path.name, name) for path in folder.iterdir() for name in names)
+
+
+def needs_sentencepiece(folder: Path) -> bool:
+    """Whether the only tokenizer in a folder is one of SentencePiece, which is not installed."""
+    models = [path for name in SENTENCEPIECE for path in folder.glob(name)]
+    return bool(models) and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -239,6 +247,11 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BrokenCheckpointError(path.parent, [f"{path.name} holds no JSON object"])
     return data
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` as the home folder that it stands for; that of a user whom there is not stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

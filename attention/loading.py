@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BrokenCheckpointError, NotAModelError, WrongBaseError
 from .examine import bounded, is_size, refuse_numbers, refusing, shape_problems
-from .files import HISTORY, read_json
+from .files import HISTORY, expanded, read_json
 from .hub import HUB, HubOptions, HubSpec, Progress, download_size, pull_file
 from .mechanism import is_mechanism
 from .stored import CONFIG, VARIANTS, Stored, open_base, open_stored, origin, spec_of
@@ -122,7 +122,7 @@ def hub_size(spec: str | Path, hub: HubOptions = HUB) -> int:
     Raises:
         CheckpointError: if it cannot be found.
     """
-    folder = Path(spec).expanduser()
+    folder = expanded(spec)
     if os.path.isdir(folder):
         size, config = 0, read_json(folder.resolve() / CONFIG)
     else:

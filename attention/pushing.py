@@ -26,6 +26,7 @@ from .files import (
     MANIFEST,
     OWN_WEIGHTS,
     check,
+    expanded,
     read_json,
     read_manifest,
     weight_files,
@@ -96,7 +97,7 @@ def push(
     """
     spec = HubSpec.parse(to)
     spec = replace(spec, revision=revision or spec.revision)
-    command = _command(Path(folder).expanduser().absolute(), spec, private, include_base)
+    command = _command(expanded(folder).absolute(), spec, private, include_base)
     with tempfile.TemporaryDirectory() as work:
         publish(locate(Path(folder)), Path(work), spec, include_base, HubOptions(api))
         _check_card(Path(work, CARD), command)
@@ -221,7 +222,7 @@ def _includes_base(base: dict[str, Any] | None, spec: HubSpec, include_base: boo
 def _check_card(path: Path, command: str) -> None:
     """Parses the card's metadata, `model-index` included, as the Hub's client does."""
     if not path.is_file():
-        logger.warning("the variant has no %s, so its page on the Hub will be empty", path.name)
+        logger.warning("the variant has no %s, so its page on the Hub will be empty, or stay what it is", path.name)
         return
     try:
         ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
@@ -235,7 +236,7 @@ def _address_card(path: Path, folder: Path, spec: HubSpec) -> None:
         return
     text = path.read_text(encoding="utf-8")
     for place in set(re.findall(r'attention\.load\("([^"\n]+)"\)', text)):
-        if Path(place).expanduser().absolute() == folder.expanduser().absolute():
+        if expanded(place).absolute() == expanded(folder).absolute():
             text = text.replace(f'attention.load("{place}")', f'attention.load("{spec}")')
     path.write_text(text.replace(ANY_REPOSITORY, spec.arguments), encoding="utf-8", newline="\n")
 

@@ -6,8 +6,10 @@ import copy
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from .errors import CheckpointError
 from .files import (
     CARD,
     HISTORY,
+    OWN_WEIGHTS,
     SHARD_SIZE,
+    expanded,
     replaced,
     write_json,
     write_manifest,
@@ -29,6 +33,9 @@ from .files import (
 from .hub import HUB, HubOptions, cached_origin
 from .stored import VARIANTS, Stored, is_tied, open_stored, origin, spec_of, without_copies
 
+METADATA = re.compile(r"---\n.*?^---\n", re.DOTALL | re.MULTILINE)  # at a card's beginning
+RESULTS = re.compile(r"^model-index:.*\n(?:[ -].*\n)*", re.MULTILINE)
+OTHER_WEIGHTS = "> This card, its figures included, is of weights that lay in this folder before."
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +65,8 @@ def save(
         dtype: what float32 weights are rounded to on disk, unless they exceed its range; None keeps float32. What
             is loaded again differs from `variant` by that rounding: in float16 by at most 2^-11 of each weight,
             or 2^-25 where that is more.
-        card: the model card, any object whose text is one.
+        card: the model card, any object whose text is one; without it that of an older variant in the folder stays,
+            and says of other weights than its own that its figures are not theirs.
         history: of the training: a file with a JSON object a line, or the objects.
         self_contained: write all weights, so that no base is needed.
         state_dict: the variant's weights where `variant` holds only a part of them, as under FSDP or ZeRO.
@@ -73,7 +81,7 @@ def save(
             f"{type(variant).__name__} is no variant: make one with attention.convert, or write a model that is to "
             "stay as it is with its own save_pretrained"
         )
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     source = _find_base(variant, base, hub)
     _spare_base(variant, source, folder)
     if tokenizer is None and source is not None:
@@ -86,6 +94,7 @@ def save(
             (new / CARD).write_text(str(card), encoding="utf-8")
         if history is not None:
             _write_history(new / HISTORY, history)
+        _keep_card(folder, new)
         write_manifest(new)
 
 
@@ -96,11 +105,12 @@ def save_model(
     max_shard_size: int | str = SHARD_SIZE,
 ) -> None:
     """What `save_pretrained` does: config and weights, in the variant's own dtype; the tokenizer saves itself."""
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     source = _find_base(variant, None, HUB)
     _spare_base(variant, source, folder)
     with replaced(folder) as new:
         write_model(new, variant, source, folder, None, state_dict, max_shard_size)
+        _keep_card(folder, new)
         write_manifest(new)
 
 
@@ -198,6 +208,29 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     rounded = tensor.to(dtype)
     return tensor if (tensor.isfinite() & ~rounded.isfinite()).any() else rounded
+
+
+def _keep_card(old: Path, new: Path) -> None:
+    """Takes over an older variant's card where no new one was written; of other weights it claims nothing."""
+    if (new / CARD).exists() or not (old / CARD).is_file():
+        return
+    text = (old / CARD).read_text(encoding="utf-8", errors="surrogateescape")
+    before, after = _own_weights(old), _own_weights(new)
+    if before and (before.keys() != after.keys() or not all(cmp(before[name], after[name], False) for name in before)):
+        text = _without_claims(text)
+    (new / CARD).write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+def _own_weights(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir() if OWN_WEIGHTS.fullmatch(path.name)}
+
+
+def _without_claims(card: str) -> str:
+    """A card whose figures are said to be another variant's, and no longer stand in its metadata."""
+    metadata = METADATA.match(card)
+    head = "" if metadata is None else RESULTS.sub("", metadata[0])
+    body = card.removeprefix("" if metadata is None else metadata[0])
+    return card if body.lstrip("\n").startswith(OTHER_WEIGHTS) else f"{head}\n{OTHER_WEIGHTS}\n\n{body.lstrip()}"
 
 
 def _write_history(path: Path, history: str | Path | Iterable[Mapping[str, Any]]) -> None:

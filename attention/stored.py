@@ -33,8 +33,10 @@ from .files import (
     OWN_WEIGHTS,
     check,
     existing,
+    expanded,
     fingerprint,
     has_tokenizer,
+    needs_sentencepiece,
     parse_json,
     parse_weights,
     read_json,
@@ -62,7 +64,7 @@ def locate(spec: str | Path, hub: HubOptions = HUB, progress: Progress | None = 
     Raises:
         CheckpointError: of the class that says why there is none.
     """
-    folder = existing(Path(spec).expanduser().absolute())
+    folder = existing(expanded(spec).absolute())
     if os.path.isdir(folder):  # False for names that no disk takes, where Path.is_dir raises
         return folder.resolve()
     if isinstance(spec, Path) or str(spec).startswith((".", "/", "~")):
@@ -158,7 +160,14 @@ class Stored:
                 )
             return None
         with refusing(f"the tokenizer in {self.folder}"):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            except Exception as error:
+                if not needs_sentencepiece(self.folder):
+                    raise
+                raise NotAModelError(  # what transformers says is that tiktoken is missing
+                    f"the tokenizer in {self.folder} is of SentencePiece: pip install sentencepiece protobuf"
+                ) from error
             names = {*tokenizer.vocab_files_names.values()} - {"tokenizer_config.json"}
             if names and not any((self.folder / name).is_file() for name in names | {"tokenizer.json"}):
                 raise NotAModelError(
@@ -250,7 +259,7 @@ def open_stored(
     Raises:
         CheckpointError: if it cannot be found, is damaged, or is no causal language model.
     """
-    folder = existing(Path(spec, subfolder).expanduser().absolute())
+    folder = existing(expanded(Path(spec, subfolder)).absolute())
     if os.path.isdir(folder) or not (subfolder or revision):
         folder = locate(Path(spec, subfolder) if subfolder else spec, hub, progress)
     else:
@@ -359,7 +368,7 @@ def origin(model: PreTrainedModel) -> dict[str, Any] | None:
     name = model.config.name_or_path
     if not name:
         return None
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         return {"id": name, "revision": None}
     place = cached_origin(folder.resolve())

@@ -14,6 +14,7 @@ from torch.nn.functional import adaptive_max_pool2d
 
 import attention
 from attention.mechanism import repeat_heads
+from attention.prompts import prompt_tokens
 
 from .components.heads import HeadsView
 from .components.maps import MapsView, MapView, RowSeries, RowsView, pack_bytes, pack_triangle
@@ -94,11 +95,14 @@ def encode_text(loaded: LoadedModel, text: str, limit: int) -> list[int]:
     """Token ids of a text of any number of tokens.
 
     Raises:
-        ViewError: if it has more than `limit` characters.
+        ViewError: if it has more than `limit` characters, or the tokenizer cannot read it.
     """
     if len(text) > limit:
         raise ViewError(f"The text has {len(text):,} characters; at most {limit:,} are read. Shorten it.")
-    return loaded.tokenizer(clean(text), verbose=False)["input_ids"]
+    try:
+        return prompt_tokens(loaded.tokenizer, clean(text))
+    except ValueError as error:
+        raise ViewError(f"The text cannot be read: {error}") from error
 
 
 class Look:

@@ -18,7 +18,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
+from attention.files import expanded
 from attention.hub import HUB, HubSpec
+from attention.prompts import unknown_tokens
 
 from .gpu import IS_LENT
 from .limits import Limits
@@ -137,7 +139,7 @@ class Access:
             raise LoadError(str(error)) from None
 
     def _check_folder(self, source: str) -> None:
-        folder = Path(source).expanduser().resolve()
+        folder = expanded(source).resolve()
         if not any(folder.is_relative_to(root.resolve()) for root in self.folders):
             allowed = " or ".join(f"{root}/" for root in self.folders) or "none; only the Hub's models can be added"
             raise LoadError(
@@ -350,6 +352,11 @@ class ModelStore:
             model, tokenizer = attention.load(entry.folder, device=self.device, base=shared, hub=self.hub)
         if tokenizer is None:
             raise LoadError(f"{entry.name} has no tokenizer; save it with one.")
+        if unknown := unknown_tokens(tokenizer, model):
+            raise LoadError(
+                f"{entry.name} has no embedding for {len(unknown):,} tokens that its tokenizer knows, such as "
+                f"{unknown[0]!r}; resize the model (resize_token_embeddings) and save it again."
+            )
         with torch.inference_mode():
             model(torch.zeros(1, 16, dtype=torch.long, device=self.device))  # so that no timing is of a first call
         return LoadedModel(entry, model.eval(), tokenizer, base)

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention.prompts import prompt_tokens
+
 from .models import LoadedModel, LoadError, ModelStore, said
-from .text import PromptError, TokenTexts, clean, encode
+from .text import TokenTexts, clean
 
 logger = logging.getLogger(__name__)
 
@@ -239,9 +241,9 @@ def _load(store: ModelStore, names: Sequence[str]) -> tuple[LoadedModel, dict[st
 
 def _empty(base: LoadedModel, names: list[str], text: str) -> TextScores:
     try:
-        token_ids = encode(base.tokenizer, text)
-    except PromptError:
-        token_ids = []
+        token_ids = prompt_tokens(base.tokenizer, clean(text))
+    except ValueError as error:
+        raise ScoreError(f"The text cannot be read: {error}") from error
     if len(token_ids) < 2:
         raise ScoreError("The text is too short: it takes two tokens for one to be predicted.")
     texts = TokenTexts(base.tokenizer)

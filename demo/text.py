@@ -5,6 +5,10 @@ from __future__ import annotations
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from attention.prompts import decode, prompt_tokens
+
+MOST_BYTES = 4  # of a character; tokens that are not one by then will be none
+
 
 class PromptError(ValueError):
     """A prompt that cannot be continued; the message is for the person who wrote it."""
@@ -19,9 +23,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The prompt's token ids.
 
     Raises:
-        PromptError: if the prompt is empty.
+        PromptError: if the prompt is empty, or the tokenizer cannot read it.
     """
-    ids = tokenizer(clean(prompt), verbose=False)["input_ids"]
+    try:
+        ids = prompt_tokens(tokenizer, clean(prompt))
+    except ValueError as error:
+        raise PromptError(f"The prompt cannot be read: {error}") from error
     if not ids:
         raise PromptError("The prompt is empty: write a few words for the models to continue.")
     return ids
@@ -39,13 +46,27 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False) if tokenizer.is_fast else None
+        self._last: list[int] = []  # the tokens of the last piece of text, and those that none was given for yet
+        self._given = 0  # how many of them are the former
 
     def next(self, token_id: int) -> str:
-        return self._stream.step(self._tokenizer, token_id) or ""
+        """The text that a token adds to those before it."""
+        if self._stream is not None:
+            return self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
+        self._last.append(token_id)
+        before, now = map(self._decode, (self._last[: self._given], self._last))
+        begun = now.endswith("\ufffd") and len(self._last) - self._given < MOST_BYTES
+        if begun or len(now) <= len(before):
+            return ""
+        self._last, self._given = self._last[self._given :], len(self._last) - self._given
+        return now[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return decode(self._tokenizer, token_ids, clean_up_tokenization_spaces=False)
 
 
 def token_label(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """One token on its own, as a label; bytes that are no whole character show as U+FFFD."""
-    return tokenizer.decode([token_id])
+    return decode(tokenizer, [token_id])

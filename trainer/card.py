@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from attention.errors import CheckpointError
-from attention.files import PAIRS
+from attention.files import PAIRS, expanded
 from attention.hub import HubSpec, cached_origin
 from attention.mechanism import MechanismConfig
 from attention.pushing import ANY_REPOSITORY
@@ -116,7 +115,7 @@ def hub_id(spec: str | None) -> str | None:
 
 
 def _folder(spec: str) -> Path:
-    return Path(os.path.expanduser(spec)).resolve()
+    return expanded(spec).resolve()
 
 
 def _is_here(spec: str) -> bool:

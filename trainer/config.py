@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import GPT2Config
 from transformers.activations import ACT2FN
 
@@ -24,6 +25,7 @@ from attention.registry import config_from_dict
 
 OPTION = re.compile(r"--[A-Za-z_]")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell has looked at what stands in a recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,7 +100,7 @@ class DataConfig(Section):
     sampled_tokens: Annotated[int, Field(ge=1024)] = 524_288
     sample_batch: Annotated[int, Field(ge=1)] = 64
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    cache: str = "runs/cache"
+    cache: Folder = "runs/cache"
     teacher_cache: bool = False
     teacher_error: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
@@ -466,7 +468,7 @@ class RunConfig(Section):
     samples: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    output: Annotated[str, Field(min_length=1)]
+    output: Annotated[Folder, Field(min_length=1)]
     resume: bool = False
     seed: int = 0
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -483,6 +485,11 @@ class RunConfig(Section):
     @property
     def pretrains(self) -> bool:
         return self.stages[0].stage == "pretrain"
+
+    @property
+    def text_files(self) -> list[str]:
+        """All local files of text, or patterns of some, that the run reads."""
+        return [*(self.data.train or []), *(self.data.valid or []), *([self.eval.text] if self.eval.text else [])]
 
     def to_yaml(self) -> str:
         """The config as a recipe."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention.files import write_file
-from attention.prompts import unknown_tokens
+from attention.prompts import encode, unknown_tokens
 
 from . import documents
 from .config import DataConfig, RunConfig, StageConfig
@@ -262,6 +262,8 @@ def _cached(source: str) -> Iterator[None]:
     """
     try:
         yield
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from error
     except (OSError, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         if isinstance(cause, DataError):
@@ -349,8 +351,7 @@ def _encode(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> list
     bare = [(text or "").removeprefix(MARK) for text in texts]
     held = {place: text for place, text in enumerate(bare) if text and not text.isspace()}
     if held:
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        for place, ids in zip(held, tokenizer(list(held.values()), **options)["input_ids"], strict=True):
+        for place, ids in zip(held, encode(tokenizer, [*held.values()], add_special_tokens=False), strict=True):
             encoded[place] = [*ids, tokenizer.eos_token_id]
     return encoded
 

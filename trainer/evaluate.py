@@ -40,7 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import attention
-from attention.files import CARD, write_file
+from attention.files import CARD, expanded, write_file
 from trainer.card import USE, with_measurement
 from trainer.data import DataError, check_vocabulary, read_files
 from trainer.fidelity import Fidelity, Reader, predicted, read_each
@@ -285,7 +285,7 @@ def find_cards(specs: list[str]) -> list[Path]:
     Raises:
         ValueError: naming those that have none in a folder here, or one that figures cannot go into.
     """
-    cards = [Path(spec) / CARD for spec in specs]
+    cards = [expanded(spec) / CARD for spec in specs]
     if missing := [str(card) for card in cards if not card.is_file()]:
         raise ValueError(f"--card writes into cards of folders here, but there is no {', '.join(missing)}")
     if other := [str(card) for card in cards if f"\n{USE}\n" not in card.read_text(encoding="utf-8")]:

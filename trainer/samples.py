@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from attention.prompts import prompt_tokens
+from attention.prompts import decode, prompt_tokens
 
 from .config import SampleConfig
 from .losses import last_hidden, output_matrix, vocabulary_loss
@@ -41,7 +41,7 @@ def write_texts(
         length = min(options.length, limit - input_ids.shape[1])
         with seeded(seed, model.device):
             output = continue_texts(model, input_ids, length, temperature=options.temperature, end=end)
-        texts.append(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))
+        texts.append(decode(tokenizer, output[0, input_ids.shape[1] :], skip_special_tokens=True))
     model.train(training)
     return texts
 
@@ -205,7 +205,7 @@ def count_new_names(tokenizer: PreTrainedTokenizerBase, text: list[int], start: 
     A name is a capitalised word inside a sentence (see `names.find_names`); it was there before also where it began a
     sentence.
     """
-    whole, head = (tokenizer.decode(part, skip_special_tokens=True) for part in (text, text[:start]))
+    whole, head = (decode(tokenizer, part, skip_special_tokens=True) for part in (text, text[:start]))
     before = {match[0] for match in NAME.finditer(whole) if match.start() < len(head)}
     return len({match[0] for match in INSIDE.finditer(whole) if match.start() >= len(head)} - before)
 

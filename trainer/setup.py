@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.files import fingerprint, write_file
+from attention.files import expanded, fingerprint, write_file
 from attention.mechanism import is_mechanism
 from attention.stored import without_copies
 from attention.variant import causal_models, fuse_activations, position_limit
@@ -43,6 +43,7 @@ from .data import (
     sampled_length,
     sampled_tokens,
 )
+from .documents import find_files
 from .positions import extend_positions, position_table
 from .samples import prompt_ids
 from .signals import launcher_arguments
@@ -115,6 +116,7 @@ def build(config: RunConfig) -> Setup:
     """
     check_trackers(config.trackers)
     check_places(config)
+    find_files(config.text_files)
     torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, gradients can be NaN on Hopper (pytorch #196678)
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),  # must be said, or ranks do not find each other
@@ -128,8 +130,8 @@ def build(config: RunConfig) -> Setup:
     with accelerator.main_process_first():  # one process downloads, tokenises and samples; the others find it done
         model, base, tokenizer = load_models(config, accelerator.device)
         source, is_main = model if base is None else base, accelerator.is_main_process
-        check_finite(source, config.base or "the new model")
-        check_finite(model, config.variant or "the fresh variant")
+        if config.new is not None:
+            check_finite(model)  # what is loaded was checked as it was
         check_sizes(config, model)
         check_vocabulary(tokenizer, model)
         check_prompts(config, model, tokenizer)
@@ -182,7 +184,7 @@ def check_places(config: RunConfig) -> None:
     """
     results = [(Path(config.output) / name).resolve() for name in ("variant", "model")]
     starts = {"base": config.base, "variant": config.variant}
-    if own := [name for name, place in starts.items() if place and Path(place).expanduser().resolve() in results]:
+    if own := [name for name, place in starts.items() if place and expanded(place).resolve() in results]:
         raise ValueError(f"{' and '.join(own)} would be replaced by the run's own result: choose another --output")
 
 
@@ -262,7 +264,7 @@ def check_sizes(config: RunConfig, model: PreTrainedModel) -> None:
     contexts, layers = {"eval.context": config.eval.context}, {}
     for place, stage in enumerate(config.stages):
         contexts[f"stages.{place}.context"] = stage.context
-        contexts[f"stages.{place}.final_context"] = stage.final_context or stage.context
+        contexts[f"stages.{place}.final_context"] = stage.final_context or 0
         layers[f"stages.{place}.layers"] = getattr(stage, "layers", None) or []
     if long := [f"{name} is {value}" for name, value in contexts.items() if limit is not None and value > limit]:
         problems.append(f"the model holds {limit} tokens, but {', '.join(long)}")
@@ -290,15 +292,15 @@ def _identity(model: PreTrainedModel) -> str:
     return fingerprint({name: tensor.cpu() for name, tensor in model.state_dict().items()})
 
 
-def check_finite(model: PreTrainedModel, place: str) -> None:
-    """Checks that no weight of a model, loaded from a place, is NaN or infinite.
+def check_finite(model: PreTrainedModel) -> None:
+    """Checks that no random weight of a new model is NaN or infinite, as its config may ask for.
 
     Raises:
         ValueError: naming the tensors.
     """
     if wrong := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(
-            f"{place} has weights that are NaN or infinite, from which nothing can be learnt: {resume.some(wrong)}"
+            f"the new model has weights that are NaN or infinite: {resume.some(wrong)}; what does new.config ask for?"
         )
 
 

@@ -61,6 +61,8 @@ def _sizes(folder: Path, rng: random.Random) -> str:
 
 def _types(folder: Path, rng: random.Random) -> str:
     name = rng.choice([*SIZES, "model_type", "layer_norm_epsilon", "activation_function", "attention"])
+    if name == "attention" and not (folder / files.MANIFEST).is_file():  # which a plain model has no use for
+        name = "n_layer"
     value = rng.choice([value for value in WRONG_VALUES if value is not True and value not in (2.5, {}, [])])
     _change(folder, lambda config: config.update({name: value}))
     return f"{name}={value!r}"

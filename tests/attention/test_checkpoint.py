@@ -235,6 +235,14 @@ def test_a_tokenizer_that_makes_no_sense_is_refused(base):
             attention.load(base)
 
 
+def test_a_tokenizer_of_sentencepiece_names_the_package_that_it_takes(base, monkeypatch):
+    (bare(base) / "spiece.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    with pytest.raises(NotAModelError, match="pip install sentencepiece"):
+        attention.load(base)
+
+
 # Bases
 
 
@@ -498,6 +506,25 @@ def test_what_is_no_model_is_refused(tmp_path, base):
         attention.load(base)
 
 
+@pytest.mark.parametrize("ask", [attention.load, attention.describe, attention.hub_size, attention.locate])
+def test_the_home_folder_of_nobody_is_no_folder(ask, base):
+    with pytest.raises(MissingCheckpointError, match=r"no folder ~no-such-user/x|neither a folder"):
+        ask("~no-such-user/x")
+
+
+def test_paths_below_a_home_folder_mean_it(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    variant = make_variant(Path("~/base"))
+    attention.save(variant, "~/variant")
+    attention.load("~/variant")
+    assert (tmp_path / "variant" / "manifest.json").is_file()
+    variant.config.name_or_path = "~no-such-user/x"
+    assert attention.convert(variant, small_config("softmax")).config.base["id"] == str(base)
+    plain, _ = attention.load(base)
+    plain.config.name_or_path = "~no-such-user/x"
+    assert attention.convert(plain, small_config("softmax")).config.base["id"] == "~no-such-user/x"
+
+
 def test_a_method_of_a_later_version_is_named(saved):
     config = json.loads((saved / "config.json").read_text())
     config["attention"] = {"method": "telepathy"}
@@ -634,6 +661,42 @@ def test_saving_again_replaces_the_variant_and_keeps_the_rest(base, saved):
         *("README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "notes.txt", "plots"),
     }
+
+
+CLAIMS = """---
+license: mit
+model-index:
+- name: mine
+  results:
+  - metrics:
+    - type: kl
+      value: 0.02
+tags:
+- masks
+---
+
+# Mine
+
+KL 0.02
+"""
+
+
+def test_a_card_does_not_claim_figures_of_other_weights(base, saved):
+    attention.save(make_variant(base), saved, card=CLAIMS)
+    attention.save(make_variant(base), saved)
+    assert (saved / "README.md").read_text() == CLAIMS  # of the same weights, which it is still right about
+    for variant in (make_variant(base, "softmax"), make_variant(base, train=False)):
+        attention.save(variant, saved)
+        card = (saved / "README.md").read_text()
+        assert card.startswith(
+            "---\nlicense: mit\ntags:\n- masks\n---\n\n> This card, its figures included, is of weights"
+        )
+        assert card.endswith("\n\n# Mine\n\nKL 0.02\n")
+    assert card.count("> This card") == 1
+    make_variant(base).save_pretrained(saved)
+    assert (saved / "README.md").read_text() == card
+    attention.save(make_variant(base), saved, card=CLAIMS)
+    assert (saved / "README.md").read_text() == CLAIMS
 
 
 def test_a_damaged_variant_can_be_replaced(base, saved):

@@ -68,7 +68,7 @@ def refuse(sources, tmp_path, number):
     assert caught is not None, f"{what} in {source.name} was loaded"
     assert time.process_time() - started < SECONDS, what
     assert watch.megabytes < MEGABYTES, what
-    assert len(str(caught)) < 5000, what
+    assert len(str(caught)) < 3500, what
     with contextlib.suppress(CheckpointError):  # it reads no weights, so it may find nothing wrong
         attention.describe(folder)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from attention.prompts import prompt_tokens, unknown_tokens
+from attention.prompts import decode, prompt_tokens, unknown_tokens
 
 WORDS = ["<s>", "</s>", "[UNK]", "a", "the", "sea"]
 
@@ -114,3 +115,19 @@ def test_tokens_that_a_model_has_not():
     assert unknown_tokens(tokenizer, model) == ["[PAD]", "<new>"]
     model.resize_token_embeddings(8)
     assert unknown_tokens(tokenizer, model) == []
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_a_mistake():
+    words = Tokenizer(WordLevel({"sea": 0, "</s>": 1}))  # no token for what it does not know, nor for "a"
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    assert prompt_tokens(tokenizer, "sea sea") == [0, 0]
+    with pytest.raises(ValueError, match="cannot read the text: WordLevel error"):
+        prompt_tokens(tokenizer, "the sea")
+
+
+def test_tokens_that_a_tokenizer_in_python_has_not_are_read():
+    tokenizer = ByT5Tokenizer()
+    assert decode(tokenizer, [100, 4000, 4001, 101, 198, 172]) == "a\ufffd\ufffdb\u00e9"
+    assert decode(tokenizer, torch.tensor([100, 1, 4000]), skip_special_tokens=True) == "a\ufffd"

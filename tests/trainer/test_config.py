@@ -68,6 +68,15 @@ def test_values_are_what_they_look_like(option: str, place: str, value: object, 
     assert getattr(load_config(recipe, option.split()), place) == value
 
 
+def test_folders_below_a_home_folder_mean_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{base: b, attention: {method: nsa}, stages: [{stage: distil, steps: 1}], output: ~/run}")
+    config = load_config(recipe, ["--data.cache", "~/cache"])
+    assert (config.output, config.data.cache) == ("/home/me/run", "/home/me/cache")
+    assert load_config(recipe, ["--output", "~no-such-user/x"]).output == "~no-such-user/x"
+
+
 TEXTS = [
     "runs/x/try #2",
     "A: B",

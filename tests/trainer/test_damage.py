@@ -34,7 +34,7 @@ def test_a_variant(seed: int, finished: Path, tmp_path: Path):
     store = ModelStore([tmp_path / "base", variant])
     if name in UNCHECKED:
         attention.load(variant)
-        facts(store.entry("variant"), read_history(variant), read_card(variant))
+        facts(store.entry("run"), read_history(variant), read_card(variant))
         return
     with pytest.raises(attention.CheckpointError, match=r"damaged|neither a variant"):
         attention.load(variant)

@@ -37,6 +37,26 @@ def test_a_base_that_is_not_finite_is_refused_with_its_tensors_named(
     assert not (tmp_path / "run" / "training.jsonl").exists()
 
 
+def test_of_many_tensors_that_are_not_finite_some_are_named_and_the_rest_counted(workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"))
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64, "initializer_range": 3e38}
+    options |= {"base": None, "attention": None, "stages": [{"stage": "pretrain", "steps": 1, "context": 32}]}
+    options |= {"new": {"tokenizer": str(workplace / "base"), "config": sizes}}
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 2
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "the new model has weights that are NaN or infinite: transformer.wte.weight, " in log
+    assert "and 3 more; what does new.config ask for?" in log
+
+
+def test_all_texts_that_there_are_not_are_named_before_a_model_is_loaded(workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"), base="nowhere")
+    options["data"] |= {"train": ["none.txt", "*.none"], "valid": ["no.jsonl"]}
+    options["eval"] |= {"text": "nothing.txt"}
+    assert main(["--config", str(write_recipe(tmp_path, options))]) == 2
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "no file matches none.txt, *.none, no.jsonl, nothing.txt (looked in " in log
+
+
 @pytest.mark.parametrize(("words", "code"), [(12, 0), (200, 2)])
 def test_a_prompt_that_leaves_no_room_is_refused_before_the_first_step(
     words: int, code: int, workplace: Path, tmp_path: Path
