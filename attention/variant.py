@@ -328,9 +328,10 @@ def mechanisms_of(model: nn.Module) -> list[Mechanism]:
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that holds the list of its layers."""
-    place = next(iter(attention_modules(model)))  # "model.layers.0.self_attn" for one
-    return model.get_submodule(place.rsplit(".", 3)[0])
+    """The part of a model that reads embeddings through its layers: the innermost model around its attention."""
+    place = next(iter(attention_modules(model))).split(".")  # "model.layers.0.self_attn" for one
+    around = [model.get_submodule(".".join(place[:depth])) for depth in range(len(place))]
+    return [part for part in around if isinstance(part, PreTrainedModel)][-1]
 
 
 def layer_shape(module: nn.Module, config: Any, layer_idx: int) -> LayerShape:
