@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
 from .softmax import SoftmaxConfig
@@ -15,6 +16,15 @@ from .variant import assemble, attention_modules, cache_name, causal_models
 
 # By `model_type`; the property tests run on each, so `convert` need not prove the seam on a model of these.
 TESTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "phi3", "olmo2", "smollm3")
+# Linear maps that give queries, keys and values in one, by class and name: whether those alternate head by head, or
+# each is in one piece. Their shapes do not tell.
+FUSED = {
+    (Conv1D, "c_attn"): False,  # GPT-2
+    (nn.Linear, "c_attn"): True,  # GPT-BigCode
+    (nn.Linear, "query_key_value"): True,  # GPT-NeoX, BLOOM, Persimmon
+    (nn.Linear, "qkv_proj"): False,  # Phi-3
+    (nn.Linear, "Wqkv"): False,  # MPT
+}
 PROOF = (7, 5)  # tokens of the two blocks that the proof reads
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of logits, relative to the largest; 5e-2 in half precision
 

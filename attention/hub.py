@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     DryRunError,
@@ -38,6 +38,8 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 logger = logging.getLogger(__name__)
+# What was not answered at all, as the client's own client says it: httpx, or httpx2 from huggingface_hub 2 on.
+TransportError: type[Exception] = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0]).TransportError
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def pull(spec: HubSpec, hub: HubOptions = HUB, progress: Progress | None = None)
                 force_download=hub.force_download,
                 tqdm_class=_reporting(progress) if progress else _Limited,
             )
-        except httpx2.TransportError as error:  # of the kinds that the client does not fall back from by itself
+        except TransportError as error:  # of the kinds that the client does not fall back from by itself
             try:
                 return hub.client.snapshot_download(**arguments, local_files_only=True)
             except LocalEntryNotFoundError:
@@ -289,7 +291,7 @@ def _translated(spec: HubSpec) -> Iterator[None]:
             f"there is no folder {str(spec)!r} here, and no repository {spec.repo_id!r} on the Hub that you may read; "
             "for a private one log in with `hf auth login`"
         ) from error
-    except (LocalEntryNotFoundError, DryRunError, OfflineModeIsEnabled, httpx2.TransportError) as error:
+    except (LocalEntryNotFoundError, DryRunError, OfflineModeIsEnabled, TransportError) as error:
         if (answer := _cause(error, HfHubHTTPError)) is not None:
             raise NetworkError(_said(spec, answer)) from answer
         if (stranger := _cause(error, FileMetadataError)) is not None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import PreTrainedModel
@@ -34,7 +33,7 @@ from .files import (
     write_manifest,
     write_weights,
 )
-from .hub import HUB, HubOptions, HubSpec, pause, reason
+from .hub import HUB, HubOptions, HubSpec, TransportError, pause, reason
 from .saving import save_model
 from .stored import Stored, locate, open_stored, whole_weights
 
@@ -260,7 +259,7 @@ def _persistently(
 
 def _explain(error: Exception) -> tuple[str, bool]:
     """What went wrong, in a sentence or two, and whether trying again may help."""
-    if isinstance(error, httpx2.TransportError | OfflineModeIsEnabled):
+    if isinstance(error, TransportError | OfflineModeIsEnabled):
         return f"The Hub could not be reached, or stopped answering ({reason(error)}).", True
     if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
         return f"Files could not be uploaded to where the Hub wants them ({reason(error)}).", True

@@ -47,6 +47,7 @@ from .state import State, StateCache
 from .stored import VARIANT, VARIANTS, Stored, building, is_tied, matrix_names, open_stored, whole_weights
 
 ATTENTION = "mechanism"  # the name of `mix` among the attention functions of transformers
+SPARE_ROWS = 2  # of a table of positions, for padding
 CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")  # the last ones before transformers 5.24
 
 
@@ -330,9 +331,10 @@ def mechanisms_of(model: nn.Module) -> list[Mechanism]:
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that holds the list of its layers."""
-    place = next(iter(attention_modules(model)))  # "model.layers.0.self_attn" for one
-    return model.get_submodule(place.rsplit(".", 3)[0])
+    """The part of a model that reads embeddings through its layers: the innermost model around its attention."""
+    place = next(iter(attention_modules(model))).split(".")  # "model.layers.0.self_attn" for one
+    around = [model.get_submodule(".".join(place[:depth])) for depth in range(len(place))]
+    return [part for part in around if isinstance(part, PreTrainedModel)][-1]
 
 
 def layer_shape(module: nn.Module, config: Any, layer_idx: int) -> LayerShape:
@@ -516,11 +518,19 @@ def _position_ids(
     return real
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions a model's table of learned ones has; None for a model without such a table."""
+def position_table(model: PreTrainedModel) -> nn.Embedding | None:
+    """A model's table (P, E) of learned positions, None for a model without one.
+
+    It is what has a row for each position that the config names, and, in some families, up to `SPARE_ROWS` before them.
+    """
     words, last = model.get_input_embeddings(), getattr(model.config, "max_position_embeddings", None)
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
-    return last if last and any(table.num_embeddings >= last for table in tables) else None
+    return next((table for table in tables if last and 0 <= table.num_embeddings - last <= SPARE_ROWS), None)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions a model's table of learned ones has; None for a model without such a table."""
+    return None if position_table(model) is None else model.config.max_position_embeddings
 
 
 def new_cache(body: nn.Module) -> StateCache:

@@ -59,6 +59,8 @@ EXACTLY: dict[str, Any] = {
     "is_decoder": True,
     "per_layer_config": None,
 }
+PLAIN_OPTIONS = EXACTLY | {"sliding_window": None, "use_sliding_window": False}
+FULL = ("full_attention",)
 LAYERS = re.compile(r"num_hidden_layers|n_layers?|num_layers|num_blocks")
 TYPES = re.compile(r"layer_types|layers_block_type|block_types|attn_layers")
 UNUSUAL = re.compile(
@@ -139,18 +141,24 @@ def layer_types(model: type[PreTrainedModel], config: PreTrainedConfig) -> list[
     return list(dict.fromkeys([*default, *(kind for kind in ALLOWED_ATTN_LAYER_TYPES if f'"{kind}"' in code)]))
 
 
-def tiny_model(model: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+def tiny_model(model: type[PreTrainedModel], seed: int = 0, plain: bool = False) -> PreTrainedModel:
     """A random model of a family, in evaluation mode, with each of its kinds of layer at least twice.
+
+    Args:
+        plain: instead with softmax attention over all earlier tokens in every layer, where the family's options allow.
 
     Raises:
         Exception: whatever the family's own code raises for the first of the configs that were tried.
     """
     default = default_config(model)
     problem: Exception | None = None
-    for kinds, grouped in product(dict.fromkeys((tuple(layer_types(model, default)), ())), (True, False)):
+    own = dict.fromkeys((tuple(layer_types(model, default)), ()))
+    choices = [(kinds, grouped, PLAIN_OPTIONS) for kinds, grouped in product([FULL, ()], (True, False)) if plain]
+    choices += [(kinds, grouped, EXACTLY) for kinds, grouped in product(own, (True, False))]
+    for kinds, grouped, exactly in choices:
         try:
             torch.manual_seed(seed)
-            made = model(type(default)(**shrunk(default, list(kinds), grouped))).eval()
+            made = model(type(default)(**shrunk(default, list(kinds), grouped, exactly))).eval()
             made.set_experts_implementation("eager")  # the fast one has no float64
             with torch.no_grad():
                 made(torch.arange(5, 25)[None])
@@ -161,13 +169,16 @@ def tiny_model(model: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
     raise problem or ValueError(f"{model.__name__} has no config")
 
 
-def shrunk(config: PreTrainedConfig, kinds: list[str], grouped: bool) -> dict[str, Any]:
+def shrunk(
+    config: PreTrainedConfig, kinds: list[str], grouped: bool, exactly: dict[str, Any] = EXACTLY
+) -> dict[str, Any]:
     """Options for a small config of the same family.
 
     Args:
         config: the family's default.
         kinds: of layer, each to come twice or more; none for those of the default's first layers.
         grouped: whether heads share keys where the family lets them.
+        exactly: options with values that are not only a most.
     """
     count = max(4, 2 * len(kinds))
     options: dict[str, Any] = {}
@@ -176,8 +187,8 @@ def shrunk(config: PreTrainedConfig, kinds: list[str], grouped: bool) -> dict[st
             options[name] = count
         elif TYPES.fullmatch(name) and (kinds or value):
             options[name] = (kinds * count or value)[:count]
-        elif name in EXACTLY:
-            options[name] = EXACTLY[name]
+        elif name in exactly:
+            options[name] = exactly[name]
         elif (most := _at_most(name)) is not None and isinstance(value, int | list) and not isinstance(value, bool):
             options[name] = min(value, most) if isinstance(value, int) else most
     if not grouped and "num_key_value_heads" in options:

@@ -1,6 +1,10 @@
-"""Who may import whom: down the tiers of attention/, never up the layers, in no circle, at the top of a file."""
+"""Who may import whom: down the tiers of attention/, never up the layers, in no circle, at the top of a file.
+
+And who knows families of models: attention/families.py.
+"""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,6 +25,21 @@ TIERS = (
 )
 TIER = {name: number for number, (_, names) in enumerate(TIERS) for name in names.split()}
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+# Families, and what their parts are called.
+FAMILY = re.compile(
+    r"gpt|llama|mistral|qwen|neox|\bopt\b|phi-?3|olmo|smollm|wpe|wte|c_attn|self_attn|lm_head|embed_tokens"
+    r"|transformer\.h\b|model\.layers|\bn_(embd|layer|head|positions)\b",
+    re.IGNORECASE,
+)
+TEXTS = (".py", ".yaml", ".js", ".css")
+NAMED = {  # files that may name some
+    "trainer/study/report.py": "the study that the project began with, of one family",
+    "trainer/recipes/pretrain.yaml": "recipes start from a model, and say which",
+    "trainer/recipes/gpt2-wikitext2-masks.yaml": "",
+    "trainer/recipes/gpt2-wikitext2-nsa.yaml": "",
+    "trainer/recipes/gpt2-wikitext2-performer.yaml": "",
+}
 
 
 def module_name(path: Path) -> str:
@@ -75,3 +94,9 @@ def test_no_module_of_the_project_is_imported_inside_a_function(path):
 
 def test_there_is_no_circle():
     TopologicalSorter({name: imported(path) - {name} for name, path in MODULES.items()}).prepare()
+
+
+def test_trainer_and_demo_know_no_family():
+    files = [ROOT / "app.py", *(path for package in ("trainer", "demo") for path in (ROOT / package).rglob("*"))]
+    named = [path for path in files if path.suffix in TEXTS and FAMILY.search(path.read_text(encoding="utf-8"))]
+    assert {path.relative_to(ROOT).as_posix() for path in named} == NAMED.keys()

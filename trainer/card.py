@@ -27,7 +27,7 @@ from .recall import CANDIDATES, CHANCE
 FURTHER, USE, PAIRS_SECTION = "## Measured further", "## Use", "## Frequent pairs of tokens"
 RECALL_TABLE, POSITION_TABLE = "tokens that are", "tokens at positions"  # first words of these tables
 SLICE_COLUMNS = ["how many", "cross-entropy of the base", "above it", "KL"]
-TAGS = ["efficient-attention", "distillation", "gpt2"]
+TAGS = ["efficient-attention", "distillation"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Making:
     Attributes:
         config: the run's.
         method: the mechanism's config.
+        family: the base's `model_type`.
         environment: see `setup.environment`.
         tokens, steps, seconds: what the training took.
     """
 
     config: RunConfig
     method: MechanismConfig
+    family: str
     environment: dict[str, Any]
     tokens: int
     steps: int
@@ -69,7 +71,7 @@ def write_card(making: Making, valid: Fidelity, test: tuple[str, Fidelity] | Non
         model_name=_title(making),
         base_model=hub_id(making.config.base),
         datasets=[name for name in [hub_id(making.config.data.dataset)] if name] or None,
-        tags=[*TAGS, making.method.method],
+        tags=[*TAGS, making.family, making.method.method],
         library_name="transformers",
         pipeline_tag="text-generation",
         license=making.config.card.license,

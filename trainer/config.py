@@ -6,24 +6,37 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from transformers import GPT2Config
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from attention.errors import CheckpointError
 from attention.hub import HubSpec
 from attention.mechanism import ConfigError
 from attention.registry import config_from_dict
+from attention.variant import causal_models
 
 OPTION = re.compile(r"--[A-Za-z_]")
+# What the configs of transformers call a model's sizes, all families alike, and its activation function.
+SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads")
+ACTIVATIONS = ("activation_function", "hidden_act", "hidden_activation")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell has looked at what stands in a recipe
 
@@ -394,36 +407,52 @@ class NewModel(Section):
     """
 
     tokenizer: str
-    family: str = "gpt2"
+    family: str
     config: dict[str, Any] = {}
+
+    @field_validator("family")
+    @classmethod
+    def _exists(cls, value: str) -> str:
+        try:
+            causal_models(value)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        return value
 
     @field_validator("config")
     @classmethod
-    def _is_gpt2(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if problems := _unusable(value):
+    def _fits(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        family = info.data.get("family")
+        if family is not None and (problems := _unusable(CONFIG_MAPPING[family], value)):
             raise ValueError("\n".join(problems))
         return value
 
 
-def _unusable(options: dict[str, Any]) -> list[str]:
-    """Sentences on options of a new model that GPT-2 has not, or that have other values."""
-    known = [*(field.name for field in fields(GPT2Config)), *GPT2Config.attribute_map]
+def _unusable(kind: type[PreTrainedConfig], options: dict[str, Any]) -> list[str]:
+    """Sentences on options of a new model that its family's config has not, or that have other values."""
+    known = [name for name in signature(kind).parameters if name != "kwargs"] + [*kind.attribute_map]
     problems = []
     for name in options.keys() - known:
         close = get_close_matches(name, known, 1)
-        problems.append(f"{name!r} is not an option of GPT2Config" + (f"; is {close[0]} meant?" if close else ""))
+        problems.append(f"{name!r} is not an option of {kind.__name__}" + (f"; is {close[0]} meant?" if close else ""))
     if problems:
         return sorted(problems)
     try:
-        config = GPT2Config(**options)
-    except StrictDataclassError as error:
+        config = kind(**options)
+    except (StrictDataclassError, TypeError, ValueError) as error:
         return [str(error.__cause__ or error)]
-    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    sizes = {name: getattr(config, name, None) for name in SIZES}
     problems += [
-        f"{name} must be at least 1 (got {getattr(config, name)})" for name in sizes if getattr(config, name) < 1
+        f"{kind.attribute_map.get(name, name)} must be at least 1 (got {size})"
+        for name, size in sizes.items()
+        if isinstance(size, int) and size < 1
     ]
-    if config.activation_function not in ACT2FN:
-        problems.append(f"activation_function {config.activation_function!r} is not one that transformers has")
+    activations = {name: getattr(config, name, None) for name in ACTIVATIONS}
+    problems += [
+        f"{name} {value!r} is not one that transformers has"
+        for name, value in activations.items()
+        if isinstance(value, str) and value not in ACT2FN
+    ]
     return problems
 
 
@@ -560,7 +589,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     if values.get("positions") is not None and ("pretrain" not in kinds or has["new"]):
         problems.append(
             "positions gives a base more of them before it is pretrained further; a new model is told by "
-            "new.config.n_positions, a variant has its base's"
+            "new.config, a variant has its base's"
         )
     if data.get("teacher_cache"):
         problems += _teacher_cache_problems(stages if isinstance(stages, list) else [])

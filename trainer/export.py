@@ -52,6 +52,7 @@ def save_variant(
     making = Making(
         config=setup.config,
         method=config_from_dict(model.config.attention),
+        family=model.config.family,
         environment=environment(),
         tokens=observer.tokens,
         steps=step,

@@ -12,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from attention.variant import position_limit
+
 from .losses import chunk_size, last_hidden, output_matrix
 
 
@@ -158,7 +160,8 @@ def read_each(
     if len(tokens) < 2:
         raise ValueError("a text of at least 2 tokens is needed to predict one")
     models = list(dict.fromkeys([base, *(reader.model for reader in readers)]))
-    if context > (room := min(model.config.max_position_embeddings for model in models)):
+    limits = [limit for limit in map(position_limit, models) if limit is not None]
+    if limits and context > (room := min(limits)):
         raise ValueError(f"the model holds {room} tokens; a context of {context} is more")
     modes = [model.training for model in models]
     for model in models:

@@ -11,19 +11,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from attention.families import FUSED
 from attention.mechanism import is_mechanism
+from attention.variant import position_table
 
 from .config import PretrainConfig, ScheduleConfig, StageConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Linear maps that give queries, keys and values in one: whether those alternate head by head, or each is in one piece.
-FUSED = {
-    (Conv1D, "c_attn"): False,  # GPT-2
-    (nn.Linear, "c_attn"): True,  # GPT-BigCode
-    (nn.Linear, "query_key_value"): True,  # GPT-NeoX, BLOOM, Persimmon
-    (nn.Linear, "qkv_proj"): False,  # Phi-3
-    (nn.Linear, "Wqkv"): False,  # MPT
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,8 @@ def build_optimizers(stage: StageConfig, learner: nn.Module) -> list[Optimizer]:
     """The optimisers of a stage for the parameters that require gradients; a group's `name` is its learning rate's."""
     layouts = _layouts(learner) if isinstance(stage, PretrainConfig) and stage.muon else {}
     others = [(name, p) for name, p in learner.named_parameters() if p.requires_grad and p not in layouts]
-    optimizers: list[Optimizer] = [_adamw(stage, others)] if others else []
+    table = position_table(learner.model) if getattr(stage, "position_lr", None) else None
+    optimizers: list[Optimizer] = [_adamw(stage, others, table)] if others else []
     if layouts:
         optimizers.append(_muon(stage, layouts))
     for optimizer in optimizers:
@@ -148,16 +143,15 @@ def _layout(name: str, module: nn.Linear | Conv1D, heads: int) -> Layout:
     return Layout(out_first, parts=3, heads=heads if by_head else 1)
 
 
-def _adamw(stage: StageConfig, named: list[tuple[str, Tensor]]) -> AdamW:
-    position_lr = getattr(stage, "position_lr", None)
+def _adamw(stage: StageConfig, named: list[tuple[str, Tensor]], table: nn.Embedding | None) -> AdamW:
     mechanism = [p for name, p in named if is_mechanism(name)]
-    positions = [p for name, p in named if position_lr and name.endswith("wpe.weight")]
+    positions = [p for _, p in named if table is not None and p is table.weight]
     matrices = [p for name, p in named if not is_mechanism(name) and p.ndim >= 2 and not any(p is q for q in positions)]
     vectors = [p for name, p in named if not is_mechanism(name) and p.ndim < 2]
     groups = [
         {"name": "mechanism_lr", "params": mechanism, "lr": stage.mechanism_lr, "weight_decay": 0.0},
         {"name": "lr", "params": matrices, "lr": stage.lr, "weight_decay": stage.weight_decay},
-        {"name": "position_lr", "params": positions, "lr": position_lr, "weight_decay": 0.0},
+        {"name": "position_lr", "params": positions, "lr": getattr(stage, "position_lr", None), "weight_decay": 0.0},
         {"name": "lr", "params": vectors, "lr": stage.lr, "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], betas=stage.betas, fused=True)

@@ -7,13 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from attention.variant import position_table
+
 KEPT = 0.5  # share of the old table, its last rows, that `repeat` goes on with
-
-
-def position_table(model: PreTrainedModel) -> nn.Embedding | None:
-    """The learned table (P, E) of absolute positions, by the name that GPT-2 and its kin give it; None without one."""
-    table = getattr(model.base_model, "wpe", None)
-    return table if isinstance(table, nn.Embedding) else None
 
 
 def extend_positions(model: PreTrainedModel, positions: int, start: str) -> None:
@@ -27,15 +23,16 @@ def extend_positions(model: PreTrainedModel, positions: int, start: str) -> None
     Raises:
         ValueError: if the model has no such table, or one of more rows.
     """
-    table = position_table(model)
+    table, old = position_table(model), model.config.max_position_embeddings
     if table is None:
         raise ValueError(f"positions needs a learned table of positions, which {model.config.model_type} has not")
-    if positions < table.num_embeddings:
-        raise ValueError(f"positions must not be fewer than the model's {table.num_embeddings}; got {positions}")
+    if positions < old:
+        raise ValueError(f"positions must not be fewer than the model's {old}; got {positions}")
+    spare = table.num_embeddings - old  # rows that some families keep before those of positions
     with torch.no_grad():
-        rows = (interpolated if start == "interpolate" else repeated)(table.weight, positions)
-    table.weight = nn.Parameter(rows)
-    table.num_embeddings = positions
+        rows = (interpolated if start == "interpolate" else repeated)(table.weight[spare:], positions)
+        table.weight = nn.Parameter(torch.cat([table.weight[:spare], rows]))
+    table.num_embeddings = spare + positions
     model.config.max_position_embeddings = positions
 
 

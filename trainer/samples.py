@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from attention.prompts import decode, prompt_tokens
+from attention.variant import position_limit
 
 from .config import SampleConfig
 from .losses import last_hidden, output_matrix, vocabulary_loss
@@ -32,13 +33,13 @@ def write_texts(
     Args:
         seed: the same for each prompt.
     """
-    limit, end = model.config.max_position_embeddings, tokenizer.eos_token_id
+    limit, end = position_limit(model), tokenizer.eos_token_id
     training = model.training
     model.eval()
     texts = []
     for prompt in options.prompts:
         input_ids = prompt_ids(tokenizer, prompt)
-        length = min(options.length, limit - input_ids.shape[1])
+        length = options.length if limit is None else min(options.length, limit - input_ids.shape[1])
         with seeded(seed, model.device):
             output = continue_texts(model, input_ids, length, temperature=options.temperature, end=end)
         texts.append(decode(tokenizer, output[0, input_ids.shape[1] :], skip_special_tokens=True))
@@ -184,9 +185,11 @@ def measure_writing(
     Raises:
         ValueError: if the texts do not fit the model, or are too short for a sequence of 4.
     """
-    room = model.config.max_position_embeddings - prompts.shape[1]
+    limit = position_limit(model)
+    room = length if limit is None else limit - prompts.shape[1]
     if not 4 <= length <= room:
-        raise ValueError(f"after prompts of {prompts.shape[1]} tokens, texts must have 4 to {room}, not {length}")
+        most = "or more" if limit is None else f"to {room}"
+        raise ValueError(f"after prompts of {prompts.shape[1]} tokens, texts must have 4 {most}, not {length}")
     losses, written = [], []
     names: list[int] = []
     batches = tqdm(prompts.split(BATCH), unit="batch", desc=description, disable=description is None, leave=False)

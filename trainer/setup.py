@@ -28,7 +28,7 @@ import attention
 from attention.files import expanded, fingerprint, write_file
 from attention.mechanism import is_mechanism
 from attention.stored import without_copies
-from attention.variant import causal_models, fuse_activations, position_limit
+from attention.variant import causal_models, fuse_activations, position_limit, position_table
 
 from . import resume
 from .checkpointing import restore_weights, whole
@@ -44,7 +44,7 @@ from .data import (
     sampled_tokens,
 )
 from .documents import find_files
-from .positions import extend_positions, position_table
+from .positions import extend_positions
 from .samples import prompt_ids
 from .signals import launcher_arguments
 from .stages import trained_names
@@ -310,7 +310,8 @@ def check_prompts(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrain
     Raises:
         ValueError: naming all that do not.
     """
-    limit = model.config.max_position_embeddings
+    if (limit := position_limit(model)) is None:
+        return
     lengths = {place: prompt_ids(tokenizer, prompt).shape[1] for place, prompt in enumerate(config.samples.prompts)}
     if long := [f"samples.prompts.{place} has {length}" for place, length in lengths.items() if length >= limit]:
         raise ValueError(

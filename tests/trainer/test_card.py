@@ -21,7 +21,7 @@ def card(base: str, output: str = "o", **data: object) -> ModelCard:
     stages = [{"stage": "distil", "steps": 1}]
     values = {"base": base, "attention": {"method": "masks"}, "stages": stages, "output": output, "data": data}
     config = RunConfig.model_validate(values)
-    making = Making(config, MasksConfig(), {**ENVIRONMENT, "commit": None}, 1, 1, 1.0)
+    making = Making(config, MasksConfig(), "llama", {**ENVIRONMENT, "commit": None}, 1, 1, 1.0)
     return write_card(making, Fidelity(1, 0.1, 2.0, 2.0, 0.9), None)
 
 

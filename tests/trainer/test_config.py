@@ -208,7 +208,9 @@ def test_what_cannot_be_set_is_said(arguments: list[str], message: str, short: P
 )
 def test_options_that_a_new_model_has_not_are_named(options: str, message: str, tmp_path: Path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("{new: {tokenizer: t}, data: {train: a}, stages: [{stage: pretrain, steps: 1}], output: o}")
+    path.write_text(
+        "{new: {tokenizer: t, family: gpt2}, data: {train: a}, stages: [{stage: pretrain, steps: 1}], output: o}"
+    )
     with pytest.raises(ConfigError) as caught:
         load_config(path, ["--new.config", options])
     assert message in str(caught.value)

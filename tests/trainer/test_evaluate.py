@@ -182,9 +182,9 @@ def test_tables_have_a_line_for_everything(variants, valid, capsys):
     assert rare.startswith("A hit's pair is rare: it comes at most 20 times in a million tokens")
 
 
-def test_variants_of_two_bases_do_not_share_a_table(variants, valid, workplace, capsys):
-    other = workplace / "other-base"
-    shutil.copytree(workplace / "base", other, dirs_exist_ok=True)
+def test_variants_of_two_bases_do_not_share_a_table(variants, valid, workplace, tmp_path, capsys):
+    other = tmp_path / "other-base"
+    shutil.copytree(workplace / "base", other)
     model = AutoModelForCausalLM.from_pretrained(other)
     model.transformer.wte.weight.data.mul_(0.5)
     model.save_pretrained(other)

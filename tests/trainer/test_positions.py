@@ -7,13 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import attention
+from attention.variant import position_table
+from tests.attention.families import tiny
 from tests.trainer.conftest import recipe, write_recipe
 from tests.trainer.test_resume import outcome
 from trainer import train
 from trainer.config import PretrainConfig, load_config
 from trainer.loop import Loop
 from trainer.optim import build_optimizers
-from trainer.positions import extend_positions, interpolated, position_table, repeated, skipping_positions
+from trainer.positions import extend_positions, interpolated, repeated, skipping_positions
 from trainer.setup import check_sizes
 from trainer.stages import build_learner
 
@@ -51,6 +53,19 @@ def test_with_its_old_rows_kept_a_base_reads_as_before(base):
         assert base(ids.repeat(1, 3)).logits.isfinite().all()
     assert position_table(base).weight.shape == (200, 32)
     assert base.config.max_position_embeddings == base.config.n_positions == 200
+
+
+def test_rows_that_a_family_keeps_before_its_positions_stay():
+    base = tiny("opt")
+    table, ids = position_table(base).weight.detach().clone(), torch.arange(1, 31)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        extend_positions(base, 96, "repeat")
+        assert (base(ids).logits == before).all()
+        assert base(ids.repeat(1, 3)).logits.isfinite().all()
+    rows = position_table(base).weight
+    assert (rows[: len(table)] == table).all()
+    assert len(rows) == len(table) + 96 - 48
 
 
 def test_what_cannot_be_extended_is_said(base):

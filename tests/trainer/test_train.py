@@ -253,7 +253,7 @@ def test_tokens_that_the_base_has_not_are_refused(workplace: Path, tmp_path: Pat
 
 def test_a_new_model_of_too_few_tokens_is_refused(workplace: Path, tmp_path: Path):
     sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64, "vocab_size": 300}
-    new = {"tokenizer": str(workplace / "base"), "config": sizes}
+    new = {"tokenizer": str(workplace / "base"), "family": "gpt2", "config": sizes}
     stages = [{"stage": "pretrain", "steps": 1, "context": 32}]
     log = refused(workplace, tmp_path, base=None, new=new, attention=None, stages=stages)
     assert "knows 20 tokens for which the model has no embedding" in log

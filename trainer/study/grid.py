@@ -4,7 +4,7 @@ Every method is fitted with every objective on every kind of text, with equal bu
 measured on one text that none saw, and `docs/study.md` says what came out, with figures and conclusions that are
 computed from the table. A cell of the grid is an ordinary run of the recipe of its method, in a folder of its own under
 `--runs`: finished cells are kept, interrupted ones resumed. Options that are not listed below go to every recipe, as
-with `trainer/train.py`, for example `--base gpt2`.
+with `trainer/train.py`, for example `--base USER/MODEL`.
 
 Exit codes are those of `trainer/train.py`.
 """
