@@ -345,6 +345,13 @@ def _measurement(row: dict[str, Any]) -> str:
             "standard error:",
             _table(["", "variant", "base", "difference"], _writing_cells(written)),
         ]
+    if drafting := row.get("drafting"):
+        paragraphs.append(
+            f"As an assistant that drafts {drafting['draft']} tokens at a time for the base, both greedy, it gives "
+            f"{with_error(drafting['tokens_a_round'], drafting['error'], '.2f')} tokens a round, the base's own among "
+            f"them, in {drafting['prompts']} texts of {drafting['length']} tokens; at most {drafting['draft'] + 1}. "
+            "What is written is what the base writes alone."
+        )
     if parts := row.get("ablations"):
         cells = [
             [name, f"{one['kl']:.4f}", f"{one['kl_change']:+.4f}", "does nothing" if one["does_nothing"] else ""]

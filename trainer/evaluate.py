@@ -16,7 +16,9 @@ With `--recall N`, base and variant answer questions about N texts a task and di
 
 With `--samples N`, variant and base each continue the same N passages of the text, with the same random numbers at
 temperature 1; the base judges both, and sequences of tokens and new names are counted (see `trainer/samples.py`). A
-difference comes with its standard error over the passages, which tells whether N is large enough. With `--ablate`, each
+difference comes with its standard error over the passages, which tells whether N is large enough. After the first 64 of
+the passages the variant also drafts for the base, greedily: how many tokens a round of speculative decoding would give
+(see `trainer/drafting.py`). With `--ablate`, each
 part of the mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
 `--tolerance` does nothing. With `--card`, the figures go into the cards of the variants, one section a context.
 """
@@ -43,6 +45,7 @@ import attention
 from attention.files import CARD, expanded, write_file
 from trainer.card import USE, with_measurement
 from trainer.data import DataError, check_vocabulary, read_files
+from trainer.drafting import DRAFT, measure_drafting
 from trainer.fidelity import Fidelity, Reader, predicted, read_each
 from trainer.hits import distances_in
 from trainer.recall import measure_recall
@@ -91,7 +94,15 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: naming all options that have no meaning.
     """
-    least = {"context": 2, "batch_size": 1, "samples": 0, "prompt_length": 1, "length": 4, "seed": 0, "tolerance": 0}
+    least = {
+        "context": 2,
+        "batch_size": 1,
+        "samples": 0,
+        "prompt_length": 1,
+        "length": DRAFT + 1,
+        "seed": 0,
+        "tolerance": 0,
+    }
     problems = [
         f"--{name} must be at least {value}, not {getattr(options, name)}"
         for name, value in least.items()
@@ -185,7 +196,7 @@ def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
             row["recall"] = figures
     if options.samples:
         for row, figures in zip(rows, _writing(family, tokens, options), strict=True):
-            row["samples"] = figures
+            row["samples"], row["drafting"] = figures
     return rows
 
 
@@ -250,8 +261,11 @@ def _ablation(figures: Fidelity, whole_kl: float, tolerance: float) -> Row:
     return {**figures.to_dict(), "kl_change": change, "does_nothing": abs(change) < tolerance}
 
 
-def _writing(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
-    """For each subject, figures of its texts beside those of the base's; see `Writing.beside`."""
+def _writing(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[tuple[Row, Row]]:
+    """For each subject, figures of its texts beside those of the base's, and what its drafts are worth.
+
+    See `Writing.beside` and `Drafting`.
+    """
     prompts = draw_prompts(tokens, options.samples, options.prompt_length, options.seed)
     known: dict[PreTrainedModel, Writing] = {}
     names = {subject.model: subject.spec for subject in family.subjects}
@@ -260,7 +274,12 @@ def _writing(family: Family, tokens: np.ndarray, options: argparse.Namespace) ->
             model, family.base, family.tokenizer, prompts, options.length, options.seed, description=f"{name} writing"
         )
     setting = {name: getattr(options, name) for name in ("samples", "prompt_length", "length", "seed")}
-    return [{**setting, **known[subject.model].beside(known[family.base])} for subject in family.subjects]
+    models = [subject.model for subject in family.subjects]
+    drafted = measure_drafting(models, family.base, prompts, options.length, description="drafting")
+    return [
+        ({**setting, **known[model].beside(known[family.base])}, drafting.to_dict())
+        for model, drafting in zip(models, drafted, strict=True)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ NOTHING, HARM = "does nothing", "better without"
 
 def tables(rows: list[Row]) -> str:
     """Rows as aligned tables: fidelity, its slices, then answers, texts written and ablations, as far as measured."""
-    aside = ("samples", "ablations", "tolerance", "text", "rare", "slices", "positions", "recall")
+    aside = ("samples", "drafting", "ablations", "tolerance", "text", "rare", "slices", "positions", "recall")
     parts = [
         [{name: value for name, value in row.items() if name not in aside} for row in rows],
         *(lines for group in _by_base(rows) for lines in _slice_tables(group)),
@@ -93,7 +93,9 @@ def _writing_line(row: Row) -> Row:
         if isinstance(value, dict):
             difference = as_difference(value)
             line[name] = f"{value['variant']:.4f} / {value['base']:.4f}" + (difference and f" ({difference})")
-    return line
+    drafting = row["drafting"]
+    title = f"tokens a round, drafts of {drafting['draft']}"
+    return line | {title: with_error(drafting["tokens_a_round"], drafting["error"], ".2f")}
 
 
 def _ablation_lines(row: Row) -> list[Row]:

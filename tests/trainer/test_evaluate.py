@@ -155,6 +155,8 @@ def test_samples_are_beside_the_bases_own(variants, valid, base, tokenizer):
         assert plain["samples"][name]["difference"] in (0, None)
         assert plain["samples"][name]["error"] in (0, None)
     assert masks["samples"]["sample_perplexity"]["error"] > 0
+    assert plain["drafting"] == {"tokens_a_round": 5.0, "error": 0.0, "draft": 4, "prompts": 5, "length": 8}
+    assert 1 <= masks["drafting"]["tokens_a_round"] <= 5
     assert {name: masks["samples"][name] for name in ("samples", "length", "prompt_length", "seed")} == {
         **{"samples": 5, "length": 8, "prompt_length": 4, "seed": 3}
     }
@@ -250,6 +252,7 @@ def test_cards_take_up_the_figures_of_each_context(variants, valid, capsys):
     assert card.startswith("# masks\n\n## Measured")
     assert card.endswith("\n\n## Use\n\nLike this.\n")
     assert "| distinct 2 |" in card
+    assert re.search(r"drafts 4 tokens at a time for the base.* gives \d\.\d\d ± \d\.\d\d tokens a round", card)
     assert card.count("| tokens that are | how many | cross-entropy of the base | above it | KL |") == 2
     assert re.findall(r"^\| (0 to \d+) \| [\d,]+ \| \d\.\d{3} \| [+-]\d\.\d{3} ± ", card, re.M) == [
         "0 to 15",
@@ -301,7 +304,7 @@ def test_what_the_command_cannot_use_is_named(variants, workplace, valid, capsys
         ("--context -5", "--context must be at least 2, not -5"),
         ("--batch_size 0", "--batch_size must be at least 1, not 0"),
         ("--samples 2 --prompt_length 0", "--prompt_length must be at least 1, not 0"),
-        ("--samples 2 --length 3", "--length must be at least 4, not 3"),
+        ("--samples 2 --length 4", "--length must be at least 5, not 4"),
         ("--seed -1", "--seed must be at least 0, not -1"),
         ("--seed 99999999999999999999", "--seed must be at least 0, not 99999999999999999999"),
         ("--tolerance nan", "--tolerance must be at least 0, not nan"),
