@@ -112,8 +112,7 @@ def test_a_card_says_which_layers_have_which_method():
     mix = [{"layers": [0, 2], "method": "masks", "candidates": ["window(4)"]}, {"layers": [1], "method": "softmax"}]
     method = {"method": "layers", "layers": mix}
     values = {"base": "b", "attention": method, "stages": [{"stage": "distil", "steps": 1}], "output": "o"}
-    making = Making(
-        RunConfig.model_validate(values), config_from_dict(method), {**ENVIRONMENT, "commit": None}, 1, 1, 1.0
-    )
+    config, environment = RunConfig.model_validate(values), {**ENVIRONMENT, "commit": None}
+    making = Making(config, config_from_dict(method), "llama", environment, 1, 1, 1.0)
     text = write_card(making, Fidelity(1, 0.1, 2.0, 2.0, 0.9), None).text
     assert "Method options: `layers 0, 2: masks(candidates=('window(4)',)); layers 1: softmax()`." in text
