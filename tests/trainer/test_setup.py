@@ -41,7 +41,7 @@ def test_of_many_tensors_that_are_not_finite_some_are_named_and_the_rest_counted
     options = recipe(workplace, output=str(tmp_path / "run"))
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64, "initializer_range": 3e38}
     options |= {"base": None, "attention": None, "stages": [{"stage": "pretrain", "steps": 1, "context": 32}]}
-    options |= {"new": {"tokenizer": str(workplace / "base"), "config": sizes}}
+    options |= {"new": {"family": "gpt2", "tokenizer": str(workplace / "base"), "config": sizes}}
     assert main(["--config", str(write_recipe(tmp_path, options))]) == 2
     log = (tmp_path / "run" / "train.log").read_text()
     assert "the new model has weights that are NaN or infinite: transformer.wte.weight, " in log
