@@ -1,4 +1,5 @@
 # Two commands: `make app` starts the demo, `make test` passes the test suite. Each does its own set-up.
+# `make test-lowest` passes it on the oldest libraries that are allowed, `make test-long` passes what takes minutes.
 
 PYTHON ?= python3
 # A build for the CPU or for CUDA comes first, so that the requirements find a torch that suits the machine.
@@ -8,7 +9,9 @@ export TORCH
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: app test test-long lint browser clean
+LOWEST := .venv-lowest
+
+.PHONY: app test test-long test-lowest lint browser clean
 
 app: $(VENV)/.installed
 	$(BIN)/python app.py $(ARGS)
@@ -20,6 +23,10 @@ test: $(VENV)/.installed-dev browser
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto -m long $(ARGS)
+
+# The same suite, without the browser, on the lowest versions that requirements.txt allows.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n auto --ignore tests/browser $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -39,6 +46,13 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(LOWEST)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(LOWEST)
+	sed -E 's/>=([0-9.]+)(,<[0-9]+)?/==\1/' requirements.txt > $(LOWEST)/lowest.txt
+	grep -v '^-r' requirements-dev.txt > $(LOWEST)/dev.txt
+	$(LOWEST)/bin/python -m pip install --quiet -r $(LOWEST)/lowest.txt -r $(LOWEST)/dev.txt
+	touch $@
+
 # The browser tests need a Chromium: any on the PATH will do, else Debian's is installed where that is allowed.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -46,4 +60,4 @@ browser:
 		{ echo "No Chromium found: install one (Debian: sudo apt install chromium) and run again."; exit 1; }
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

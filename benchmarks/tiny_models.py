@@ -32,6 +32,7 @@ AT_MOST: tuple[tuple[str, int], ...] = (  # the first pattern that matches the w
     (r"(swa_|global_)?num_(global_)?(key_value|kv)_heads|num_query_groups", 2),
     (r"(swa_|global_)?(v_|qk_rope_|qk_nope_)?head_(dim|size)|attention_head_(dim|size)|d_head", HEAD),
     (r"qk_head_dim|index_head_dim", 2 * HEAD),
+    (r"rotary_dim", HEAD // 2),
     (r"\w+_lora_rank|\w+_rank|router_hidden_size|hc_lowrank|rel_extent|d_rel", 16),
     (r"(\w+_)?intermediate_size|(\w+_)?ffn_(hidden_size|dim)|d_inner|n_inner|feed_forward_size", 48),
     (r"num_(local_|routed_)?experts|n_routed_experts", 4),
@@ -153,7 +154,10 @@ def tiny_model(model: type[PreTrainedModel], seed: int = 0, plain: bool = False)
     default = default_config(model)
     problem: Exception | None = None
     own = dict.fromkeys((tuple(layer_types(model, default)), ()))
-    choices = [(kinds, grouped, PLAIN_OPTIONS) for kinds, grouped in product([FULL, ()], (True, False)) if plain]
+    choices = []
+    if plain:
+        choices += [(kinds, grouped, PLAIN_OPTIONS) for kinds, grouped in product([FULL, ()], (True, False))]
+        choices += [(FULL, grouped, EXACTLY) for grouped in (True, False)]
     choices += [(kinds, grouped, EXACTLY) for kinds, grouped in product(own, (True, False))]
     for kinds, grouped, exactly in choices:
         try:

@@ -17,6 +17,7 @@ from attention.variant import attention_modules, mechanisms_of
 
 from .config import DistilConfig, OnPolicyConfig, PretrainConfig, StageConfig, TransferConfig
 from .losses import last_hidden, output_matrix, vocabulary_loss
+from .optim import repeated_layers
 from .positions import skipping_positions
 from .samples import continue_texts
 from .teacher_cache import TeacherCache
@@ -42,7 +43,8 @@ class Learner(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self._no_split_modules = model._no_split_modules  # which layers FSDP wraps
+        # What Accelerate has FSDP wrap. A class's own list may name layers that this model has not.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in repeated_layers(model)})
 
     def forward(self, input_ids: Tensor) -> Losses:
         """Losses of (B, T) tokens, over B · `stage.predicted(T)` predicted ones."""

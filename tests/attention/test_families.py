@@ -13,6 +13,7 @@ import attention
 from attention.families import TESTED, prove, seam_difference
 from attention.variant import cache_name
 
+from .checkpoints import tiny_tokenizer
 from .families import SCALED, tiny
 from .models import ALL_METHODS, small_config
 
@@ -46,6 +47,77 @@ def test_softmax_through_the_seam_is_the_base(family):
 def test_scaled_rotary_embeddings(scaling):
     base = tiny("llama", rope_parameters=SCALED[scaling])
     assert seam_difference(base) < 2e-6
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+@pytest.mark.parametrize("method", ["masks", "performer", "nsa"])
+@torch.no_grad()
+def test_scaled_positions_in_a_padded_row_and_with_a_cache(scaling, method):
+    """Features of rotated vectors depend on the position, so a padded row's start at its first token."""
+    student, ids = variant("llama", method, rope_parameters=SCALED[scaling]), tokens(1, 30)
+    expected = student(ids, use_cache=False).logits
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 9), torch.ones(1, 30)], 1).long()
+    torch.testing.assert_close(student(padded, attention_mask=mask).logits[:, 9:], expected, **TOLERANCE)
+    first = student(ids[:, :17], use_cache=True)
+    cache = getattr(first, cache_name(type(student)))
+    rest = student(ids[:, 17:], **{cache_name(type(student)): cache}, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 10}),
+        ("olmo2", {"attention_bias": True}),
+        ("gpt2", {"num_attention_heads": 1, "hidden_size": 15}),
+        ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False, "rotary_pct": 1.0}),
+        ("opt", {"enable_bias": False, "do_layer_norm_before": False}),
+        ("phi3", {"partial_rotary_factor": 0.5}),
+    ],
+    ids=str,
+)
+def test_options_of_a_family_that_its_attention_depends_on(family, options):
+    base = tiny(family, **options)
+    assert seam_difference(base) < 2e-6
+    for method in ALL_METHODS:
+        student = attention.convert(base, small_config(method))
+        student(tokens(2, 9)).logits.square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@every_family
+def test_a_head_stays_tied_or_not(family, tied, tmp_path):
+    student = attention.convert(tiny(family, tie_word_embeddings=tied), small_config("masks"))
+    attention.save(student, tmp_path / "variant", dtype=None)
+    loaded, _ = attention.load(tmp_path / "variant")
+    for model in (student, loaded):
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert torch.equal(loaded(tokens(1, 9)).logits, student(tokens(1, 9)).logits)
+
+
+@pytest.mark.parametrize("config", [{"method": "softmax"}, {"method": "masks", "candidates": ["window(5)"]}], ids=str)
+@torch.no_grad()
+def test_a_compiled_forward_gives_the_same(config):
+    student, ids = attention.convert(tiny("llama"), attention.config_from_dict(config)), tokens(2, 12)
+    expected = student(ids, use_cache=False).logits
+    compiled = torch.compile(student, backend="eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, **TOLERANCE)
+    torch.compiler.reset()
+
+
+def test_a_chat_template_travels_with_the_tokenizer(tmp_path):
+    tokenizer, base = tiny_tokenizer(), tiny("llama")
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}> {{ message.content }} {% endfor %}"
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base, tokenizer = attention.load(tmp_path / "base")
+    attention.save(attention.convert(base, small_config("masks")), tmp_path / "variant", tokenizer=tokenizer)
+    _, loaded = attention.load(tmp_path / "variant")
+    talk = [{"role": "user", "content": "the cat"}]
+    assert loaded.apply_chat_template(talk, tokenize=False) == "<user> the cat "
 
 
 @every_family

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from trainer.optim import repeated_layers
 from trainer.train import main
 
 
@@ -17,7 +18,7 @@ def prepare(
     """What Accelerate does on GPUs: shards blocks and root, and gives optimisers the sharded parameters."""
     names = {parameter: name for name, parameter in learner.named_parameters()}
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for block in learner.model.transformer.h:
+    for block in repeated_layers(learner):
         fully_shard(block, mesh=mesh)
     fully_shard(learner, mesh=mesh)
     sharded = dict(learner.named_parameters())

@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoTokenizer
 
+from tests.attention.families import tiny
 from tests.trainer.conftest import recipe, write_recipe
 
 CONFIGS = sorted(Path("trainer/accelerate").glob("*.yaml"))
@@ -106,8 +108,14 @@ def test_a_signal_stops_all_of_a_run_which_goes_on_with_more_or_fewer(
 
 
 @pytest.mark.long
-def test_sharded_weights_train_measure_save_and_resume_as_whole_ones_do(workplace: Path, tmp_path: Path):
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sharded_weights_train_measure_save_and_resume_as_whole_ones_do(family: str, workplace: Path, tmp_path: Path):
     options = recipe(workplace, output="unused")
+    if family != "gpt2":
+        tokenizer = AutoTokenizer.from_pretrained(workplace / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        tiny(family, vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path / "base")
+        options["base"] = str(tmp_path / "base")
     options["stages"] = [options["stages"][1] | {"train": "all", "objective": {"kl": 1, "l1": 0.1}}]
     path = str(write_recipe(tmp_path, options))
     sharded = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]

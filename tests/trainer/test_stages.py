@@ -3,11 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from transformers import AutoModelForCausalLM
 
 import attention
+from attention.families import TESTED
 from attention.recording import recorded
-from attention.variant import mechanisms_of
+from attention.variant import attention_modules, mechanisms_of
+from tests.attention.families import tiny
 from trainer.config import DistilConfig, Objective, PretrainConfig, TransferConfig
 from trainer.stages import build_learner
 
@@ -25,6 +29,23 @@ def ids():
 MASKS = attention.MasksConfig(candidates=("window(4)", "first(2)"), init="random")
 PERFORMER = attention.PerformerConfig(num_features=4)
 NSA = attention.NSAConfig(compress_block=4, compress_stride=2, select_block=4, select_every=4, window=4)
+
+
+@pytest.mark.parametrize("family", TESTED)
+def test_what_fsdp_wraps_is_found_in_the_model(family):
+    variant = attention.convert(tiny(family), MASKS)
+    variant._no_split_modules = ["ALayerOfAnotherModel"]
+    learner = build_learner(PretrainConfig(steps=1), variant, None)
+    wrap = fsdp2_prepare_auto_wrap_policy(
+        FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), learner
+    )
+    wrapped = {name for name, module in learner.named_modules() if wrap(module)}
+    assert len(wrapped) == variant.config.num_hidden_layers
+    inside = [
+        {layer for layer in wrapped if f"model.{name}".startswith(f"{layer}.")} for name in attention_modules(variant)
+    ]
+    assert set.union(*inside) == wrapped
+    assert all(len(layers) == 1 for layers in inside)
 
 
 def test_pretraining_is_cross_entropy(base, ids):
