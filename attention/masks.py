@@ -33,7 +33,6 @@ from .reference import causal_mask, combined_mask, effective_mask, masked_softma
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
 
-SPLITTER = 2.0**11 + 1  # leaves 13 of the 24 bits of float32
 MOST_CANDIDATES = 1024  # of a layer
 MOST_LISTS = 1000  # as many as a model has layers
 LARGEST_SCALE = 100.0  # σ of α is 0 or 1 long before
@@ -425,17 +424,16 @@ class MasksAttention(Mechanism):
         return chosen
 
     def _scores(self, x: Tensor) -> Tensor:
-        """(B, H, T) the scores of the keys for `top`, in float32 so that a half-precision cache changes no choice.
+        """(B, H, T) the scores of the keys for `top`, in float32, so that a half-precision cache changes no choice.
 
-        Rounded to 13 bits (Veltkamp's splitting, Dekker 1971): in the first layer a token that comes again has the same
-        score again, and such ties must not depend on in how many pieces a text is read.
+        In the first layer a token that comes again has the same score again, and which of the two is chosen must not
+        depend on in how many pieces a text is read; so there they are added up in float64, where the device has that.
         """
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self._scores(x)
-        scores = F.linear(x.float(), self.to_scores.float()).transpose(1, 2)
-        spread = SPLITTER * scores
-        return spread - (spread - scores)
+        wide = torch.float64 if self.layer.layer_idx == 0 and x.device.type != "mps" else torch.float32
+        return F.linear(x.to(wide), self.to_scores.to(wide)).float().transpose(1, 2)
 
     def _content_bias(
         self,
