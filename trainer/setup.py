@@ -153,6 +153,8 @@ def build(config: RunConfig) -> Setup:
         accelerator.init_trackers("efficient-attention", {"config": config.to_yaml()})
     texts = {"train": train, "valid": valid, **({} if test is None else {"test": test[1]})}
     record = resume.record(config, model, base, texts)
+    if not accelerator.is_main_process:
+        set_seed(config.seed + accelerator.process_index)  # or all would write, and drop, by the same random numbers
     return Setup(config, accelerator, model, base, tokenizer, train, valid, test, record, cache)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.attention.families import tiny
@@ -59,6 +62,25 @@ def test_two_ranks_train_as_one_process_does(workplace: Path, tmp_path: Path):
         command = json.loads((tmp_path / config / "environment.json").read_text())["command"]
         assert command.startswith(f"accelerate launch --config_file trainer/accelerate/{config}.yaml trainer/train.py")
     assert_same_curves(runs["one-cpu"], runs["two-cpu-ranks"])
+
+
+@pytest.mark.long
+def test_two_ranks_write_by_random_numbers_of_their_own_and_go_on_bit_for_bit(workplace: Path, tmp_path: Path):
+    options = recipe(workplace, output=str(tmp_path / "run"), checkpoint={"every": 2})
+    stage = {"stage": "on_policy", "steps": 4, "batch_size": 4, "context": 32, "prompt": 8, "beta": 0.5, "lr": 0.01}
+    path = write_recipe(tmp_path, {**options, "stages": [stage]})
+
+    def end(*more: str) -> bytes:
+        run = launch("two-cpu-ranks", path, *more)
+        output, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, output
+        return (tmp_path / "run" / "variant" / "model.safetensors").read_bytes()
+
+    whole, saved = end(), tmp_path / "run" / "checkpoints"
+    states = load_file(saved / "step-00000002" / "model.safetensors")
+    assert not torch.equal(states["rng/0.cpu"], states["rng/1.cpu"])
+    shutil.rmtree(saved / "step-00000004")
+    assert end("--resume") == whole
 
 
 def to_the_launcher(run: subprocess.Popen) -> None:
