@@ -128,6 +128,7 @@ COST_HEADERS = [
     ["Peak memory", "weights and the most held beside them, MB"],
     ["Decode state", "what is kept of the text so far, MB"],
     ["Keys read", "by the last token, mean over layers"],
+    ["Keys scored", "gone through to choose those, likewise"],
 ]
 
 
@@ -152,6 +153,7 @@ def _cost_cells(cost: Cost | None) -> list[float | None]:
         cost.peak_bytes / 1e6,
         cost.state_bytes / 1e6,
         cost.keys_read,
+        cost.keys_scored,
     ]
 
 

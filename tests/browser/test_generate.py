@@ -103,9 +103,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, gate: threading.Event, tokens: int) ->
     monkeypatch.setattr(engine, "FRAME_SECONDS", 0)
 
 
-def test_stop_keeps_and_compares_what_is_written(
-    page: Page, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
-):
+def test_stop_keeps_and_compares_what_is_written(page: Page, monkeypatch: pytest.MonkeyPatch, gate: threading.Event):
     expect(column(page, "base")).to_contain_text("60 tokens")
     finish = Generation.finish
 
