@@ -22,7 +22,7 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 expect.set_options(timeout=TIMEOUT_MS)
 
-# A page that is reloaded or left tells Gradio's client, which cuts the streams that are open and reports each as broken.
+# When a page is reloaded or left Gradio's client cuts the streams that are open, and reports each as broken.
 OPENED, LEFT = "page: opened", "page: left"
 TELL = f'console.debug("{OPENED}"); addEventListener("beforeunload", () => console.debug("{LEFT}"));'
 CUT = ("AbortError: signal is aborted without reason", "Unexpected error Connection errored out.")
