@@ -67,11 +67,13 @@ def _layer_bytes(layer: object) -> int:
     return sum(t.numel() * t.element_size() for t in vars(layer).values() if isinstance(t, Tensor))
 
 
-def keys_read(loaded: LoadedModel, position: int) -> int:
-    """Keys that a query at `position` reads in a layer, mean over layers."""
+def keys_used(loaded: LoadedModel, position: int) -> tuple[int, int]:
+    """Keys that a query at `position` reads, and those that it goes through to choose them: means over layers."""
     if not attention.is_variant(loaded.model):
-        return position + 1
-    return round(statistics.mean(mechanism.keys_read(position) for mechanism in loaded.model.mechanisms))
+        return position + 1, 0
+    read = statistics.mean(mechanism.keys_read(position) for mechanism in loaded.model.mechanisms)
+    scored = statistics.mean(mechanism.keys_scored(position) for mechanism in loaded.model.mechanisms)
+    return round(read), round(scored)
 
 
 class Decoder:
@@ -140,6 +142,7 @@ class Decoder:
         """What it took so far, at least one step; measures memory by a second, untimed pass over the prompt."""
         later_forward, later_steps = self._forward_seconds[1:], self._step_seconds[1:]
         state_bytes = cache_bytes(self._cache)
+        read, scored = keys_used(self.loaded, len(self.column.token_ids) - 2)
         weights = {t.data_ptr(): t.numel() * t.element_size() for t in self.loaded.model.state_dict().values()}
         return Cost(
             prefill_ms=1e3 * self._forward_seconds[0],
@@ -147,7 +150,8 @@ class Decoder:
             tokens_per_second=len(later_steps) / sum(later_steps) if later_steps else None,
             state_bytes=state_bytes,
             peak_bytes=sum(weights.values()) + max(state_bytes, self._prefill_bytes()),
-            keys_read=keys_read(self.loaded, len(self.column.token_ids) - 2),
+            keys_read=read,
+            keys_scored=scored,
         )
 
     @torch.inference_mode()

@@ -53,7 +53,9 @@ def build(app: App) -> gr.Blocks:
     with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# {TITLE}\n## {SUBTITLE}", elem_id="title")
         notices = Notices(elem_id="notices")
-        session = Session(blocks, runs=gr.State([]), names=gr.State([]), address=Address(elem_id="address"))
+        session = Session(
+            blocks, runs=gr.State([]), names=gr.State(app.store.names()), address=Address(elem_id="address")
+        )
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             built = [build_tab(app, session) for build_tab in TABS]
             for tab in built:

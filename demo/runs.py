@@ -47,6 +47,7 @@ class Cost:
         peak_bytes: bytes of the weights, and of whichever is more: the state after the last token, or all that was
             alive at once in the forward pass over the prompt.
         keys_read: keys that the last token read in a layer, mean over layers.
+        keys_scored: keys, summaries or tokens' ids that it went through to choose those, likewise.
     """
 
     prefill_ms: float
@@ -55,6 +56,7 @@ class Cost:
     state_bytes: int
     peak_bytes: int
     keys_read: int
+    keys_scored: int
 
 
 @dataclass(frozen=True)

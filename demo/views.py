@@ -130,6 +130,7 @@ COST_HEADERS = [
     ["Peak memory", "weights and the most held beside them, MB"],
     ["Decode state", "what is kept of the text so far, MB"],
     ["Keys read", "by the last token, mean over layers"],
+    ["Keys scored", "gone through to choose those, likewise"],
 ]
 
 
@@ -154,6 +155,7 @@ def _cost_cells(cost: Cost | None) -> list[float | None]:
         cost.peak_bytes / 1e6,
         cost.state_bytes / 1e6,
         cost.keys_read,
+        cost.keys_scored,
     ]
 
 

@@ -171,10 +171,11 @@ function section(title, content, note) {
   return node;
 }
 
+// A button is called by what is written on it, and then by what it does; signs alone say nothing.
 function button(text, label, action, className) {
   const node = el("button", className, text);
   node.type = "button";
-  if (label) node.setAttribute("aria-label", label);
+  if (label) node.setAttribute("aria-label", /\p{L}/u.test(text) ? `${text}: ${label}` : label);
   node.title = label || text;
   node.addEventListener("click", action);
   return node;
@@ -202,7 +203,7 @@ function buildToolbar() {
     button("PNG", "Download the maps as a picture", downloadPicture),
     button("SVG", "Download the maps as a drawing", downloadDrawing),
     button("JSON", "Download the maps as numbers", downloadNumbers),
-    ...(props.page ? [button("HTML", "Download this view as a page of its own", downloadPage)] : []),
+    ...(props.sheet ? [button("HTML", "Download this view as a page of its own", downloadPage)] : []),
   );
 }
 
@@ -536,7 +537,7 @@ function downloadPicture() {
 
 function downloadPage() {
   const value = JSON.stringify(view).replace(/</g, "\\u003c").replace(/\u2028/g, "\\u2028").replace(/\u2029/g, "\\u2029");
-  const page = props.page.replace("DARK", () => (isDark() ? "dark" : "")).replace("VALUE", () => value);
+  const page = props.sheet.replace("DARK", () => (isDark() ? "dark" : "")).replace("VALUE", () => value);
   save(new Blob([page], { type: "text/html" }), "html");
 }
 

@@ -131,7 +131,7 @@ class AttentionMaps(ScriptedHTML):
     """
 
     def __init__(self, value: MapsView | None = None, *, empty: str = "No text yet.", **kwargs: Any):
-        super().__init__(value, scripts=SCRIPTS, styles=STYLES, empty=empty, page=page_template(), **kwargs)
+        super().__init__(value, scripts=SCRIPTS, styles=STYLES, empty=empty, sheet=page_template(), **kwargs)
 
 
 def page_template() -> str:

@@ -133,18 +133,13 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
         opened = [maps, chosen, session.address]
         grid.select(handlers.open, [session.runs, chosen], opened, trigger_mode="multiple", **quiet, **lane)
         maps.select(handlers.act, [session.runs, chosen], [meter, maps, start], **quiet, **lane)
-        linked = gr.State(False)  # whether the text is a link's, which the page's first run must not replace
         taken = session.runs.change(
-            handlers.take_text,
-            [session.runs, model, linked],
-            [text, model, start, linked],
-            queue=False,
-            **quiet,
+            handlers.take_text, [session.runs, model], [text, model, start], queue=False, **quiet
         )
         is_open = gr.Checkbox(visible=False)
         taken.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
         link = session.blocks.load(
-            handlers.open_link, session.runs, [model, text, start, count, chosen, linked, *controls], **quiet, **lane
+            handlers.open_link, None, [model, text, start, count, chosen, *controls], **quiet, **lane
         )
         link.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
         session.names.change(handlers.offer, [session.names, model], model, queue=False, **quiet)
@@ -249,23 +244,27 @@ class Handlers:
             gr.Slider(maximum=max(most_blocks, fewest + 1), value=blocks, visible=most_blocks > fewest),
         )
 
-    def take_text(self, runs: list[Run], model: str | None, linked: bool = False) -> tuple[Any, Any, Any, bool]:
-        """The text of the newest run: the chosen model's, or else that of the first variant in it."""
+    def take_text(self, runs: list[Run], model: str | None, request: gr.Request) -> tuple[Any, Any, Any]:
+        """The text of the newest run: the chosen model's, or else that of the first variant in it.
+
+        The first run is that of the page's address or the example, and a text in the address goes before it.
+        """
+        names, query = self.store.names(), request.query_params
         columns = [column for column in runs[0].columns if column.tokens] if runs else []
-        if not columns or linked:
-            return gr.skip(), gr.skip(), gr.skip(), False if columns else linked
-        names = self.store.names()
+        linked = query.get("attention_model") in names and "attention_text" in query
+        if not columns or (linked and len(runs) == 1):
+            return gr.skip(), gr.skip(), gr.skip()
         own = [column for column in columns if column.name == model]
         variants = [c for c in columns if c.name in names and not self.store.entry(c.name).is_base]
         column = (own or variants or columns)[0]
-        return "".join(column.tokens), column.name if column.name in names else gr.skip(), 0, False
+        return "".join(column.tokens), column.name if column.name in names else gr.skip(), 0
 
-    def open_link(self, runs: list[Run], request: gr.Request) -> tuple[Any, ...]:
+    def open_link(self, request: gr.Request) -> tuple[Any, ...]:
         """What the page's address asks for: model, text, part, place, and what is switched off."""
         query = request.query_params
         model, text = query.get("attention_model"), query.get("attention_text")
         if model not in self.store.names():
-            return (gr.skip(),) * 13
+            return (gr.skip(),) * 12
         count = number_in(query, "attention_count", self.store.limits.view_tokens)
         chosen = Chosen(layer=number_in(query, "attention_layer", 0), head=number_in(query, "attention_head", 0))
         return (
@@ -274,7 +273,6 @@ class Handlers:
             number_in(query, "attention_start", 0),
             min(max(count, SHORTEST), self.store.limits.view_tokens),
             chosen,
-            text is not None and not runs,
             *self._linked_parts(model, query),
         )
 

@@ -78,7 +78,9 @@ def build_score_tab(app: App, session: Session) -> gr.Tab:
             part = gr.Slider(0, PART, 0, step=PART, label="From token", visible=False, buttons=[], elem_id="score-part")
         columns = TokenColumns(elem_id="score-columns", legend=LEGEND, ticks=KL_TICKS, mark="")
         places = TextTable(NOTHING, elem_id="score-places")
-        current, linked = gr.State(), gr.State()
+        current = gr.State()
+        # No State: Gradio takes the first event that leaves a State of an unopened tab as it is for a change of it.
+        linked = gr.Number(visible=False)
         file, name = gr.Textbox(visible=False), gr.Textbox(visible=False)
         gr.api(handlers.score, api_name="score", **app.lane(VIEW))
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

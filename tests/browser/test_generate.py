@@ -3,12 +3,12 @@
 import json
 import re
 import threading
-import time
 from itertools import pairwise
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from demo import engine
 from demo.engine import Decoder, Generation
 from demo.runs import Run
 
@@ -90,38 +90,48 @@ def test_a_link_reproduces_the_page(page: Page, url: str):
     expect(column(again, "base")).to_have_count(0)
 
 
-def test_stop_keeps_and_compares_what_is_written(page: Page, monkeypatch: pytest.MonkeyPatch):
-    expect(column(page, "base")).to_contain_text("60 tokens")
-    step, finish, gate = Decoder.step, Generation.finish, threading.Event()
+def hold(monkeypatch: pytest.MonkeyPatch, gate: threading.Event, tokens: int) -> None:
+    """Shows every token of a run, and lets no model write more than `tokens` before the gate is open."""
+    step = Decoder.step
 
     def held(decoder: Decoder) -> None:
-        gate.wait(60 if decoder.column.generated == 5 else 0.05)  # slow enough for every token to be shown
+        if decoder.column.generated == tokens:
+            gate.wait()
         step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", held)
+    monkeypatch.setattr(engine, "FRAME_SECONDS", 0)
+
+
+def test_stop_keeps_and_compares_what_is_written(page: Page, monkeypatch: pytest.MonkeyPatch, gate: threading.Event):
+    expect(column(page, "base")).to_contain_text("60 tokens")
+    finish = Generation.finish
 
     def stopped(generation: Generation) -> Run:
         gate.set()  # Stop has arrived
         return finish(generation)
 
-    monkeypatch.setattr(Decoder, "step", held)
+    hold(monkeypatch, gate, 5)
     monkeypatch.setattr(Generation, "finish", stopped)
     page.get_by_label("Prompt").fill("Stop me")
     generate(page)
-    expect(column(page, "masks")).to_contain_text(re.compile("Stop me.*tokens …"))
+    expect(column(page, "masks")).to_contain_text("5 of 60 tokens …")
     page.get_by_role("button", name="Stop").click()
     for name in ("base", "masks"):
-        expect(column(page, name)).to_contain_text(re.compile(r"[1-6] tokens?, stopped"))
+        expect(column(page, name)).to_contain_text(re.compile(r"\d tokens?, stopped"))
+        expect(column(page, name)).to_contain_text("Stop me")
         expect(column(page, name).locator(".token:not(.scored)")).to_have_count(0)
 
 
-def test_a_closed_page_frees_the_worker(page: Page, url: str, monkeypatch: pytest.MonkeyPatch):
-    step, written = Decoder.step, []
+def test_a_closed_page_frees_the_worker(page: Page, url: str, monkeypatch: pytest.MonkeyPatch, gate: threading.Event):
+    step = Decoder.step
 
-    def slow(decoder: Decoder) -> None:
-        written.append(decoder.settings.prompt)
-        time.sleep(0.2 if decoder.settings.prompt == "Left behind" else 0)
+    def endless(decoder: Decoder) -> None:
+        if decoder.settings.prompt == "Left behind" and decoder.column.generated == 3 and not gate.wait(0.05):
+            return
         step(decoder)
 
-    monkeypatch.setattr(Decoder, "step", slow)
+    monkeypatch.setattr(Decoder, "step", endless)
     other = page.context.new_page()
     other.goto(url)
     other.get_by_label("Prompt").fill("Left behind")
@@ -131,7 +141,6 @@ def test_a_closed_page_frees_the_worker(page: Page, url: str, monkeypatch: pytes
     page.get_by_label("Prompt").fill("Next")
     generate(page)
     expect(column(page, "base")).to_contain_text("60 tokens")
-    assert written.count("Left behind") < 120
 
 
 def test_the_keyboard_is_enough(page: Page):
@@ -142,7 +151,7 @@ def test_the_keyboard_is_enough(page: Page):
 
 
 def test_bad_input_is_said_where_it_is(watched: Watched):
-    page = watched.page
+    page, watched.may_refuse = watched.page, True
     page.get_by_label("Prompt").fill("")
     generate(page)
     expect(page.get_by_text("The prompt is empty").first).to_be_visible()
@@ -153,9 +162,6 @@ def test_bad_input_is_said_where_it_is(watched: Watched):
     generate(page)
     expect(page.locator("#generate-notes")).to_contain_text("the last 68 are used")
     expect(column(page, "base")).to_contain_text("60 tokens")
-    refusals = [error for error in watched.errors if "422" in error]  # how the browser logs a refused request
-    assert watched.errors == refusals
-    watched.errors.clear()
 
 
 def test_hostile_text_is_text(page: Page):
@@ -207,17 +213,11 @@ def buttons(page: Page):
     return [page.locator(f"#generate-{name}") for name in ("start", "stop", "link")]
 
 
-def test_buttons_tell_what_can_be_done(page: Page, monkeypatch: pytest.MonkeyPatch):
+def test_buttons_tell_what_can_be_done(page: Page, monkeypatch: pytest.MonkeyPatch, gate: threading.Event):
     start, stop, link = buttons(page)
     expect(stop).to_be_disabled()
     expect(link).to_be_disabled()
-    step, gate = Decoder.step, threading.Event()
-
-    def held(decoder: Decoder) -> None:
-        gate.wait(60 if decoder.column.generated == 9 else 0)
-        step(decoder)
-
-    monkeypatch.setattr(Decoder, "step", held)
+    hold(monkeypatch, gate, 9)
     page.get_by_label("Prompt").fill("Wait")
     generate(page)
     expect(start).to_be_disabled()
@@ -235,7 +235,7 @@ def test_buttons_tell_what_can_be_done(page: Page, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_that_is_refused_changes_neither_address_nor_buttons(watched: Watched):
-    page = watched.page
+    page, watched.may_refuse = watched.page, True
     before = page.url
     page.get_by_label("Prompt").fill("")
     generate(page)
@@ -245,7 +245,6 @@ def test_a_run_that_is_refused_changes_neither_address_nor_buttons(watched: Watc
     expect(stop).to_be_disabled()
     expect(link).to_be_disabled()
     assert page.url == before
-    watched.errors.clear()  # how the browser logs a refused request
 
 
 def test_a_copied_link_is_said_to_be(page: Page, url: str):

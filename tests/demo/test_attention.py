@@ -551,9 +551,17 @@ def test_a_generated_text_keeps_its_own_tokens(handlers, store):
 def test_the_text_of_the_newest_run_is_taken(handlers):
     new = run(column("base", [1], ["base's"]), column("masks", [1], ["masks'"]))
     old = run(column("base", [1], ["old"]))
-    assert handlers.take_text([new, old], "base")[:2] == ("base's", "base")
-    assert handlers.take_text([new, old], "gone")[:2] == ("masks'", "masks")
-    assert isinstance(handlers.take_text([], "base")[0], dict)  # nothing changes
+    assert handlers.take_text([new, old], "base", Request(""))[:2] == ("base's", "base")
+    assert handlers.take_text([new, old], "gone", Request(""))[:2] == ("masks'", "masks")
+    assert isinstance(handlers.take_text([], "base", Request(""))[0], dict)  # nothing changes
+
+
+def test_the_first_run_leaves_a_text_in_the_address_as_it_is(handlers):
+    runs = [run(column("masks", [1], ["x"])), run(column("masks", [1], ["y"]))]
+    linked = Request("attention_model=masks&attention_text=mine")
+    assert isinstance(handlers.take_text(runs[:1], "masks", linked)[0], dict)
+    assert handlers.take_text(runs, "masks", linked)[0] == "x"
+    assert handlers.take_text(runs[:1], "masks", Request("attention_model=masks"))[0] == "x"
 
 
 def asked(model: str, text: str = TEXT, start: int = 0, count: int = 50, **options) -> list:
@@ -610,15 +618,12 @@ def test_what_is_shown_comes_back_from_the_address(handlers):
     values = asked("masks", off=["window(6)"], silent=["0.1", "1"], start=3, count=20)
     *_, chosen, address = last(handlers.show(*values, [], Chosen(layer=1, head=1)))
     query = urlencode(address["parameters"], doseq=True)
-    model, text, start, count, place, linked, offered, beside, off, off_in, silent, *_ = handlers.open_link(
-        [], Request(query)
-    )
-    assert (model, text, start, count, linked, offered) == ("masks", TEXT, 3, 20, True, "masks")
+    model, text, start, count, place, offered, beside, off, off_in, silent, *_ = handlers.open_link(Request(query))
+    assert (model, text, start, count, offered) == ("masks", TEXT, 3, 20, "masks")
     assert (place.layer, place.head) == (1, 1)
     assert (beside.value, off.value, off_in.value, silent.value) == ("none", ["window(6)"], [], ["0.1", "1"])
     again = asked("masks", text, start, count, off=off.value, silent=silent.value)
     assert last(handlers.show(*again, [], place))[3] == chosen
-    assert handlers.take_text([run(column("masks", [1], ["x"]))], "masks", linked)[3] is False
 
 
 @pytest.mark.parametrize(
@@ -627,10 +632,10 @@ def test_what_is_shown_comes_back_from_the_address(handlers):
      "attention_model=masks&attention_if_off=<b>&attention_if_window=x&attention_if_silent=9.9&attention_beside=nsa"],
 )  # fmt: skip
 def test_addresses_that_anyone_may_have_written(handlers, query):
-    found = handlers.open_link([], Request(query))
-    assert len(found) == 13
+    found = handlers.open_link(Request(query))
+    assert len(found) == 12
     if query.startswith("attention_model=masks"):
         assert found[0] == "masks"
         assert (found[4].layer, found[3]) == (0, handlers.store.limits.view_tokens)
     if "if_off" in query:
-        assert (found[7].value, found[8].value, found[10].value) == ("none", [], [])
+        assert (found[6].value, found[7].value, found[9].value) == ("none", [], [])

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import attention
-from demo.engine import Decoder, Generation
+from demo.engine import Decoder, Generation, keys_used
 from demo.limits import Limits
 from demo.models import Access, ModelStore, said
 from demo.runs import Column, Settings
 
 from .conftest import CONTEXT
+from .zoo import load_zoo
 
 SETTINGS = Settings("The old house", ("base", "masks"), max_new_tokens=12)
 
@@ -89,6 +90,14 @@ def test_the_base_is_no_distance_from_itself_and_the_others_part_from_it(store):
     assert base.parts_at is None
     assert base.token_ids[: masks.parts_at] == masks.token_ids[: masks.parts_at]
     assert base.token_ids[masks.parts_at] != masks.token_ids[masks.parts_at]
+
+
+def test_keys_that_are_gone_through_count_beside_those_read(checkpoints):
+    zoo = load_zoo(checkpoints / "base")
+    assert keys_used(zoo["base"], 99) == (100, 0)
+    mechanisms = zoo["masks"].model.mechanisms
+    read = sum(mechanism.keys_read(99) for mechanism in mechanisms) / len(mechanisms)
+    assert keys_used(zoo["masks"], 99) == (round(read), 50)  # 100 in the second of two layers
 
 
 def test_cost(store):

@@ -87,7 +87,9 @@ def test_costs_are_beside_the_base(run):
     assert table["reference"] == 0
     assert [row[0] for row in table["rows"]] == ["base", "masks"]
     assert all(len(row) == len(table["headers"]) for row in table["rows"])
-    assert table["rows"][1][-1] == run.columns[1].cost.keys_read
+    cost = run.columns[1].cost
+    assert [header[0] for header in table["headers"][-2:]] == ["Keys read", "Keys scored"]
+    assert table["rows"][1][-2:] == [cost.keys_read, cost.keys_scored]
 
 
 def test_what_is_not_there_yet_is_empty(store):
