@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .mechanism import traced
+
 CPU_NUMBERS, NUMBERS = 3 << 19, 1 << 27  # numbers that are temporary at a time: on a CPU they must fit its cache
 
 
@@ -34,6 +36,8 @@ def block_attention(
     Returns:
         (B, H, T, D).
     """
+    if traced():
+        return _block_attention_at_once(q, k, v, bias, index, run, dropout)
     batch, heads, length, _ = q.shape
     rows = torch.arange(batch * heads, device=q.device)[:, None, None] * (k.shape[2] // run)
     missing = -length % bias.shape[2]
@@ -41,6 +45,25 @@ def block_attention(
     tables = (t.flatten(0, 1).unflatten(1, (-1, run)).flatten(2).flatten(0, 1) for t in (k, v))
     out = _BlockAttention.apply(blocks, *tables, bias, index + rows, dropout)
     return out.flatten(1, 2)[:, :length].unflatten(0, (batch, heads))
+
+
+def _block_attention_at_once(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, run: int, dropout: float
+) -> Tensor:
+    """`block_attention` in operations that a graph holds for any length, all blocks together."""
+    batch, heads, length, width = q.shape
+    size, count = bias.shape[2], index.shape[1]
+    q = F.pad(q, (0, 0, 0, count * size - length)).reshape(batch * heads, count, size, width)
+    listed = index[..., None] * run + torch.arange(run, device=q.device)
+    listed = listed.flatten(2).expand(batch * heads, -1, -1)
+    keys, values = (
+        t.flatten(0, 1)[torch.arange(batch * heads, device=q.device)[:, None, None], listed] for t in (k, v)
+    )
+    which = torch.arange(count, device=q.device).clamp(max=bias.shape[1] - 1)
+    scores = q @ keys.mT * width**-0.5
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias.index_select(1, which)
+    weights = F.dropout(scores.softmax(-1), dropout).to(v.dtype)
+    return (weights @ values).reshape(batch, heads, count * size, width)[:, :, :length]
 
 
 class Piece(NamedTuple):

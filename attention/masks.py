@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .block_attention import block_attention
 from .masks_content import Best, Columns, ContentState, best_columns, followers_of_one, induction_columns
 from .masks_plan import CONTENT, SYNTAX, Candidate, Layout, Plan
-from .mechanism import LARGEST_SEED, LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
+from .mechanism import LARGEST_SEED, LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator, traced
 from .reference import causal_mask, combined_mask, effective_mask, masked_softmax_weights, softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
@@ -228,7 +228,12 @@ class MasksAttention(Mechanism):
         self._planned: tuple[Tensor, frozenset[str], Plan] | None = None
 
     def plan(self) -> Plan:
-        """What the kernel computes now; made again when the active candidates change."""
+        """What the kernel computes now; made again when the active candidates change.
+
+        A graph is made for the plan that there was before: what is active cannot be read then.
+        """
+        if traced() and self._planned is not None and self._planned[1] == self.disabled:
+            return self._planned[2]
         if self._planned is not None and self._planned[0] is self.active and self._planned[1] == self.disabled:
             return self._planned[2]
         enabled = [name not in self.disabled for name in self.branches]
@@ -236,6 +241,14 @@ class MasksAttention(Mechanism):
         plan = Plan(self.candidates, active)
         self._planned = (self.active, self.disabled, plan)
         return plan
+
+    def settle(self) -> None:
+        self._planned = None
+        self.plan()
+
+    def disable(self, *names: str) -> None:
+        super().disable(*names)
+        self.plan()
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -260,6 +273,7 @@ class MasksAttention(Mechanism):
         keep = self.active & (self.alpha.detach().sigmoid() >= threshold)
         dropped = self._rows(self.active & ~keep).nonzero().tolist()
         self.active = keep
+        self.settle()
         if not self.config.per_head:
             return [self.branches[c] for _, c in dropped]
         return [f"head {head}: {self.branches[c]}" for head, c in dropped]
@@ -323,7 +337,10 @@ class MasksAttention(Mechanism):
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows that start here: only the first blocks can miss keys."""
         layout = plan.layout(plan.block_for(q.shape[2]), q.device)
-        bias = layout.log_mask(self._weights()) + layout.hidden_at_start[:, :, : layout.blocks(q.shape[2])]
+        hidden = layout.hidden_at_start
+        if not traced():  # else the blocks that there are find theirs
+            hidden = hidden[:, :, : layout.blocks(q.shape[2])]
+        bias = layout.log_mask(self._weights()) + hidden
         return self._blocks(layout, q, k, v, bias, 0)
 
     def _continue(

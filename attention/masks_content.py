@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .masks_plan import Plan
-from .mechanism import repeat_heads
+from .mechanism import repeat_heads, traced
 from .state import State, store
 
 ABSENT = torch.iinfo(torch.int32).max  # rank of a key that a query does not have
@@ -165,8 +165,10 @@ def best_columns(before: Best, scores: Tensor, start: Tensor, block: int) -> Col
         start: (1 or B,) the position of the first query.
         block: b.
     """
-    scores = F.pad(scores, (0, -scores.shape[-1] % block), value=-torch.inf).unflatten(-1, (-1, block))
-    queries = torch.arange(scores[0, 0].numel(), device=start.device).view(1, -1, block) + start[:, None, None]
+    length = scores.shape[-1]
+    blocks = -(-length // block)
+    scores = F.pad(scores, (0, blocks * block - length), value=-torch.inf).unflatten(-1, (blocks, block))
+    queries = torch.arange(blocks * block, device=start.device).view(1, blocks, block) + start[:, None, None]
     own = Best(scores, queries[:, None].expand_as(scores))
     scores, positions = (torch.cat(pair, -1) for pair in zip(_best_before(before, own), own, strict=True))
     has = (positions[..., None, :] <= queries[:, None, ..., None]) & (scores > -torch.inf)[..., None, :]
@@ -190,6 +192,8 @@ def _best_before(before: Best, own: Best) -> Best:
         before: (B, H, n) those before the first block.
         own: (B, H, N, b) the keys of each block.
     """
+    if traced():
+        return _best_before_at_once(before, own)
     count = before.scores.shape[-1]
     last = own.of(slice(-1))
     last = last.joined(Best.none(last.scores, count), count)
@@ -200,6 +204,17 @@ def _best_before(before: Best, own: Best) -> Best:
         best = best.of(slice(step)).followed_by(joined)
         step *= 2
     return best
+
+
+def _best_before_at_once(before: Best, own: Best) -> Best:
+    """`_best_before` in operations that a graph holds for any number of blocks, each of which goes through all keys."""
+    count, (blocks, size) = before.scores.shape[-1], own.scores.shape[2:]
+    place = torch.arange(blocks, device=own.scores.device)
+    later = (place >= place[:, None])[..., None].expand(-1, -1, size).flatten(1)  # (N, N b) not before a block
+    scores = own.scores.flatten(2)[:, :, None].expand(-1, -1, blocks, -1).masked_fill(later, -torch.inf)
+    positions = own.positions.flatten(2)[:, :, None].expand_as(scores)
+    first = Best(*(t[:, :, None].expand(-1, -1, blocks, -1) for t in before))
+    return first.joined(Best(scores, positions), count)
 
 
 def induction_columns(tokens: Tensor, start: Tensor, length: int, count: int, block: int) -> Columns:
@@ -213,7 +228,8 @@ def induction_columns(tokens: Tensor, start: Tensor, length: int, count: int, bl
         block: queries b in a block.
     """
     found = _followers(tokens, start, length, count)
-    found = F.pad(found, (0, 0, 0, -length % block)).unflatten(1, (-1, block))
+    blocks = -(-length // block)
+    found = F.pad(found, (0, 0, 0, blocks * block - length)).unflatten(1, (blocks, block))
     own = torch.eye(block, dtype=torch.bool, device=tokens.device)[..., None]
     order = torch.arange(count, dtype=torch.int32, device=tokens.device)
     rank = torch.where(own & (found > 0)[:, :, None], order, ABSENT)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .mechanism import FARTHEST
+from .mechanism import FARTHEST, traced
 
 MOST = {"top": 1024, "induction": 64}  # the largest number in a candidate, where a query's columns grow with it
 SMALLEST = {
@@ -82,6 +82,16 @@ class Candidate:
             case "dilated", (width, step):
                 return (width - 1) * step + 1
         return 0
+
+    @property
+    def distances(self) -> range:
+        """The distances i − j at which this mask holds; none for `causal`, which holds at all."""
+        match self.kind, self.numbers:
+            case "last", (back,):
+                return range(back, back + 1)
+            case "dilated", (_, step):
+                return range(0, self.reach, step)
+        return range(self.reach)
 
     @property
     def sinks(self) -> int:
@@ -324,8 +334,7 @@ class Plan:
     @cached_property
     def distances(self) -> list[int]:
         """The distances i − j at which some head reads, unless `dense`."""
-        distance = torch.arange(max((c.reach for c in self.used), default=0))
-        return sorted({d for c in self.used for d in distance[c.at_distance(distance)].tolist()})
+        return sorted(set().union(*(c.distances for c in self.used)))
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -354,8 +363,7 @@ class Plan:
     @cached_property
     def reads_at_once(self) -> bool:
         """Whether no query of any head has an empty support: each reads its own key, the first or the best."""
-        zero = torch.zeros((), dtype=torch.long)
-        at_once = [bool(c.at_distance(zero) | c.at_key(zero)) or c.kind == "top" for c in self.candidates]
+        at_once = [c.kind in ("causal", "top") or c.sinks > 0 or 0 in c.distances for c in self.candidates]
         return all(any(a and b for a, b in zip(on, at_once, strict=True)) for on in self.active)
 
     def band(self, block: int) -> list[int]:
@@ -382,12 +390,16 @@ class Plan:
         return min((8, 16, 32, 64, 128), key=cost)
 
     def block_for(self, length: int) -> int:
-        """The block size for `length` new queries: no longer than they need."""
+        """The block size for `length` new queries: no longer than they need, where that is known."""
+        if traced():
+            return self.block
         rows = -(-length // self.stride)
         return min(self.block, max(8, 1 << (rows - 1).bit_length()))
 
     def layout(self, block: int, device: torch.device) -> Layout:
         """The layout for blocks of `block` queries."""
+        if traced():  # what is made now belongs to the graph
+            return Layout.make(self, block, device)
         key = (block, device)
         if key not in self.layouts:
             self.layouts[key] = Layout.make(self, *key)

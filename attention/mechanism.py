@@ -198,6 +198,9 @@ class Mechanism(nn.Module, ABC):
     def after_step(self, step: int) -> None:
         """What the trainer calls after optimiser step `step`, counted from 1; most methods have nothing to do."""
 
+    def settle(self) -> None:
+        """What must be read from the weights before a graph can be made; called whenever they have been put in."""
+
     def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a mechanism of this method as weights of this one, which keeps what it has room for.
 
@@ -244,9 +247,17 @@ def seeded_generator(seed: int, layer_idx: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + layer_idx)
 
 
+def traced() -> bool:
+    """Whether a graph is being made, by `torch.compile` or `torch.export`, and not a result.
+
+    Lengths may then be symbols: nothing may branch on them, be repeated as often as they say, or be kept for later.
+    """
+    return torch.compiler.is_compiling()
+
+
 def writes_in_place() -> bool:
-    """Whether results may be written into parts of tensors: not while gradients are kept or a graph is compiled."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether results may be written into parts of tensors: not while gradients are kept or a graph is made."""
+    return not torch.is_grad_enabled() and not traced()
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:

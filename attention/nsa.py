@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
-from .mechanism import FARTHEST, LARGEST_SEED, LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator
+from .mechanism import (
+    FARTHEST,
+    LARGEST_SEED,
+    LayerShape,
+    Mechanism,
+    MechanismConfig,
+    repeat_heads,
+    seeded_generator,
+    traced,
+)
 from .nsa_kernel import (
     choose_blocks,
     compressed_branch,
@@ -122,7 +131,7 @@ class NSAConfig(MechanismConfig):
     def visible(self, position: Index) -> Index:
         """How many compressed blocks a query at `position` sees: block i from i·d + l − 1 ≤ position on."""
         count = (position + 1 - self.compress_block) // self.compress_stride + 1
-        return max(count, 0) if isinstance(count, int) else count.clamp(min=0)
+        return count.clamp(min=0) if isinstance(count, Tensor) else max(count, 0)
 
     def whole_blocks(self, length: int) -> int:
         """`length` rounded up to a multiple of l'."""
@@ -263,7 +272,7 @@ class Compression(nn.Module):
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compressed keys and values (B, H_kv, N, D) of k and v (B, H_kv, (N − 1)·d + l, D)."""
-        if k.shape[2] == self.overlap * self.stride:  # one block, as in decoding: no sums over its spans
+        if not traced() and k.shape[2] == self.overlap * self.stride:  # one block, as in decoding: no sums over its spans
             hidden = F.gelu((k + self.position).flatten(2)[:, :, None] @ self.hidden)
             weights = self.weights(hidden)
             return weights @ k + hidden @ self.to_key, weights @ v
@@ -290,7 +299,7 @@ class Compression(nn.Module):
         """
         spans = weights.shape[2] + self.overlap - 1
         missing = -spans % GROUP
-        if missing:
+        if traced() or missing:
             tokens = F.pad(tokens, (0, 0, 0, missing * self.stride))
         parts = [
             F.pad(part, (0, GROUP * self.stride, i, self.overlap - 1 - i + missing))
@@ -417,7 +426,7 @@ class NativeSparseAttention(Mechanism):
     ) -> Tensor:
         """`_segment` for any number of queries; a few at a time where no gradients are kept, for less memory."""
         length, size, every = gates.shape[2], self.config.whole_blocks(SEGMENT), self.config.select_every
-        if torch.is_grad_enabled() or length <= size:
+        if traced() or torch.is_grad_enabled() or length <= size:
             return self._segment(queries, gates, blocks, first, *context)
         whole = torch.empty_like(queries[0])
         for begin in range(0, length, size):
@@ -448,6 +457,9 @@ class NativeSparseAttention(Mechanism):
     def _compressed(self, q: Tensor, compressed: tuple[Tensor, Tensor], first: int | Tensor) -> Tensor:
         """The compressed branch (B, H, T, D) of queries from position `first` on."""
         config, outputs = self.config, []
+        if traced():
+            visible = config.visible(_column(first, q.device) + torch.arange(q.shape[2], device=q.device))
+            return compressed_branch(q, *compressed, visible, None, self._attend)
         for number, part in enumerate(q.split(CHUNK, 2)):
             start, bounds = first + number * CHUNK, (0, compressed[0].shape[2])
             if isinstance(start, int):
@@ -522,6 +534,10 @@ class NativeSparseAttention(Mechanism):
         """All compressed keys and values, those included that `length` tokens from `start` on complete."""
         config = self.config
         before = config.visible(start - 1)
+        if traced() and state is None:  # those that are not complete, too, which no token sees
+            number = keys.shape[2] // config.compress_stride
+            tokens = (number - 1) * config.compress_stride + config.compress_block
+            return self.compression(*(take(t, 0, tokens) for t in (keys, values)))
         if isinstance(before, int):
             number = config.visible(start + length - 1) - before
         else:
@@ -540,9 +556,9 @@ class NativeSparseAttention(Mechanism):
         leaders, number = q[:, :, ::every], compressed_keys.shape[2]
         positions = _column(start, q.device) + every * torch.arange(leaders.shape[2], device=q.device)
         chosen = []
-        for begin in range(0, leaders.shape[2], LEADERS):
-            part = slice(begin, begin + LEADERS)
-            if isinstance(start, int):  # later keys are visible to none of them
+        for begin in range(0, 1 if traced() else leaders.shape[2], LEADERS):
+            part = slice(None) if traced() else slice(begin, begin + LEADERS)
+            if not traced() and isinstance(start, int):  # later keys are visible to none of them
                 number = min(compressed_keys.shape[2], config.visible(start + every * (begin + LEADERS - 1)))
             scores = selection_scores(
                 leaders[:, :, part],

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .block_attention import block_attention
-from .mechanism import repeat_heads
+from .mechanism import repeat_heads, traced
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # softmax attention of q, k, v and a mask
 
@@ -23,6 +23,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # softmax at
 def take(x: Tensor, start: int | Tensor, count: int) -> Tensor:
     """(B, H, count, D): what lies in x (B, H, S, D) from `start` on; finite and meaningless outside of x."""
     size = x.shape[2]
+    if traced() and not isinstance(start, Tensor):
+        return x.index_select(2, (start + torch.arange(count, device=x.device)).clamp(0, size - 1))
     if isinstance(start, int):
         inside = x[:, :, max(start, 0) : min(start + count, size)]
         before, after = max(-start, 0), max(start + count - size, 0)
@@ -72,7 +74,7 @@ def _starts(start: int | Tensor, block: int, number: int, device: torch.device) 
 
 def _distinct(start: int | Tensor, block: int, number: int, early: int) -> int:
     """How many of `number` blocks need a mask of their own, where all but the text's first `early` blocks share one."""
-    return number if isinstance(start, Tensor) else max(1, min(number, early + 1 - start // block))
+    return number if traced() or isinstance(start, Tensor) else max(1, min(number, early + 1 - start // block))
 
 
 def _by_block(
@@ -89,14 +91,17 @@ def _by_block(
 
 
 def compressed_branch(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, bounds: tuple[int, int], attend: Attend
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, bounds: tuple[int, int] | None, attend: Attend
 ) -> Tensor:
     """(B, H, T, D): attention over the compressed blocks that are complete, 0 for a query that sees none.
 
     Args:
         visible: (P, T) how many blocks each query sees; they are the first ones.
-        bounds: the smallest and the largest of these numbers, or wider bounds.
+        bounds: the smallest and the largest of these numbers, or wider bounds; None: 0 and all, of which there are some.
     """
+    if bounds is None:
+        mask = torch.arange(keys.shape[2], device=q.device) < visible[:, None, :, None].clamp(min=1)
+        return attend(q, keys, values, mask).masked_fill(visible[:, None, :, None] == 0, 0)
     if keys.shape[2] == 0:
         return torch.zeros_like(q)
     least, most = bounds[0], max(1, min(bounds[1], keys.shape[2]))
@@ -188,7 +193,7 @@ def selection_scores(
     if overlap == per_block == 1:
         return padded
     covering = sum(padded[..., n : n + spans] for n in range(overlap))
-    return sum(covering[..., m::per_block] for m in range(per_block))
+    return sum(covering.unflatten(-1, (number, per_block)).unbind(-1))
 
 
 @torch.no_grad()

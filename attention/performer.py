@@ -19,6 +19,7 @@ from .mechanism import (
     Mechanism,
     MechanismConfig,
     repeat_heads,
+    traced,
     writes_in_place,
 )
 from .performer_features import FEATURE_MAPS, FeatureMap, FeatureState, RandomMap
@@ -273,6 +274,10 @@ class PerformerAttention(Mechanism):
             output = self._step(q, k, v, state)
             state.advance(1, None)
             return output
+        if traced():
+            output = self._segment(q, k, v, state, lengths, dropout)
+            state.advance(q.shape[2], lengths)
+            return output
         segment = CPU_SEGMENT if q.device.type == "cpu" else SEGMENT
         whole = v.new_empty(*q.shape[:3], v.shape[3]) if writes_in_place() and q.shape[2] > segment else None
         outputs, start = [], 0
@@ -299,7 +304,7 @@ class PerformerAttention(Mechanism):
     ) -> Tensor:
         """Output (B, H, T, D), in `target` if there is one, for tokens that follow those that the state takes up."""
         heads, length = q.shape[1:3]
-        size = min(self.config.chunk_size, length)
+        size = self.config.chunk_size if traced() else min(self.config.chunk_size, length)
         if not state.window:
             return self._linear(q, k, v, state, Steps(length, size, 0, lengths), target)[0]
         missing = state.missing()
@@ -308,7 +313,7 @@ class PerformerAttention(Mechanism):
         keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
         block = min(self.config.chunk_size, max(16, state.window))
         near, near_log, mean = window_attention(q, keys, values, state.window, missing, block, dropout)
-        if self._linear_is_off or (isinstance(missing, int) and missing >= length):
+        if self._linear_is_off or (not traced() and isinstance(missing, int) and missing >= length):
             return near if target is None else target.copy_(near)
         steps = Steps(length, size, missing, lengths)
         far, far_log = self._linear(q, keys[:, :, :length], values[:, :, :length], state, steps)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mechanism import LayerShape, seeded_generator, writes_in_place
+from .mechanism import LayerShape, seeded_generator, traced, writes_in_place
 from .performer_kernel import Scaled, ScaledOne, Steps, exp_
 from .state import State
 
@@ -207,7 +207,7 @@ class FavorMap(RandomMap):
         else:
             q_log = steps.chunked(self._less(self._projected(q), 0.0))
         k_log = steps.real(steps.chunked(self._log_features(k)), -torch.inf)
-        if not state.settled and steps.lengths is None and isinstance(steps.missing, int):
+        if not state.settled and steps.lengths is None and isinstance(steps.missing, int) and not traced():
             self._settle(state, self._first_keys(k_log.detach(), steps.missing)[:, :, :1], usual)
         if state.settled:
             if usual.any():
@@ -229,7 +229,7 @@ class FavorMap(RandomMap):
         Never on an accelerator, which would have to be waited for, nor in a compiled graph.
         """
         state.peaks = torch.maximum(state.peaks, peaks)
-        if peaks.device.type == "cpu" and not torch.compiler.is_compiling():
+        if peaks.device.type == "cpu" and not traced():
             state.settled = bool((state.peaks + MAX_SHIFT >= usual).all())
 
     def scale_one(self, q: Tensor, k: Tensor, state: FeatureState) -> ScaledOne:
@@ -248,7 +248,9 @@ class FavorMap(RandomMap):
         first = k_log[:, :, :, 0]
         row = k_log.flatten(2, 3)
         if isinstance(missing, int):
-            return torch.maximum(first, row[:, :, missing : missing + 1])
+            if not traced():
+                return torch.maximum(first, row[:, :, missing : missing + 1])
+            missing = torch.full((len(row),), missing, device=row.device)
         index = missing.clamp(max=row.shape[2] - 1)[:, None, None, None]
         return torch.maximum(first, row.gather(2, index.expand(-1, row.shape[1], 1, row.shape[3])))
 

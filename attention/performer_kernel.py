@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mechanism import writes_in_place
+from .mechanism import traced, writes_in_place
 
 LOG2_E = 1 / math.log(2)
+LEAST_LOG = -200.0  # of a factor that is 0 in float32, and yet a number
 
 
 def exp_(x: Tensor) -> Tensor:
@@ -34,35 +35,41 @@ class Steps(NamedTuple):
     missing: int | Tensor = 0
     lengths: Tensor | None = None
 
+    @property
+    def chunks(self) -> int:
+        """N."""
+        return -(-self.length // self.size)
+
     def padded(self, x: Tensor) -> Tensor:
-        """(B, H, T, ·) as (B, H, N C, ·), with zeros at the end."""
-        padding = -self.length % self.size
-        return F.pad(x, (0, 0, 0, padding)) if padding else x
+        """(B, H, T, ·) as (B, H, N C, ·), with zeros at the end; what has more than T gets as many zeros more."""
+        padding = self.chunks * self.size - self.length
+        return F.pad(x, (0, 0, 0, padding)) if traced() or padding else x
 
     def chunked(self, x: Tensor) -> Tensor:
         """(B, H, N C, ·) as (B, H, N, C, ·)."""
-        return x.unflatten(2, (-1, self.size))
+        return x.unflatten(2, (self.chunks, self.size))
 
     def joined(self, x: Tensor) -> Tensor:
         """(B, H, N, C, ...) as (B, H, T, ...)."""
         x = x.flatten(2, 3)
-        return x if x.shape[2] == self.length else x[:, :, : self.length]
+        return x[:, :, : self.length] if traced() or x.shape[2] != self.length else x
 
     def real(self, k: Tensor, fill: float) -> Tensor:
         """(B, H, N, C, m) with `fill` in place of what belongs to keys that do not count."""
         start, stop = self.missing, self.length if self.lengths is None else self.lengths
-        if isinstance(start, int) and not start and isinstance(stop, int) and not stop % self.size:
+        whole = not isinstance(start, Tensor) and not start and self.lengths is None
+        if whole and not traced() and not stop % self.size:
             return k
-        start, stop = (t if isinstance(t, int) else t[:, None] for t in (start, stop))
+        start, stop = (t[:, None] if isinstance(t, Tensor) else t for t in (start, stop))
         slots = torch.arange(k.shape[2] * self.size, device=k.device)
         hidden = (slots < start) | (slots >= stop)
         return k.masked_fill(hidden.view(-1, 1, k.shape[2], self.size, 1), fill)
 
     def counts(self, device: torch.device) -> Tensor:
         """(1 or B, 1, N or 1, 1, 1) how many steps are real in each chunk; one number where all are full."""
-        if self.lengths is None and not self.length % self.size:
+        if self.lengths is None and not traced() and not self.length % self.size:
             return torch.full((1, 1, 1, 1, 1), float(self.size), device=device)
-        starts = torch.arange(0, self.length, self.size, device=device)[:, None, None]
+        starts = self.size * torch.arange(self.chunks, device=device)[:, None, None]
         lengths = self.length if self.lengths is None else self.lengths[:, None, None, None, None]
         return (lengths - starts).clamp(0, self.size).float().view(-1, 1, len(starts), 1, 1)
 
@@ -121,15 +128,35 @@ def linear_chunks(scaled: Scaled, v: Tensor, sums: Tensor) -> tuple[Tensor, Tens
     """
     shape, factors = v.shape[:3], scaled.factors
     q, k, v = (t.flatten(0, 2) for t in (scaled.q, scaled.k, v))
-    added = rescaled((v.mT @ k).unflatten(0, shape), factors).unbind(2)
-    before, after = _running_sums(added, sums, factors)
+    added = rescaled((v.mT @ k).unflatten(0, shape), factors)
+    before, after = (_sums_at_once if traced() else _running_sums)(added, sums, factors)
     inside = (q @ k.mT).tril_()
     out = (q @ before.flatten(0, 2).mT).baddbmm_(inside, v)
     return out.unflatten(0, shape), after
 
 
-def _running_sums(added: tuple[Tensor, ...], sums: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S before each chunk (B, H, N, D, m) and after the last, where S ← S · factor + added; all (B, H, D, m)."""
+def _sums_at_once(added: Tensor, sums: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_running_sums` in operations that a graph holds for any number of chunks.
+
+    S before chunk c is Σ_j added_j · Π_{j < i < c} factor_i: the logs of the factors add up, and with a row for each c
+    the sum is one product. The sums before the first chunk are those after a chunk before it.
+    """
+    added = torch.cat([sums[:, :, None], added], 2)
+    if factors is None:
+        all_sums = added.cumsum(2)
+        return all_sums[:, :, :-1], all_sums[:, :, -1]
+    logs = factors.squeeze(-2).log().clamp(min=LEAST_LOG)
+    logs = F.pad(logs.cumsum(2), (0, 0, 1, 0))  # (·, H, N + 1, m)
+    place = torch.arange(added.shape[2], device=added.device)
+    later = (place[:, None] >= place)[..., None]
+    weights = (logs[:, :, :, None] - logs[:, :, None]).masked_fill(~later, -torch.inf).exp()
+    all_sums = (weights.permute(0, 1, 4, 2, 3) @ added.permute(0, 1, 4, 2, 3)).permute(0, 1, 3, 4, 2)
+    return all_sums[:, :, :-1], all_sums[:, :, -1]
+
+
+def _running_sums(added: Tensor, sums: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S before each chunk (B, H, N, D, m) and after the last, where S ← S · factor + added (B, H, N, D, m)."""
+    added = added.unbind(2)
     if not writes_in_place():
         before = []
         for chunk, new in enumerate(added):
@@ -164,10 +191,10 @@ def window_attention(
     Returns:
         (B, H, T, D), the logs of the normalisers (B, H, T), and the mean scores (B, H, T).
     """
-    steps = Steps(q.shape[2], min(block, q.shape[2]))
+    steps = Steps(q.shape[2], block if traced() else min(block, q.shape[2]))
     q = steps.chunked(steps.padded(q * q.shape[-1] ** -0.5))
     span = window + steps.size
-    keys, values = (steps.padded(t).unfold(2, span, steps.size) for t in (keys, values))  # (B, H, N, D, span)
+    keys, values = (_spans(steps.padded(t), span, steps) for t in (keys, values))  # (B, H, N, D, span)
     outside = ~_in_window(q, window, missing)
     scores = q @ keys
     mean = scores.masked_fill(outside, 0.0).sum(-1) / (span - outside.sum(-1))
@@ -180,12 +207,20 @@ def window_attention(
     return steps.joined(mixed), steps.joined(logs), steps.joined(mean)
 
 
+def _spans(x: Tensor, span: int, steps: Steps) -> Tensor:
+    """(B, H, N, D, span) what each chunk of queries reads of (B, H, ·, D), each a chunk further."""
+    if not traced():
+        return x.unfold(2, span, steps.size)
+    starts = steps.size * torch.arange(steps.chunks, device=x.device)[:, None]
+    return x[:, :, starts + torch.arange(span, device=x.device)].mT
+
+
 def _in_window(q: Tensor, window: int, missing: int | Tensor) -> Tensor:
     """(·, 1, N or 1, block, span) which of its block's keys a query may read, for q (B, H, N, block, D)."""
     number, block = q.shape[2:4]
     slots, rows = torch.arange(window + block, device=q.device), torch.arange(block, device=q.device)[:, None]
     near = (slots > rows) & (slots <= rows + window)
-    if isinstance(missing, int):
+    if not isinstance(missing, Tensor):
         if not missing:
             return near[None, None, None]
         missing = torch.full((1,), missing, device=q.device)

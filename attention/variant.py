@@ -230,6 +230,7 @@ class Variant(PreTrainedModel):
         with building:
             loaded = super(Variant, own).from_pretrained(None, *model_args, **arguments)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        settle(model)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         if kwargs.get("generation_config") is None:
             read_generation_config(model, stored.folder)
@@ -328,6 +329,13 @@ def mechanisms_of(model: nn.Module) -> list[Mechanism]:
     """The mechanisms of a variant, or of its body, first layer first; none for other models."""
     found = [module.mechanism for module in model.modules() if isinstance(module._modules.get("mechanism"), Mechanism)]
     return sorted(found, key=lambda mechanism: mechanism.layer.layer_idx)
+
+
+def settle(model: nn.Module) -> None:
+    """Has every mechanism read what it must know of its weights, unless these are on the meta device."""
+    for mechanism in mechanisms_of(model):
+        if not any(tensor.is_meta for tensor in (*mechanism.parameters(), *mechanism.buffers())):
+            mechanism.settle()
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -618,6 +626,7 @@ def assemble(
     for name, buffer in base.named_buffers():
         if name not in weights and not is_mechanism(name):
             _set_buffer(variant, name, buffer if share else buffer.clone())
+    settle(variant)
     variant.generation_config = copy.deepcopy(base.generation_config)
     return variant.eval()
 
