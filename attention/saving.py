@@ -27,7 +27,7 @@ from .files import (
     write_weights,
 )
 from .hub import HUB, HubOptions, cached_origin
-from .stored import Stored, is_tied, open_stored, origin, spec_of, without_copies
+from .stored import Stored, is_tied, misfits, open_stored, origin, spec_of, without_copies
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def save(
         hub: how to find a base on the Hub.
 
     Raises:
-        CheckpointError: if the folder holds something else, or the disk refuses.
+        CheckpointError: if the folder holds something else, the weights are not a variant's any more (quantized, with
+            adapters), or the disk refuses.
     """
     folder = Path(folder).expanduser().absolute()
     source = _find_base(variant, base, hub)
@@ -108,7 +109,16 @@ def write_model(
     state_dict: Mapping[str, Tensor] | None,
     max_shard_size: int | str,
 ) -> None:
-    """Writes weights and configs into `target`, as a folder that will lie at `home`; `source` is the base."""
+    """Writes weights and configs into `target`, as a folder that will lie at `home`; `source` is the base.
+
+    Raises:
+        CheckpointError: if the weights are not those that such a variant is built with.
+    """
+    if found := misfits(variant, state_dict):
+        raise CheckpointError(
+            f"{home} was not written: its weights could not be read as a variant's again ({'; '.join(found)}). Save "
+            "before quantizing or replacing layers; adapters are saved by their own save_pretrained, or merged first"
+        )
     weights = without_copies(variant, variant.state_dict() if state_dict is None else state_dict)
     config = copy.deepcopy(variant.config)
     config.base = None
