@@ -1,8 +1,10 @@
 """Efficient attention for pretrained causal language models: swap it, load it, look at it."""
 
+from . import adapters as adapters  # peft, where it is installed, then knows where to adapt a variant
 from .convert import convert
 from .errors import CheckpointError, PushError, UnsupportedModelError
 from .hub import HubOptions
+from .linear import conv1d_to_linear
 from .loading import Checkpoint, describe, hub_size, load
 from .masks import MasksConfig
 from .mechanism import ConfigError, Mechanism, MechanismConfig
@@ -37,6 +39,7 @@ __all__ = [
     "VariantConfig",
     "attention_maps",
     "config_from_dict",
+    "conv1d_to_linear",
     "convert",
     "describe",
     "hub_size",

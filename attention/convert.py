@@ -6,9 +6,10 @@ import logging
 
 from transformers import PreTrainedModel
 
+from .errors import UnsupportedModelError
 from .families import check_convertible, prove
 from .mechanism import MechanismConfig
-from .stored import origin
+from .stored import misfits, origin
 from .variant import Variant, assemble, is_variant
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def convert(base: PreTrainedModel, config: MechanismConfig, *, share: bool = Fal
     """
     if not is_variant(base):
         check_convertible(base)
+    if found := misfits(base):
+        raise UnsupportedModelError(base, [*found, "convert it before quantizing it or putting adapters on it"])
     variant = assemble(base, config, origin(base), share=share)
     if not is_variant(base):
         prove(base)

@@ -16,7 +16,7 @@ from .examine import bounded, is_size, refuse_numbers, refusing, shape_problems
 from .files import HISTORY, expanded, read_json
 from .hub import HUB, HubOptions, HubSpec, Progress, download_size, pull_file
 from .mechanism import is_mechanism
-from .stored import CONFIG, VARIANTS, Stored, open_base, open_stored, origin, spec_of
+from .stored import CONFIG, VARIANTS, Stored, misfits, open_base, open_stored, origin, spec_of
 from .variant import Variant, assemble, load_weights, read_generation_config
 
 
@@ -159,6 +159,8 @@ def _check_base(model: PreTrainedModel, base: dict[str, Any], hub: HubOptions, p
     Raises:
         WrongBaseError: naming what differs.
     """
+    if found := misfits(model):
+        raise WrongBaseError(f"the base given is no plain {type(model).__name__}: {'; '.join(found)}")
     own = origin(model)
     if own is not None and Path(base["id"]).is_absolute() and not Path(base["id"]).is_dir():
         base = own | {"sha256": base["sha256"]}  # the base moved; it may still be the right one
@@ -196,7 +198,7 @@ def _put_on(stored: Stored, base: PreTrainedModel) -> Variant:
     own = {name: _like(tensor, base) for name, tensor in weights.items()}
     variant.config.tie_word_embeddings = stored.plain_config().tie_word_embeddings
     load_weights(variant, variant.state_dict() | own)
-    variant.config.name_or_path = str(stored.folder)
+    variant.config.name_or_path = variant.name_or_path = str(stored.folder)
     return variant
 
 

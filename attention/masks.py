@@ -332,7 +332,7 @@ class MasksAttention(Mechanism):
     @staticmethod
     def _check_tokens(plan: Plan, tokens: Tensor | None) -> None:
         if plan.induction and tokens is None:
-            raise ValueError("induction(n) looks for tokens: call the model with input_ids, not with inputs_embeds")
+            raise ValueError("induction(n) looks for tokens: give their input_ids, too, where you give inputs_embeds")
 
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows that start here: only the first blocks can miss keys."""

@@ -151,7 +151,7 @@ class Mechanism(nn.Module, ABC):
             state: what was seen before, from `new_state`; updated in place. None: the rows start here.
             lengths: (B,) how many of the T tokens of each row are real; the rest, at the end of the row, are
                 padding: their outputs are finite and meaningless, and the state never sees them. None: all.
-            tokens: (B, T) the tokens' ids, for methods that look at them; None if the model was given embeddings.
+            tokens: (B, T) the tokens' ids, for methods that look at them; None if the model was given embeddings alone.
 
         Returns:
             (B, H, T, D), in the dtype of v.

@@ -272,7 +272,7 @@ class Compression(nn.Module):
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compressed keys and values (B, H_kv, N, D) of k and v (B, H_kv, (N − 1)·d + l, D)."""
-        if not traced() and k.shape[2] == self.overlap * self.stride:  # one block, as in decoding: no sums over its spans
+        if not traced() and k.shape[2] == self.overlap * self.stride:  # one block, as in decoding: no spans
             hidden = F.gelu((k + self.position).flatten(2)[:, :, None] @ self.hidden)
             weights = self.weights(hidden)
             return weights @ k + hidden @ self.to_key, weights @ v

@@ -31,7 +31,7 @@ from .files import (
     write_weights,
 )
 from .hub import HUB, HubOptions, cached_origin
-from .stored import VARIANTS, Stored, is_tied, open_stored, origin, spec_of, without_copies
+from .stored import VARIANTS, Stored, is_tied, misfits, open_stored, origin, spec_of, without_copies
 
 METADATA = re.compile(r"---\n.*?^---\n", re.DOTALL | re.MULTILINE)  # at a card's beginning
 RESULTS = re.compile(r"^model-index:.*\n(?:[ -].*\n)*", re.MULTILINE)
@@ -74,7 +74,8 @@ def save(
         hub: how to find a base on the Hub.
 
     Raises:
-        CheckpointError: if the model is no variant, the folder holds something else, or the disk refuses.
+        CheckpointError: if the model is no variant, its weights are not a variant's any more (quantized, with adapters),
+            the folder holds something else, or the disk refuses.
     """
     if getattr(variant, "config", None) is None or variant.config.model_type not in VARIANTS:
         raise CheckpointError(
@@ -123,7 +124,16 @@ def write_model(
     state_dict: Mapping[str, Tensor] | None,
     max_shard_size: int | str,
 ) -> None:
-    """Writes weights and configs into `target`, as a folder that will lie at `home`; `source` is the base."""
+    """Writes weights and configs into `target`, as a folder that will lie at `home`; `source` is the base.
+
+    Raises:
+        CheckpointError: if the weights are not those that such a variant is built with.
+    """
+    if found := misfits(variant, state_dict):
+        raise CheckpointError(
+            f"{home} was not written: its weights could not be read as a variant's again ({'; '.join(found)}). Save "
+            "before quantizing or replacing layers; adapters are saved by their own save_pretrained, or merged first"
+        )
     weights = without_copies(variant, variant.state_dict() if state_dict is None else state_dict)
     config = copy.deepcopy(variant.config)
     config.base = None

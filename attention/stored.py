@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -382,6 +382,44 @@ def matrix_names(model: PreTrainedModel) -> tuple[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     words, output = model.get_input_embeddings(), model.get_output_embeddings()
     return f"{names[id(words)]}.weight", f"{names[id(output)]}.weight"
+
+
+def misfits(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> list[str]:
+    """What a model holds that its class does not build, a sentence each: quantized weights, adapters, other layers.
+
+    Such weights mean something else under the names that they have, or have no numbers that a file could hold.
+
+    Args:
+        weights: its state, where the model holds only a part of it, as under FSDP.
+    """
+    with building, torch.device("meta"), no_init_weights():
+        built = type(model)(deepcopy(model.config))
+    own = dict(model.named_modules())
+    layers = {} if weights is not None else {name: part for name, part in built.named_modules() if any(_tensors(part))}
+    found = [
+        f"{name} is {_kind(own.get(name))}, where a {type(model).__name__} has {_kind(part)}"
+        for name, part in layers.items()
+        if not isinstance(own.get(name), type(part))
+    ]
+    found += [
+        f"{name} is of the class {type(tensor).__name__}"
+        for name, tensor in (_tensors(model, recurse=True) if weights is None else weights.items())
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
+    ]
+    places = built.state_dict().keys()
+    found += [
+        f"{name} has no place" for name in (model.state_dict() if weights is None else weights) if name not in places
+    ]
+    return [*found[:3], *([f"and {len(found) - 3} more"] if len(found) > 3 else [])]
+
+
+def _tensors(module: nn.Module, recurse: bool = False) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=recurse)
+    yield from module.named_buffers(recurse=recurse)
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "missing" if module is None else f"a {type(module).__name__}"
 
 
 def without_copies(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from functools import cache as memoised
 from inspect import signature
 from math import isclose
@@ -24,8 +25,10 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -56,7 +59,7 @@ class Call(NamedTuple):
 
     Attributes:
         rows: how padded or packed rows are laid out; None: as given.
-        tokens: (B, T) ids as laid out; None if the model was given embeddings.
+        tokens: (B, T) ids as laid out; None if the model was given embeddings alone.
         maps: whether the attention's dense matrices are wanted.
     """
 
@@ -82,6 +85,7 @@ class VariantConfig(PreTrainedConfig):
     """
 
     model_type = VARIANT
+    auto_map: ClassVar[dict[str, str]] = {}  # of a pushed variant; others ask every config of an unknown class for it
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -128,7 +132,9 @@ def config_class(family: str) -> type[VariantConfig]:
     }
     base = CONFIG_MAPPING[family]
     created = strict(type(f"{base.__name__}Variant", (VariantConfig, base), content))
-    AutoModelForCausalLM.register(created, _model_class(models[0], created))
+    model = _model_class(models[0], created)
+    AutoModelForCausalLM.register(created, model)
+    AutoModel.register(created, type(f"{model.__name__}Body", (_Body,), {"config_class": created, "model": model}))
     return created
 
 
@@ -143,6 +149,22 @@ def causal_models(family: str) -> tuple[type[PreTrainedModel], ...]:
     except KeyError as error:
         raise NotAModelError(f"the installed transformers has no causal language model {family!r}") from error
     return models if isinstance(models, tuple) else (models,)
+
+
+class _Body:
+    """What `AutoModel` asks for a variant's body: the part below the logits, a module of the base's own class."""
+
+    config_class: ClassVar[type[VariantConfig]]
+    model: ClassVar[type[Variant]]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = cls.model.from_pretrained(*args, **kwargs)
+        return (loaded[0].base_model, *loaded[1:]) if isinstance(loaded, tuple) else loaded.base_model
+
+    @classmethod
+    def _from_config(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return cls.model._from_config(*args, **kwargs).base_model
 
 
 @memoised
@@ -169,7 +191,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Variant(PreTrainedModel):
+class Variant(PreTrainedModel, GenerationMixin):
     """A causal language model whose attention was swapped; works with `generate`.
 
     Attributes:
@@ -225,6 +247,7 @@ class Variant(PreTrainedModel):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
         stored, arguments = _arguments(pretrained_model_name_or_path, config, kwargs)
         own = cls if "family_class" in vars(cls) else model_class(causal_models(arguments["config"].family)[0])
         with building:
@@ -234,6 +257,8 @@ class Variant(PreTrainedModel):
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         if kwargs.get("generation_config") is None:
             read_generation_config(model, stored.folder)
+        if place := adapter.pop("_adapter_model_path", None):  # the Auto classes were given the folder of an adapter
+            model.load_adapter(place, adapter_kwargs=adapter)
         return loaded
 
     def save_pretrained(
@@ -245,13 +270,17 @@ class Variant(PreTrainedModel):
         max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Config and weights as `attention.save` writes them, in the model's dtype.
+        """Config and weights as `attention.save` writes them, in the model's dtype; with adapters, these alone.
 
         Raises:
             ValueError: for `push_to_hub=True`; the method of that name does it.
+            attention.errors.CheckpointError: if the weights are not those of such a model any more, as after
+                quantizing it.
         """
         if push_to_hub:
             raise ValueError("save_pretrained only saves; use model.push_to_hub(repo) or attention.push(folder, repo)")
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size or SHARD_SIZE)
 
@@ -273,6 +302,16 @@ class Variant(PreTrainedModel):
         if kwargs:
             raise TypeError(f"push_to_hub of a variant has no options {sorted(kwargs)}; see attention.push")
         return push_model(self, repo_id, commit_message, bool(private), token, revision)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; ids given beside embeddings stay, for mechanisms that look at them."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and input_ids.shape == embeds.shape[:2]:
+            inputs["input_ids"] = input_ids
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -327,8 +366,17 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def mechanisms_of(model: nn.Module) -> list[Mechanism]:
     """The mechanisms of a variant, or of its body, first layer first; none for other models."""
-    found = [module.mechanism for module in model.modules() if isinstance(module._modules.get("mechanism"), Mechanism)]
-    return sorted(found, key=lambda mechanism: mechanism.layer.layer_idx)
+    found = {mechanism.layer.layer_idx: mechanism for mechanism in _mechanisms_in(model)}
+    return [found[layer_idx] for layer_idx in sorted(found)]
+
+
+def _mechanisms_in(module: nn.Module) -> Iterator[Mechanism]:
+    """Those that are no part of another one; an adapter may wrap one, and puts its copy of one behind the original."""
+    if isinstance(module, Mechanism):
+        yield module
+    else:
+        for child in module.children():
+            yield from _mechanisms_in(child)
 
 
 def settle(model: nn.Module) -> None:
@@ -450,7 +498,9 @@ def _enter_body(body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
     kwargs = dict(zip(_argument_names(type(body)), args, strict=False)) | kwargs
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if ids is None and embeds is None:
-        raise ValueError("give either input_ids or inputs_embeds")
+        raise ValueError("give input_ids or inputs_embeds, or both of the same tokens")
+    if ids is not None and embeds is not None and ids.shape != embeds.shape[:2]:
+        raise ValueError(f"input_ids {tuple(ids.shape)} are of other tokens than inputs_embeds {tuple(embeds.shape)}")
     given = ids if ids is not None else embeds
     cache = take_cache(kwargs)
     use_cache = kwargs.get("use_cache")
@@ -480,6 +530,8 @@ def _enter_body(body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
     kwargs[cache_name(type(body))] = cache
     maps = bool(kwargs.get("output_attentions", body.config.output_attentions))
     kwargs["variant_call"] = Call(rows, kwargs.get("input_ids"), maps)
+    if embeds is not None:
+        kwargs["input_ids"] = None  # the embeddings are read; the ids are for methods that look at them
     return (), kwargs
 
 
@@ -633,7 +685,8 @@ def assemble(
 
 def _config_of(base: PreTrainedModel, attention: MechanismConfig, origin: dict[str, Any] | None) -> VariantConfig:
     options = base.config.to_dict()
-    for key in ("model_type", "family", "architectures", "attention", "base", "versions", "auto_map"):
+    # What was swapped lies nowhere yet: an adapter fitted to it would name the base, and be put on the base.
+    for key in ("_name_or_path", "model_type", "family", "architectures", "attention", "base", "versions", "auto_map"):
         options.pop(key, None)
     family = base.config.family if is_variant(base) else base.config.model_type
     options |= {"family": family, "attention": attention.to_dict(), "base": origin}
