@@ -74,8 +74,8 @@ def save(
         hub: how to find a base on the Hub.
 
     Raises:
-        CheckpointError: if the model is no variant, its weights are not a variant's any more (quantized, with adapters),
-            the folder holds something else, or the disk refuses.
+        CheckpointError: if the model is no variant or its weights are no more (quantized, with adapters), the folder
+            holds something else, or the disk refuses.
     """
     if getattr(variant, "config", None) is None or variant.config.model_type not in VARIANTS:
         raise CheckpointError(

@@ -334,7 +334,7 @@ def test_long_decoding_chooses_the_same_keys(prompt):
 
 
 def test_induction_needs_ids():
-    with pytest.raises(ValueError, match="input_ids, not with inputs_embeds"):
+    with pytest.raises(ValueError, match="give their input_ids, too"):
         build("induction(2)")(*inputs(5))
 
 
@@ -392,7 +392,7 @@ def test_selection_loss_is_a_cross_entropy_over_the_keys_that_are_left(others):
 
 def test_maps_need_ids_too():
     q, k, _, x = inputs(5)
-    with pytest.raises(ValueError, match="input_ids, not with inputs_embeds"):
+    with pytest.raises(ValueError, match="give their input_ids, too"):
         build("induction(2)").attention_map(q, k, x)
 
 
