@@ -180,7 +180,7 @@ def load(options: argparse.Namespace) -> list[Family]:
         if place not in families:
             families[place] = Family(place, *attention.load(place, device=options.device))
         base = families[place].base
-        model = attention.load(spec, base=base)[0] if found.is_variant else base
+        model = attention.load(spec, base=base, dtype=base.dtype)[0] if found.is_variant else base
         families[place].subjects.append(Subject(spec, found.method, model))
     return list(families.values())
 

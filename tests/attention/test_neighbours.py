@@ -97,11 +97,10 @@ def test_what_was_just_converted_does_not_go_by_the_name_of_its_base(saved):
     ("method", "options"),
     [
         ("masks", {"target_parameters": ["mechanism.alpha"]}),
-        ("nsa", {"target_parameters": ["mechanism.gate_weight", "compression.hidden"]}),
-        *(
-            (method, {"modules_to_save": ["mechanism"], "target_modules": ["c_attn"]})
-            for method in ("performer", "nsa")
-        ),
+        ("nsa", {"target_parameters": ["mechanism.gate_weight"]}),
+        ("nsa", {"target_parameters": ["compression.to_weights"]}),
+        ("performer", {"modules_to_save": ["mechanism"], "target_modules": ["c_attn"]}),
+        ("nsa", {"modules_to_save": ["mechanism"], "target_modules": ["c_attn"]}),
     ],
 )
 def test_adapters_on_a_mechanism_work_with_its_state(method, options):
