@@ -378,8 +378,8 @@ class Handlers:
             repetition_penalty: 1 is none.
             max_new_tokens: how many tokens to write at most.
             seed: of the random draws.
-            scores: also give, for each new token, the KL to the base, the five most probable tokens of both, and how many
-                tokens back it can be looked up, if it is a hit.
+            scores: also give, for each new token, the KL to the base, the five most probable tokens of both, and how
+                many tokens back it can be looked up, if it is a hit.
 
         Returns:
             The run: its settings, and for each model a column with its text, tokens, cost, and why it stopped.

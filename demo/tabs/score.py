@@ -184,9 +184,9 @@ class Handlers:
         Returns:
             `means`, for each model its KL to the base in nats per token, its perplexity, and how often its most
             probable token is the base's; `means_of_hits`, the same over tokens that end a rare pair which the text has
-            had before and so can be looked up; the same `by_position`; `places` where the models part most, the farthest
-            first; `problems` of models that failed; `ended`, why it ended before the text did; and with `tokens`
-            the `rows`.
+            had before and so can be looked up; the same `by_position`; `places` where the models part most, the
+            farthest first; `problems` of models that failed; `ended`, why it ended before the text did; and with
+            `tokens` the `rows`.
         """
         names = self.store.names()[: self.store.limits.models_per_run] if models is None else models
         try:
