@@ -25,6 +25,7 @@ from attention.state import State
 
 from .busy import BUSY, WRITING
 from .compare import mark_parting, score
+from .hits import distances
 from .memory import PeakMemory
 from .models import LoadedModel, LoadError, ModelStore, said
 from .runs import Column, Cost, Run, Settings
@@ -250,6 +251,8 @@ class Generation:
             try:
                 column.cost = decoder.cost()
                 column.scores = score(decoder.loaded, column)
+                if decoder.loaded.base is not None:
+                    column.hits = distances(decoder.loaded.base, column.token_ids)[column.prompt_length :]
             except Exception as error:  # of memory, most likely: the text is worth showing without
                 logger.exception("%s could not be compared with its base", column.name)
                 column.problem = f"It could not be compared with its base: {said(error)}"

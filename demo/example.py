@@ -54,7 +54,7 @@ _EXAMPLE = TypeAdapter(Example)
 def fingerprint(folder: Path) -> str:
     """SHA-256 over a model's config and weights."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for file in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

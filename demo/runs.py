@@ -94,6 +94,8 @@ class Column:
             or Stop.
         problem: why it failed, in words for the visitor.
         scores: one for each generated token, once they are computed.
+        hits: for each generated token how many tokens back it can be looked up, 0 for one that is no hit; empty where
+            that is not known, see `hits.distances`.
         parts_at: index in `tokens` of the first that differs from the reference column's; None if none does.
     """
 
@@ -108,6 +110,7 @@ class Column:
     problem: str | None = None
     cost: Cost | None = None
     scores: list[TokenScore] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)
     parts_at: int | None = None
 
     @property
@@ -158,6 +161,7 @@ class TokenView(TypedDict, total=False):
     text: str
     score: float | None  # what the colour shows, in [0, 1]; None: no colour
     parts: bool  # the first token that differs from the reference's text
+    hit: bool  # it has to be looked up in the text before it
     details: list[list[str]]  # [label, value] rows of the card under the pointer
     top: list[list]  # [token, probability] of this model, most probable first
     base_top: list[list]  # the same of the base

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attention.prompts import prompt_tokens
 
+from .hits import distances
 from .models import LoadedModel, LoadError, ModelStore, said
 from .text import TokenTexts, clean
 
@@ -62,6 +63,8 @@ class TextScores:
         seen: for each model what it saw so far.
         parting: (T - 1,) Jensen-Shannon divergence between all of the models at each token, in nats: 0 where they say
             the same, at most the logarithm of their number.
+        hits: (T,) how many tokens back each token can be looked up, 0 for one that is no hit; empty where that is not
+            known, see `hits.distances`.
         problems: for each model that failed, why.
         ended: why it ended before the text did, or "".
     """
@@ -72,6 +75,7 @@ class TextScores:
     tokens: list[str]
     seen: dict[str, Seen] = field(default_factory=dict)
     parting: Tensor = field(default_factory=lambda: torch.empty(0))
+    hits: list[int] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     ended: str = ""
 
@@ -89,6 +93,11 @@ class TextScores:
         """
         pick = torch.ones(self.scored, dtype=torch.bool) if where is None else where
         return [{"name": name, "tokens": int(pick.sum()), **_means(seen, pick)} for name, seen in self.seen.items()]
+
+    def means_of_hits(self) -> list[dict[str, Any]]:
+        """`means` over the tokens that have to be looked up; empty where there are none, or it is not known."""
+        where = torch.tensor(self.hits[1 : self.scored + 1], dtype=torch.bool)
+        return self.means(where) if where.any() else []
 
     def by_position(self) -> list[dict[str, Any]]:
         """Means over tokens 1 to 63 of the text, 64 to 127, 128 to 255, and so on.
@@ -133,6 +142,7 @@ class TextScores:
             "ended": self.ended,
             "problems": self.problems,
             "means": self.means(),
+            "means_of_hits": self.means_of_hits(),
             "by_position": self.by_position(),
             "places": self.places(),
         }
@@ -146,6 +156,7 @@ class TextScores:
                 "position": i + 1,
                 "token": self.tokens[i + 1],
                 "parting": partings[i],
+                "hit": self.hits[i + 1] if self.hits else None,
                 "models": {
                     name: {"kl": kl[i], "probability": probability[i], "rank": rank[i]}
                     for name, (kl, probability, rank) in columns.items()
@@ -155,14 +166,16 @@ class TextScores:
         ]
 
     def csv(self) -> str:
-        """The same as a table: a line for each token, three columns for each model."""
+        """The same as a table: a line for each token, three columns for each model; `hit` is how far back it stands."""
         file = io.StringIO()
         writer = csv.writer(file)
         kinds = ("kl", "probability", "rank")
-        writer.writerow(["position", "token", "parting", *(f"{name} {kind}" for name in self.seen for kind in kinds)])
+        writer.writerow(
+            ["position", "token", "parting", "hit", *(f"{name} {kind}" for name in self.seen for kind in kinds)]
+        )
         for row in self.rows():
             numbers = [row["models"][name][kind] for name in self.seen for kind in kinds]
-            writer.writerow([row["position"], row["token"], row["parting"], *numbers])
+            writer.writerow([row["position"], row["token"], row["parting"], row["hit"], *numbers])
         return file.getvalue()
 
 
@@ -247,7 +260,8 @@ def _empty(base: LoadedModel, names: list[str], text: str) -> TextScores:
     if len(token_ids) < 2:
         raise ScoreError("The text is too short: it takes two tokens for one to be predicted.")
     texts = TokenTexts(base.tokenizer)
-    return TextScores(tuple(names), base.name, token_ids, [texts.next(token_id) for token_id in token_ids])
+    tokens = [texts.next(token_id) for token_id in token_ids]
+    return TextScores(tuple(names), base.name, token_ids, tokens, hits=distances(base, token_ids))
 
 
 @torch.inference_mode()

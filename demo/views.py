@@ -97,6 +97,9 @@ def _token_view(column: Column, index: int) -> TokenView:
         score = column.scores[index]
         view["score"] = round(colour(score.kl), 4)
         view["details"] = _details(score)
+        if column.hits and column.hits[index]:
+            view["hit"] = True
+            view["details"].append(looked_up(column.hits[index]))
         view["top"] = [[text, round(p, 5)] for text, p in score.top]
         view["base_top"] = [[text, round(p, 5)] for text, p in score.base_top]
     return view
@@ -120,6 +123,11 @@ def _details(score: TokenScore) -> list[list[str]]:
         ["Probability", f"{score.probability:.1%} (base {score.base_probability:.1%})"],
         ["Rank", f"{score.rank:,} (base {score.base_rank:,})"],
     ]
+
+
+def looked_up(distance: int) -> list[str]:
+    """What the card of a hit says."""
+    return ["To be looked up", f"{distance:,} token{'s' * (distance != 1)} back"]
 
 
 COST_HEADERS = [

@@ -3,6 +3,7 @@ const root = element.querySelector(".view");
 const grid = el("div", "columns");
 const card = el("div", "card");
 const live = el("div", "unseen");
+const hitMark = el("span", null, null, el("span", "hit", "name"), " " + props.hit);
 const legend = buildLegend();
 root.append(grid, legend, card, live);
 card.hidden = true;
@@ -20,7 +21,7 @@ function buildLegend() {
   const ticks = el("span", "ticks", null, ...(props.ticks || []).map((tick) => el("span", null, tick)));
   const scale = el("span", "scale", null, el("span", "ramp"), ticks);
   const mark = props.mark ? [el("span", null, null, el("span", "difference", "≠"), " " + props.mark)] : [];
-  return el("div", "legend muted hidden", null, el("span", null, props.legend), scale, ...mark);
+  return el("div", "legend muted hidden", null, el("span", null, props.legend), scale, ...mark, hitMark);
 }
 
 function addColumn() {
@@ -74,6 +75,7 @@ function showPrompt(column) {
 function paintToken(span, token) {
   span.className = "token";
   span.classList.toggle("parts", Boolean(token.parts));
+  span.classList.toggle("hit", Boolean(token.hit));
   const scored = token.score !== null && token.score !== undefined;
   span.classList.toggle("scored", scored);
   if (scored) span.style.setProperty("--score", clamp(token.score, 0, 1));
@@ -85,7 +87,7 @@ function paintToken(span, token) {
 }
 
 function sameLook(a, b) {
-  return a.text === b.text && a.score === b.score && a.parts === b.parts;
+  return a.text === b.text && a.score === b.score && a.parts === b.parts && a.hit === b.hit;
 }
 
 function parse(lines) {
@@ -141,6 +143,7 @@ function draw() {
   while (columns.length > views.length) columns.pop().node.remove();
   const scored = columns.some((column) => column.tokens.some((token) => typeof token.score === "number"));
   legend.classList.toggle("hidden", !scored);
+  hitMark.hidden = !columns.some((column) => column.tokens.some((token) => token.hit));
   if (locked && !tokenAt(locked)) locked = null;
   if (hovered && !tokenAt(hovered)) hovered = null;
   showCard();

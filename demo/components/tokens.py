@@ -22,6 +22,7 @@ class TokenColumns(ScriptedHTML):
         legend: what the colour means, shown once a token has a score.
         ticks: marks of the colour's scale from 0 to 1, at equal steps.
         mark: what "≠" at a token means; "" where none has it.
+        hit: what a dotted line under a token means, said once one has it.
         takes: whether the card of a locked token offers others in its place: `select` then fires with `column`,
             `index`, `of_base` (whether it stands in `base_top` rather than in `top`) and `rank` (its place there).
         kwargs: further arguments of `gr.HTML`.
@@ -34,8 +35,9 @@ class TokenColumns(ScriptedHTML):
         legend: str = "Distance from the base",
         ticks: Sequence[str] = ("none", "large"),
         mark: str = "first token that differs from the base's text",
+        hit: str = "has to be looked up: it ends a rare pair of tokens that stood in the text before",
         takes: bool = False,
         **kwargs: Any,
     ):
-        props = {"legend": legend, "ticks": list(ticks), "mark": mark, "takes": takes}
+        props = {"legend": legend, "ticks": list(ticks), "mark": mark, "hit": hit, "takes": takes}
         super().__init__(value, scripts=("tokens.js",), styles=("tokens.css",), **props, **kwargs)

@@ -378,7 +378,8 @@ class Handlers:
             repetition_penalty: 1 is none.
             max_new_tokens: how many tokens to write at most.
             seed: of the random draws.
-            scores: also give, for each new token, the KL to the base and the five most probable tokens of both.
+            scores: also give, for each new token, the KL to the base, the five most probable tokens of both, and how
+                many tokens back it can be looked up, if it is a hit.
 
         Returns:
             The run: its settings, and for each model a column with its text, tokens, cost, and why it stopped.
@@ -423,7 +424,7 @@ def listed(value: Any) -> Any:
 
 def plain(run: Run, scores: bool) -> dict[str, Any]:
     """A run as plain JSON data, each column with its text."""
-    data = _RUN.dump_python(run, mode="json", exclude=None if scores else {"columns": {"__all__": {"scores"}}})
+    data = _RUN.dump_python(run, mode="json", exclude=None if scores else {"columns": {"__all__": {"scores", "hits"}}})
     for column, view in zip(run.columns, data["columns"], strict=True):
         view["text"] = column.text
     return data

@@ -19,7 +19,7 @@ from ..example import STORY, ticked
 from ..models import ModelStore
 from ..runs import ColumnView, TokenView
 from ..score import ScoreError, TextScores, check, score_text
-from ..views import KL_TICKS, colour, lines, visible_text
+from ..views import KL_TICKS, colour, lines, looked_up, visible_text
 from .generate import model_choices
 
 FILE_BYTES = 100_000
@@ -183,9 +183,10 @@ class Handlers:
 
         Returns:
             `means`, for each model its KL to the base in nats per token, its perplexity, and how often its most
-            probable token is the base's; the same `by_position`; `places` where the models part most, the farthest
-            first; `problems` of models that failed; `ended`, why it ended before the text did; and with `tokens`
-            the `rows`.
+            probable token is the base's; `means_of_hits`, the same over tokens that end a rare pair which the text has
+            had before and so can be looked up; the same `by_position`; `places` where the models part most, the
+            farthest first; `problems` of models that failed; `ended`, why it ended before the text did; and with
+            `tokens` the `rows`.
         """
         names = self.store.names()[: self.store.limits.models_per_run] if models is None else models
         try:
@@ -209,14 +210,19 @@ def progress(scores: TextScores, done: bool = False) -> list[dict[str, str]]:
 
 
 def means_table(scores: TextScores) -> dict[str, Any]:
-    """Each model's means over the text, as `TextTable` shows them."""
+    """Each model's means over the text and over its hits, as `TextTable` shows them."""
     rows = []
+    of_hits = {mean["name"]: mean for mean in scores.means_of_hits()}
     for mean in scores.means():
         if mean["kl"] is None:
             continue
         kl = "–" if mean["name"] == scores.base else f"{mean['kl']:.4f}"
-        rows.append([mean["name"], kl, f"{mean['perplexity']:.2f}", f"{mean['same_top']:.1%}", f"{mean['tokens']:,}"])
+        row = [mean["name"], kl, f"{mean['perplexity']:.2f}", f"{mean['same_top']:.1%}", f"{mean['tokens']:,}"]
+        if hit := of_hits.get(mean["name"]):
+            row += ["–" if kl == "–" else f"{hit['kl']:.4f}", f"{hit['perplexity']:.2f}", f"{hit['tokens']:,}"]
+        rows.append(row)
     headers = ["Model", "KL to the base, nats/token", "Perplexity", "Same most probable token", "Tokens"]
+    headers += ["KL on hits", "Perplexity on hits", "Hits"] if of_hits else []
     return {"headers": headers if rows else [], "rows": rows}
 
 
@@ -279,5 +285,9 @@ def _token_view(scores: TextScores, chosen: str, index: int) -> TokenView:
     for name, seen in scores.seen.items():
         kl = "" if name == scores.base else f"KL {float(seen.kl[index]):.3f} · "
         details.append([name, f"{kl}{float(seen.probability[index]):.1%} · rank {int(seen.rank[index]):,}"])
-    score = round(colour(float(scores.seen[chosen].kl[index])), 4)
-    return {"text": scores.tokens[index + 1], "score": score, "details": details}
+    view: TokenView = {"text": scores.tokens[index + 1], "details": details}
+    view["score"] = round(colour(float(scores.seen[chosen].kl[index])), 4)
+    if scores.hits and scores.hits[index + 1]:
+        view["hit"] = True
+        details.append(looked_up(scores.hits[index + 1]))
+    return view
