@@ -30,11 +30,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 @contextmanager
-def refusing(what: object) -> Iterator[None]:
+def refusing(what: object, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Has whatever a library raises over a stranger's files leave as a `CheckpointError`.
 
     Args:
         what: the folder, or the file, that is read.
+        but: what gets through, as it may be the caller's mistake.
 
     Raises:
         CheckpointError: as it came; if the memory does not suffice.
@@ -42,7 +43,7 @@ def refusing(what: object) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit, *but):
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CheckpointError(f"{what} needs more memory than there is: {_line(error)}") from error

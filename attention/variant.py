@@ -39,7 +39,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .errors import NotAModelError
+from .errors import BrokenCheckpointError, NotAModelError
+from .examine import refuse_numbers, refusing
 from .hub import HubOptions
 from .mechanism import LayerShape, Mechanism, MechanismConfig, is_mechanism
 from .padding import Rows
@@ -243,23 +244,29 @@ class Variant(PreTrainedModel, GenerationMixin):
         """As in transformers, with the base's weights put under the variant's own.
 
         Raises:
-            attention.errors.CheckpointError: if the variant is damaged, or its base is missing or another.
+            attention.errors.CheckpointError: if the variant is damaged or does not fit together, or its base is missing
+                or another.
+            ImportError, ValueError: for options that cannot be had.
         """
-        if pretrained_model_name_or_path is None:
+        name = pretrained_model_name_or_path
+        if name is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
-        stored, arguments = _arguments(pretrained_model_name_or_path, config, kwargs)
+        with refusing(name):
+            stored, arguments = _arguments(name, config, kwargs)
         own = cls if "family_class" in vars(cls) else model_class(causal_models(arguments["config"].family)[0])
-        with building:
-            loaded = super(Variant, own).from_pretrained(None, *model_args, **arguments)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with building, refusing(name, but=(ImportError, ValueError)):
+            arguments["output_loading_info"] = True
+            model, report = super(Variant, own).from_pretrained(None, *model_args, **arguments)
+        if missing := sorted(report["missing_keys"]):  # to which transformers gives random values
+            raise BrokenCheckpointError(stored.folder, [f"the tensor {each} is missing" for each in missing])
         settle(model)
-        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        model.config.name_or_path = model.name_or_path = str(name)
         if kwargs.get("generation_config") is None:
             read_generation_config(model, stored.folder)
         if place := adapter.pop("_adapter_model_path", None):  # the Auto classes were given the folder of an adapter
             model.load_adapter(place, adapter_kwargs=adapter)
-        return loaded
+        return (model, report) if kwargs.get("output_loading_info") else model
 
     def save_pretrained(
         self,
@@ -643,6 +650,8 @@ def _arguments(
     stored = open_stored(name, hub, subfolder=rest.pop("subfolder", ""), revision=rest.pop("revision", None))
     if not stored.is_variant:
         raise NotAModelError(f"{name} is a plain model, not a variant; attention.convert makes one of it")
+    stored.method.by_layer(stored.plain_config().num_hidden_layers)
+    refuse_numbers(stored.folder, stored.magnitudes, torch.float64)  # in which all numbers that are some are finite
     rest.pop("attn_implementation", None)
     if config is None:
         config, rest = VariantConfig.from_dict(stored.config, return_unused_kwargs=True, **rest)

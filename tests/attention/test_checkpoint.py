@@ -736,6 +736,52 @@ def test_from_pretrained_takes_what_transformers_takes(saved):
     assert attention.Variant.from_pretrained(saved, resid_pdrop=0.25).config.resid_pdrop == 0.25
 
 
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    files.write_json(folder / files.INDEX, {"weight_map": {}})
+
+
+def without_a_tensor(folder):
+    tensors = weights(folder)
+    del tensors["transformer.h.1.attn.mechanism.alpha"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_nan(folder):
+    save_file({name: tensor * float("nan") for name, tensor in weights(folder).items()}, folder / "model.safetensors")
+
+
+def with_option(name, value):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config[name] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_weights, r"the tensor transformer\.h\.0\.attn\.mechanism\.alpha is missing"),
+        (without_a_tensor, r"the tensor transformer\.h\.1\.attn\.mechanism\.alpha is missing"),
+        (with_nan, "numbers that are infinite or none"),
+        (with_option("n_layer", 5), "is missing"),
+        (with_option("attention", {"method": "masks", "candidates": ["window(1000000000)"]}), "window"),
+        (with_option("attention", 5), "does not say what attention"),
+        (with_option("n_embd", [1]), "n_embd"),
+        (with_option("vocab_size", 3), "cannot be used: RuntimeError"),
+    ],
+)
+def test_from_pretrained_refuses_what_load_does(saved, change, message):
+    change(saved)
+    files.write_manifest(saved)
+    with pytest.raises(CheckpointError, match=message):
+        attention.Variant.from_pretrained(saved)
+    with pytest.raises(CheckpointError):
+        attention.load(saved)
+
+
 def test_from_pretrained_refuses_a_plain_model(base):
     with pytest.raises(NotAModelError, match=r"attention\.convert"):
         attention.Variant.from_pretrained(base)
