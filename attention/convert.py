@@ -32,8 +32,7 @@ def convert(base: PreTrainedModel, config: MechanismConfig, *, share: bool = Fal
     """
     if not is_variant(base):
         check_convertible(base)
-    variant = assemble(base, config, origin(base), share=share)
-    if not is_variant(base):
         prove(base)
+    variant = assemble(base, config, origin(base), share=share)
     logger.info("swapped attention for %s; new: %s", config.method, ", ".join(variant.new_parameters) or "nothing")
     return variant.train(base.training)
