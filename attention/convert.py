@@ -35,8 +35,8 @@ def convert(base: PreTrainedModel, config: MechanismConfig, *, share: bool = Fal
         check_convertible(base)
     if found := misfits(base):
         raise UnsupportedModelError(base, [*found, "convert it before quantizing it or putting adapters on it"])
-    variant = assemble(base, config, origin(base), share=share)
     if not is_variant(base):
         prove(base)
+    variant = assemble(base, config, origin(base), share=share)
     logger.info("swapped attention for %s; new: %s", config.method, ", ".join(variant.new_parameters) or "nothing")
     return variant.train(base.training)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UnsupportedModelError
+from .errors import NotAModelError, UnsupportedModelError
 from .softmax import SoftmaxConfig
 from .variant import assemble, attention_modules, cache_name, causal_models
 
@@ -92,10 +92,13 @@ def check_convertible(model: PreTrainedModel) -> None:
         UnsupportedModelError: naming all that stands in the way.
     """
     found = obstacles(model)
-    if not found and type(model) not in causal_models(model.config.model_type):
-        known = ", ".join(each.__name__ for each in causal_models(model.config.model_type))
-        if not isinstance(model, causal_models(model.config.model_type)):
-            found = [f"it is no {known}"]
+    try:
+        known = causal_models(model.config.model_type)
+    except NotAModelError as error:
+        found = found or [str(error)]
+    else:
+        if not found and not isinstance(model, known):
+            found = [f"it is no {', '.join(each.__name__ for each in known)}"]
     if found:
         raise UnsupportedModelError(model, found)
 

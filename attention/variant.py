@@ -484,7 +484,7 @@ def mix(
     lengths = None if rows is None else rows.lengths
     mixed = mechanism(query, key, value, variant_input, variant_state, lengths, tokens).to(dtype)
     weights = mechanism.attention_map(query, key, variant_input, tokens) if maps and first else None
-    return mixed.transpose(1, 2), weights
+    return mixed.transpose(1, 2).contiguous(), weights  # some families take a view of it
 
 
 def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

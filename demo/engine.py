@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 import attention
 from attention.state import State
+from attention.variant import cache_name
 
 from .busy import BUSY, WRITING
 from .compare import mark_parting, score
@@ -126,7 +127,8 @@ class Decoder:
         input_ids = torch.tensor([token_ids], device=model.device)
         with self.loaded.lock:
             start = time.perf_counter()
-            logits = model(input_ids, cache=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            cache = {cache_name(type(model)): self._cache}
+            logits = model(input_ids, **cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             logits = logits.float().cpu()  # waits for a device, so that the time is right
             self._forward_seconds.append(time.perf_counter() - start)
         if not logits.isfinite().all():
@@ -160,7 +162,7 @@ class Decoder:
         model = self.loaded.model
         input_ids = torch.tensor([self.column.token_ids[: self.column.prompt_length]], device=model.device)
         with self.loaded.lock, PeakMemory() as memory:
-            model(input_ids, cache=new_cache(self.loaded), use_cache=True, logits_to_keep=1)
+            model(input_ids, **{cache_name(type(model)): new_cache(self.loaded)}, use_cache=True, logits_to_keep=1)
         return memory.bytes
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from attention import Mechanism, UnsupportedModelError
 from attention.state import State
+from attention.variant import cache_name
 
 from .busy import BUSY, WRITING
 from .components.curves import Axis, Chart, Event, Series
@@ -162,7 +163,8 @@ class ModelSubject(Subject):
         self._run(self.input_ids[:, :1])
 
     def _run(self, input_ids: Tensor) -> None:
-        self.loaded.model(input_ids, cache=self.cache, use_cache=True, logits_to_keep=1)
+        cache = {cache_name(type(self.loaded.model)): self.cache}
+        self.loaded.model(input_ids, **cache, use_cache=True, logits_to_keep=1)
 
     def state_bytes(self) -> int:
         return cache_bytes(self.cache)

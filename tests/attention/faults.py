@@ -11,6 +11,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config,
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
+from attention.variant import cache_name
+
+CACHE = cache_name(GPT2LMHeadModel)
+
 
 def made(kind: type[GPT2LMHeadModel], **options: Any) -> GPT2LMHeadModel:
     """A random model with weights large enough to tell tokens apart, and biases that are not zero."""
@@ -53,10 +57,11 @@ def divisor_leak() -> GPT2LMHeadModel:
 
 class StaleCache(GPT2LMHeadModel):
     @wraps(GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        cache = kwargs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 20:
             cache.layers[0].values = cache.layers[0].values.roll(1, 2)
-        return super().forward(input_ids, cache=cache, **kwargs)
+        return super().forward(input_ids, **kwargs)
 
 
 def stale_cache() -> GPT2LMHeadModel:
@@ -94,10 +99,11 @@ def no_crop() -> GPT2LMHeadModel:
 
 class FreshBlock(GPT2LMHeadModel):
     @wraps(GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        cache = kwargs.get(CACHE)
         if cache is not None and input_ids.shape[1] > 1:
             cache.reset()
-        return super().forward(input_ids, cache=cache, **kwargs)
+        return super().forward(input_ids, **kwargs)
 
 
 def fresh_block() -> GPT2LMHeadModel:
@@ -107,10 +113,10 @@ def fresh_block() -> GPT2LMHeadModel:
 
 class LostPositions(GPT2LMHeadModel):
     @wraps(GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor, cache: Any = None, position_ids: Any = None, **kwargs: Any) -> ModelOutput:
+    def forward(self, input_ids: Tensor, position_ids: Any = None, **kwargs: Any) -> ModelOutput:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
-        return super().forward(input_ids, cache=cache, position_ids=position_ids, **kwargs)
+        return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
 
 def lost_positions() -> GPT2LMHeadModel:
@@ -162,9 +168,10 @@ class ZeroGate(GPT2LMHeadModel):
         self.gate = nn.Parameter(torch.zeros(config.vocab_size))
 
     @wraps(GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        cache = kwargs.get(CACHE)
         seen = 0 if cache is None else cache.get_seq_length()
-        output = super().forward(input_ids, cache=cache, **kwargs)
+        output = super().forward(input_ids, **kwargs)
         output.logits = output.logits + self.gate * (seen == 0)
         return output
 

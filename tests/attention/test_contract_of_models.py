@@ -40,6 +40,8 @@ def run(capsys, *arguments):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_found_by_the_checks_that_it_breaks(capsys, fault):
+    if fault == "old_name" and faults.CACHE != "cache":
+        pytest.skip("the installed transformers still calls it that")
     status, report, _ = run(capsys, f"tests.attention.faults:{fault}", *SHORT)
     failed = {name for name, check in report["checks"].items() if check["holds"] is False}
     assert failed == FAULTS[fault]

@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import attention
-from attention.variant import fuse_activations
+from attention.variant import cache_name, fuse_activations
 
 from .models import ALL_METHODS, small_config, tiny_gpt2
 
+CACHE = cache_name(GPT2LMHeadModel)
 every_method = pytest.mark.parametrize("method", ALL_METHODS)
 TOLERANCE = {"atol": 3e-5, "rtol": 3e-5}
 
@@ -103,8 +104,8 @@ def test_cached_equals_uncached_up_to_the_last_position(method, cuts):
     expected = student(ids, use_cache=False).logits
     cache, logits = None, []
     for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 48], strict=True):
-        output = student(ids[:, start:stop], cache=cache, use_cache=True)
-        cache = output.cache
+        output = student(ids[:, start:stop], **{CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, **TOLERANCE)
 
@@ -156,7 +157,7 @@ def test_a_row_of_padding_only_gives_no_nan(method):
     output = student(tokens(2, 8), attention_mask=mask, use_cache=True)
     assert torch.isfinite(output.logits).all()
     mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
-    output = student(tokens(2, 1), attention_mask=mask, cache=output.cache, use_cache=True)
+    output = student(tokens(2, 1), attention_mask=mask, **{CACHE: output[CACHE]}, use_cache=True)
     assert torch.isfinite(output.logits).all()
 
 
@@ -167,9 +168,9 @@ def test_past_the_last_position_is_a_clear_error(method):
     assert student(tokens(1, 48)).logits.shape[1] == 48
     with pytest.raises(ValueError, match="holds 48 tokens"):
         student(tokens(1, 49))
-    cache = student(tokens(1, 48), use_cache=True).cache
+    cache = student(tokens(1, 48), use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="holds 48 tokens"):
-        student(tokens(1, 1), cache=cache)
+        student(tokens(1, 1), **{CACHE: cache})
     with pytest.raises(ValueError, match="holds 48 tokens"):
         student(tokens(1, 1), position_ids=torch.tensor([[48]]))
 
@@ -210,7 +211,7 @@ def test_trains_with_dropout_and_gradient_checkpointing(method):
     student.train()
     torch.manual_seed(3)
     plain = student(ids, labels=ids)
-    assert plain.cache is None
+    assert plain.get(CACHE) is None
     plain.loss.backward()
     gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()

