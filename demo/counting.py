@@ -25,6 +25,7 @@ from .speed import (
     mechanisms_of,
     with_bases,
 )
+from .views import listed
 
 LONGEST = 2**20
 KNOWN = 512  # tokens from which on a state grows evenly, or not at all: no window is longer
@@ -174,6 +175,13 @@ class Counted:
         self.lengths = lengths_up_to(self.longest)
         self.counts = [counter.at(length) for counter in self.counters.values() for length in self.lengths]
 
+    @property
+    def scope(self) -> str:
+        """What is counted, as a sentence."""
+        if self.level == "model":
+            return "The whole model."
+        return "All layers." if self.layers is None else f"Layer {listed([str(layer) for layer in self.layers])} alone."
+
     def of(self, name: str) -> list[Count]:
         """A model's counts, shortest first."""
         return [count for count in self.counts if count.model == name]
@@ -222,7 +230,7 @@ def charts(counted: Counted) -> list[Chart]:
     return [
         {
             "title": title,
-            "note": note,
+            "note": f"{note} {counted.scope}",
             "x": {**length_axis(counted.lengths), "ticks": [float(tick) for tick in ticks]},
             "y": {"label": unit, "unit": unit, "log": True},
             "series": [

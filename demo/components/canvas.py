@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,25 @@ class ScriptedHTML(gr.HTML):
         value: plain JSON that the script draws; an output of events, never an input of them.
         scripts: script files, the ones with shared functions first.
         styles: style files.
+        options: plain JSON that never changes, `options` to the scripts. It is part of them and no property: Gradio
+            takes a component's own properties away with the first event that leaves it as it is (`gr.skip`).
         kwargs: further arguments of `gr.HTML`, `elem_id` and `visible` among them.
     """
 
-    def __init__(self, value: Any = None, *, scripts: tuple[str, ...], styles: tuple[str, ...], **kwargs: Any):
+    def __init__(
+        self,
+        value: Any = None,
+        *,
+        scripts: tuple[str, ...],
+        styles: tuple[str, ...],
+        options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(
             value,
             html_template=TEMPLATE,
             css_template=source("shared.css", *styles),
-            js_on_load=source("shared.js", *scripts),
+            js_on_load=f"const options = {json.dumps(options or {})};\n{source('shared.js', *scripts)}",
             apply_default_css=False,
             **kwargs,
         )

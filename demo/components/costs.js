@@ -33,7 +33,7 @@ function draw() {
   });
   const table = el("div", "scroll", null, el("table", "costs", null, head, body));
   const where = measured ? [el("div", "measured small", readable(measured))] : [];
-  root.replaceChildren(table, ...where, el("div", "muted small", props.note));
+  root.replaceChildren(table, ...where, el("div", "muted small", options.note));
 }
 
 watch("value", draw);

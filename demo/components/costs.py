@@ -18,4 +18,4 @@ class CostTable(ScriptedHTML):
     """
 
     def __init__(self, value: dict[str, Any] | None = None, *, note: str = "", **kwargs: Any):
-        super().__init__(value, scripts=("costs.js",), styles=("costs.css",), note=note, **kwargs)
+        super().__init__(value, scripts=("costs.js",), styles=("costs.css",), options={"note": note}, **kwargs)

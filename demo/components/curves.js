@@ -1,8 +1,8 @@
 // Charts in a grid; see curves.py.
 const root = element.querySelector(".view");
 const grid = el("div", "charts");
-const empty = el("div", "empty", props.empty);
-empty.style.minHeight = props.room + "px";
+const empty = el("div", "empty", options.empty);
+empty.style.minHeight = options.room + "px";
 root.append(grid, empty);
 
 function draw() {

@@ -64,4 +64,4 @@ class Curves(ScriptedHTML):
         self, value: list[Chart] | None = None, *, empty: str = "Nothing to show yet.", room: int = 120, **kwargs: Any
     ):
         scripts, styles = ("chart.js", "curves.js"), ("chart.css", "curves.css")
-        super().__init__(value, scripts=scripts, styles=styles, empty=empty, room=room, **kwargs)
+        super().__init__(value, scripts=scripts, styles=styles, options={"empty": empty, "room": room}, **kwargs)

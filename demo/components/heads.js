@@ -2,7 +2,7 @@
 const root = element.querySelector(".view");
 const grid = el("div", "heads");
 const caption = el("div", "caption muted");
-const empty = el("div", "empty", props.empty);
+const empty = el("div", "empty", options.empty);
 const scroller = el("div", "scroller", null, grid);
 const orders = el("select");
 const finder = el("label", "finder muted", "Heads in order of", orders);

@@ -41,4 +41,4 @@ class HeadGrid(ScriptedHTML):
 
     def __init__(self, value: HeadsView | None = None, *, empty: str = "No text yet.", **kwargs: Any):
         scripts, styles = ("heat.js", "heads.js"), ("heads.css",)
-        super().__init__(value, scripts=scripts, styles=styles, empty=empty, **kwargs)
+        super().__init__(value, scripts=scripts, styles=styles, options={"empty": empty}, **kwargs)

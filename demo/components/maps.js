@@ -1,6 +1,6 @@
 // Attention maps of one layer and head, linked with one another and with the text; see maps.py.
 const root = element.querySelector(".view");
-const empty = el("div", "empty", props.empty);
+const empty = el("div", "empty", options.empty);
 const body = el("div");
 const tip = el("div", "tip");
 const probes = ["ink", "muted", "panel", "s1", "s2", "s3", "s4", "s5", "s6"].map((name) => el("span", `probe ${name}`));
@@ -203,7 +203,7 @@ function buildToolbar() {
     button("PNG", "Download the maps as a picture", downloadPicture),
     button("SVG", "Download the maps as a drawing", downloadDrawing),
     button("JSON", "Download the maps as numbers", downloadNumbers),
-    ...(props.sheet ? [button("HTML", "Download this view as a page of its own", downloadPage)] : []),
+    ...(options.sheet ? [button("HTML", "Download this view as a page of its own", downloadPage)] : []),
   );
 }
 
@@ -232,7 +232,7 @@ function buildReadout() {
   const values = el("div", null, null, el("div", "muted", "Value of the cell"), ...cells.map((cell) => cell.node));
   const grid = el("div", "readings", null, values, ...rankings.map((ranking) => ranking.node));
   const summary = el("div", "summary");
-  const reach = props.standalone ? [] : [button("Reach", "Find the tokens that change what comes after this one", askForReach)];
+  const reach = options.standalone ? [] : [button("Reach", "Find the tokens that change what comes after this one", askForReach)];
   const node = el("div", "readout", null, el("div", "line top", null, where, ...reach), summary, grid);
   return { node, where, summary, cells, rankings };
 }
@@ -290,7 +290,7 @@ function percent(share) {
 // Which part of a longer text is shown; a click or the arrow keys move it.
 function buildStrip() {
   const shown = board.tokens.length;
-  if (!view.total || view.total <= shown || props.standalone) return [];
+  if (!view.total || view.total <= shown || options.standalone) return [];
   const last = view.total - shown;
   const move = (start) => trigger("select", { start: clamp(Math.round(start), 0, last) });
   const bar = el("div", "bar", null, el("span", "part"));
@@ -537,7 +537,7 @@ function downloadPicture() {
 
 function downloadPage() {
   const value = JSON.stringify(view).replace(/</g, "\\u003c").replace(/\u2028/g, "\\u2028").replace(/\u2029/g, "\\u2029");
-  const page = props.sheet.replace("DARK", () => (isDark() ? "dark" : "")).replace("VALUE", () => value);
+  const page = options.sheet.replace("DARK", () => (isDark() ? "dark" : "")).replace("VALUE", () => value);
   save(new Blob([page], { type: "text/html" }), "html");
 }
 

@@ -131,7 +131,8 @@ class AttentionMaps(ScriptedHTML):
     """
 
     def __init__(self, value: MapsView | None = None, *, empty: str = "No text yet.", **kwargs: Any):
-        super().__init__(value, scripts=SCRIPTS, styles=STYLES, empty=empty, sheet=page_template(), **kwargs)
+        options = {"empty": empty, "sheet": page_template()}
+        super().__init__(value, scripts=SCRIPTS, styles=STYLES, options=options, **kwargs)
 
 
 def page_template() -> str:
@@ -157,7 +158,8 @@ body.dark {{ --border-color-primary: #374151; }}
 (() => {{
 const element = document.getElementById("sheet");
 const value = JSON.parse(document.getElementById("value").textContent);
-const props = {{ value, empty: "", standalone: true }};
+const props = {{ value }};
+const options = {{ empty: "", standalone: true }};
 const watch = () => {{}};
 const trigger = () => {{}};
 {source("shared.js", *SCRIPTS)}

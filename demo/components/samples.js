@@ -1,6 +1,6 @@
 // Texts through training; see samples.py.
 const root = element.querySelector(".view");
-const empty = el("div", "empty", props.empty);
+const empty = el("div", "empty", options.empty);
 const body = el("div");
 const step = el("output", "step");
 const slider = el("input");

@@ -34,4 +34,4 @@ class Samples(ScriptedHTML):
     def __init__(
         self, value: list[SamplesView] | None = None, *, empty: str = "No samples were written.", **kwargs: Any
     ):
-        super().__init__(value, scripts=("samples.js",), styles=("samples.css",), empty=empty, **kwargs)
+        super().__init__(value, scripts=("samples.js",), styles=("samples.css",), options={"empty": empty}, **kwargs)

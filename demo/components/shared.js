@@ -1,4 +1,4 @@
-// Shared by every component; `element`, `props`, `watch` and `trigger` come from gr.HTML.
+// Shared by every component; `options` come from canvas.py, `element`, `props`, `watch` and `trigger` from gr.HTML.
 
 // An element with a class, text and children; text is never read as markup.
 function el(tag, className, text, ...children) {

@@ -18,7 +18,7 @@ function draw() {
     return line;
   });
   const table = el("div", "scroll", null, el("table", "texts", null, head, el("tbody", null, null, ...lines)));
-  root.replaceChildren(...(rows.length ? [table] : []), ...(rows.length && props.file ? [csvButton(headers, rows)] : []));
+  root.replaceChildren(...(rows.length ? [table] : []), ...(rows.length && options.file ? [csvButton(headers, rows)] : []));
 }
 
 function csvButton(headers, rows) {
@@ -31,7 +31,7 @@ function csvButton(headers, rows) {
     const lines = [headers, ...rows].map((row) => row.map(quoted).join(",") + "\r\n");
     const link = el("a");
     link.href = URL.createObjectURL(new Blob(["\ufeff", ...lines], { type: "text/csv" }));
-    link.download = `${props.file}.csv`;
+    link.download = `${options.file}.csv`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   });

@@ -17,4 +17,4 @@ class TextTable(ScriptedHTML):
     """
 
     def __init__(self, value: dict[str, Any] | None = None, *, file: str = "", **kwargs: Any):
-        super().__init__(value, scripts=("table.js",), styles=("table.css",), file=file, **kwargs)
+        super().__init__(value, scripts=("table.js",), styles=("table.css",), options={"file": file}, **kwargs)

@@ -3,7 +3,7 @@ const root = element.querySelector(".view");
 const grid = el("div", "columns");
 const card = el("div", "card");
 const live = el("div", "unseen");
-const hitMark = el("span", null, null, el("span", "hit", "name"), " " + props.hit);
+const hitMark = el("span", null, null, el("span", "hit", "name"), " " + options.hit);
 const legend = buildLegend();
 root.append(grid, legend, card, live);
 card.hidden = true;
@@ -18,10 +18,10 @@ let inCard = null; // the token that the card is of
 let unfolded = false;
 
 function buildLegend() {
-  const ticks = el("span", "ticks", null, ...(props.ticks || []).map((tick) => el("span", null, tick)));
+  const ticks = el("span", "ticks", null, ...(options.ticks || []).map((tick) => el("span", null, tick)));
   const scale = el("span", "scale", null, el("span", "ramp"), ticks);
-  const mark = props.mark ? [el("span", null, null, el("span", "difference", "≠"), " " + props.mark)] : [];
-  return el("div", "legend muted hidden", null, el("span", null, props.legend), scale, ...mark, hitMark);
+  const mark = options.mark ? [el("span", null, null, el("span", "difference", "≠"), " " + options.mark)] : [];
+  return el("div", "legend muted hidden", null, el("span", null, options.legend), scale, ...mark, hitMark);
 }
 
 function addColumn() {
@@ -124,7 +124,7 @@ function updateColumn(column, view) {
   setText(column.note, readable(view.note || ""));
   column.note.title = view.note || "";
   setText(column.status, readable(view.status || ""));
-  const how = props.takes ? "; Enter keeps the card open, then ArrowDown chooses another token" : "; Enter keeps the card open";
+  const how = options.takes ? "; Enter keeps the card open, then ArrowDown chooses another token" : "; Enter keeps the card open";
   const label = readable(view.title || "Text") + ": tokens; arrow keys move" + how;
   if (column.text.getAttribute("aria-label") !== label) column.text.setAttribute("aria-label", label);
   const changed = view.prompt !== column.view.prompt || view.prompt_tokens !== column.view.prompt_tokens;
@@ -190,7 +190,7 @@ function showCard() {
   if (inCard !== token || card.classList.contains("kept") !== kept) {
     inCard = token; // drawn once, or a button would be gone before it is pressed
     card.classList.toggle("kept", kept);
-    card.replaceChildren(...cardContent(token, kept && props.takes ? place : null));
+    card.replaceChildren(...cardContent(token, kept && options.takes ? place : null));
   }
   placeCard(spanAt(place));
 }

@@ -39,5 +39,5 @@ class TokenColumns(ScriptedHTML):
         takes: bool = False,
         **kwargs: Any,
     ):
-        props = {"legend": legend, "ticks": list(ticks), "mark": mark, "hit": hit, "takes": takes}
-        super().__init__(value, scripts=("tokens.js",), styles=("tokens.css",), **props, **kwargs)
+        options = {"legend": legend, "ticks": list(ticks), "mark": mark, "hit": hit, "takes": takes}
+        super().__init__(value, scripts=("tokens.js",), styles=("tokens.css",), options=options, **kwargs)

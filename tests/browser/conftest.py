@@ -95,18 +95,21 @@ def store(checkpoints: Path) -> ModelStore:  # noqa: F811
 
 @pytest.fixture(scope="session")
 def url(store: ModelStore) -> Iterator[str]:
-    """Where the app is served."""
+    """Where the app is served, once its example is written: pages wait for that only so long."""
     app, url, _ = launch(App(store), port=free_port(), prevent_thread_lock=True, quiet=True)
+    for thread in threading.enumerate():
+        if thread.name == "first-run":
+            thread.join()
     yield url
     app.blocks.close()
 
 
 @pytest.fixture
 def watched(browser: BrowserContext, url: str) -> Iterator[Watched]:
-    """A page that is open and ready."""
+    """A page that is open and has got its example, so that nothing of its start is still on the way."""
     watched = Watched(browser.new_page())
     watched.page.goto(url)
-    expect(watched.page.get_by_role("button", name="Generate", exact=True)).to_be_visible()
+    expect(watched.page.locator("#generate-columns .token.scored").first).to_be_visible()
     yield watched
     watched.close()
 

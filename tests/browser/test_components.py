@@ -58,6 +58,7 @@ def page(browser: BrowserContext):
         tokens = TokenColumns(columns(20, scored=True), elem_id="tokens", ticks=["0.01", "0.1", "1", "10"], takes=True)
         taken = gr.Textbox(label="Taken")
         tokens.select(take, None, taken, show_progress="hidden")
+        gr.Button("Leave").click(gr.skip, None, tokens, show_progress="hidden").then(lambda: "left", None, taken)
         gr.Button("Stream").click(stream, None, tokens, show_progress="hidden")
         Curves([curve], elem_id="curves")
         Samples([{"step": 1, "texts": [{"prompt": HOSTILE, "base": HOSTILE, "variant": HOSTILE}]}], elem_id="samples")
@@ -126,6 +127,15 @@ def test_another_token_is_taken_by_pointer_and_by_keyboard(page: Page):
         page.keyboard.press(key)
     expect(page.get_by_label("Taken")).to_have_value("0 1 False 0")
     page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    expect(card(page)).to_be_hidden()
+
+
+def test_options_outlast_an_event_that_changes_nothing(page: Page):
+    page.get_by_role("button", name="Leave").click()
+    expect(page.get_by_label("Taken")).to_have_value("left")
+    tokens_of(page, 0).nth(7).click()
+    expect(card(page)).to_contain_text("Choose a token to go on from there")
     page.keyboard.press("Escape")
     expect(card(page)).to_be_hidden()
 

@@ -24,6 +24,7 @@ def test_nothing_of_a_value_reaches_a_template(component: type[ScriptedHTML]):
     config = component(HOSTILE).get_config()
     assert config["html_template"] == TEMPLATE
     assert config["value"] == HOSTILE
+    assert config["props"] == {}  # which an event would take away that leaves the component as it is
     for template in (config["html_template"], config["css_template"]):
         assert not re.search(r"\$\{|\{\{|`|\\", template)
 

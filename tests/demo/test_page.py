@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import gradio as gr
 import httpx
 import pytest
 from gradio_client import Client
@@ -16,7 +17,7 @@ from mcp.client.streamable_http import streamable_http_client
 from demo.context import App
 from demo.limits import Limits
 from demo.models import Access, ModelStore
-from demo.page import launch
+from demo.page import build, launch
 
 from .conftest import free_port
 
@@ -34,6 +35,20 @@ def served(checkpoints):
 @pytest.fixture(scope="module")
 def client(served):
     return Client(served[0], verbose=False)
+
+
+def test_a_visit_starts_nothing_on_a_tab_that_is_not_open(served):
+    # Gradio takes the first event that leaves a State of an unopened tab as it is for a change of it.
+    blocks = build(App(served[1]))
+    functions = list(blocks.fns.values())
+    on_load = [function for function in functions if any(event == "load" for _, event in function.targets)]
+    filled = {output._id for function in on_load for output in function.outputs if isinstance(output, gr.State)}
+    watched = {block for function in functions for block, event in function.targets if event == "change"}
+    for state in map(blocks.blocks.get, filled & watched):
+        parent = state.parent
+        while parent is not None and not isinstance(parent, gr.Tab):
+            parent = parent.parent
+        assert parent is None or parent.id == "generate"  # the tab that is open
 
 
 def test_models(client):
