@@ -235,13 +235,15 @@ def harness(lm_eval: Any, subject: Subject) -> Seen:
     ids = subject.texts[:1]
     half = ids.shape[1] // 2
     model = subject.model()
-    wrapped = harness_model(pretrained=model, tokenizer=subject.tokenizer, batch_size=1)
+    wrapped = harness_model(pretrained=model, tokenizer=subject.tokenizer, batch_size=1, device="cpu")
     request = (("", ""), ids[0, :half].tolist(), ids[0, half:].tolist())
     ((found, _),) = wrapped._loglikelihood_tokens([request], disable_tqdm=True)
     scores = logits(model, ids)[0, half - 1 : -1].log_softmax(-1)
     expected = scores.gather(-1, ids[0, half:, None]).sum().item()
     places = {"the variant's": subject.folder, "the base's": subject.base}
-    dtypes = [f"{name} {harness_model(pretrained=str(place)).model.dtype}" for name, place in places.items()]
+    dtypes = [
+        f"{name} {harness_model(pretrained=str(place), device='cpu').model.dtype}" for name, place in places.items()
+    ]
     return {"from own computation, relative": abs(found / expected - 1), "dtype by folder": ", ".join(dtypes)}
 
 
