@@ -274,10 +274,8 @@ def pictured(bertviz: Any, subject: Subject) -> Seen:
     with torch.no_grad():
         maps = subject.model()(subject.texts[:1, :16], output_attentions=True).attentions
     page = bertviz.head_view(maps, [str(token) for token in range(16)], html_action="return")
-    return {
-        "rows from summing to 1": max(apart(each.sum(-1), torch.ones(())) for each in maps),
-        "page": _size(page.data),
-    }
+    sums = torch.stack([each.sum(-1) for each in maps])  # not 1 for nsa, whose gates need not sum to it
+    return {"page": _size(page.data), "rows sum to": f"{sums.min().item():.2f} to {sums.max().item():.2f}"}
 
 
 def _size(text: str) -> str:
