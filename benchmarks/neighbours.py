@@ -230,24 +230,21 @@ def auto_model(library: Any, subject: Subject) -> Seen:
 
 
 def harness(lm_eval: Any, subject: Subject) -> Seen:
-    """The log-likelihood of the second half of a text."""
+    """The log-likelihood of the second half of a text, and the dtypes that it takes by itself."""
     harness_model = import_module("lm_eval.models.huggingface").HFLM
-    request = import_module("lm_eval.api.instance").Instance
     ids = subject.texts[:1]
     half = ids.shape[1] // 2
     model = subject.model()
-    wrapped = harness_model(pretrained=model, tokenizer=subject.tokenizer, batch_size=1)
-    parts = (("", ""), ids[0, :half].tolist(), ids[0, half:].tolist())
-    ((found, _),) = wrapped._loglikelihood_tokens([parts], disable_tqdm=True)
+    wrapped = harness_model(pretrained=model, tokenizer=subject.tokenizer, batch_size=1, device="cpu")
+    request = (("", ""), ids[0, :half].tolist(), ids[0, half:].tolist())
+    ((found, _),) = wrapped._loglikelihood_tokens([request], disable_tqdm=True)
     scores = logits(model, ids)[0, half - 1 : -1].log_softmax(-1)
     expected = scores.gather(-1, ids[0, half:, None]).sum().item()
-    task = request("loglikelihood", {}, (SENTENCE, " the ship"), 0)
-    return {"from own computation, relative": abs(found / expected - 1), "a request": _finite(wrapped, task)}
-
-
-def _finite(wrapped: Any, task: Any) -> str:
-    value = wrapped.loglikelihood([task], disable_tqdm=True)[0][0]
-    return f"{value:.2f} nats"
+    places = {"the variant's": subject.folder, "the base's": subject.base}
+    dtypes = [
+        f"{name} {harness_model(pretrained=str(place), device='cpu').model.dtype}" for name, place in places.items()
+    ]
+    return {"from own computation, relative": abs(found / expected - 1), "dtype by folder": ", ".join(dtypes)}
 
 
 def traced(nnsight: Any, subject: Subject) -> Seen:
@@ -277,10 +274,8 @@ def pictured(bertviz: Any, subject: Subject) -> Seen:
     with torch.no_grad():
         maps = subject.model()(subject.texts[:1, :16], output_attentions=True).attentions
     page = bertviz.head_view(maps, [str(token) for token in range(16)], html_action="return")
-    return {
-        "rows from summing to 1": max(apart(each.sum(-1), torch.ones(())) for each in maps),
-        "page": _size(page.data),
-    }
+    sums = torch.stack([each.sum(-1) for each in maps])  # not 1 for nsa, whose gates need not sum to it
+    return {"page": _size(page.data), "rows sum to": f"{sums.min().item():.2f} to {sums.max().item():.2f}"}
 
 
 def _size(text: str) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import attention
+from attention import loading
 from trainer.data import read_files
-from trainer.evaluate import evaluate, main, parse
+from trainer.evaluate import evaluate, load, main, parse
 from trainer.fidelity import Fidelity, Reader, measure, predicted, read_each
 from trainer.hits import PairTable, hit_distances, load_pairs, pair_codes, save_pairs
 from trainer.recall import measure_recall
@@ -363,3 +365,14 @@ def test_a_full_disk_leaves_the_card_as_it_was(variants, valid, tmp_path, monkey
     assert main(["--variant", variants["masks"], "--text", valid, "--context", "32", "--card"]) == 2
     assert "No space left" in capsys.readouterr().err
     assert (Path(variants["masks"]) / "README.md").read_text() == card
+
+
+def test_a_variant_with_all_weights_is_measured_in_the_dtype_of_its_base(base, workplace, valid, tmp_path, monkeypatch):
+    attention.save(attention.convert(base, attention.SoftmaxConfig()), tmp_path / "whole", self_contained=True)
+    dtypes = {"gpt2": torch.float32}
+    monkeypatch.setattr(  # as on a GPU, where each is loaded in the dtype that its own config names
+        loading, "_default_dtype", lambda device, config: dtypes.get(config["model_type"], torch.float64)
+    )
+    assert attention.load(tmp_path / "whole")[0].dtype == torch.float64
+    (family,) = load(parse(["--variant", str(tmp_path / "whole"), "--base", base.name_or_path, "--text", valid]))
+    assert family.subjects[0].model.dtype == family.base.dtype == torch.float32
