@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import NotAModelError, UnsupportedModelError
+from .mechanism import Mechanism
 from .softmax import SoftmaxConfig
 from .variant import assemble, attention_modules, cache_name, causal_models
 
@@ -114,8 +115,9 @@ def prove(model: PreTrainedModel) -> None:
     try:
         difference = seam_difference(model)
     except Exception as error:  # whatever a model does that the seam does not expect
+        what = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModelError(
-            model, [f"softmax attention put into it fails: {type(error).__name__}: {error}"]
+            model, [f"softmax attention put into it fails: {type(error).__name__}: {what}"]
         ) from error
     if not difference <= (bound := TOLERANCE.get(model.dtype, 5e-2)):
         raise UnsupportedModelError(
@@ -137,6 +139,8 @@ def seam_difference(model: PreTrainedModel) -> float:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(0, vocabulary, (2, sum(PROOF)), generator=generator).to(model.device)
     variant = assemble(model, SoftmaxConfig(), None, share=True)
+    for mechanism in variant.mechanisms:
+        mechanism.register_forward_pre_hook(_check_sizes)
     with _evaluating(model):
         expected = model(tokens, use_cache=False).logits.float()
     whole = variant(tokens, use_cache=False).logits
@@ -145,6 +149,24 @@ def seam_difference(model: PreTrainedModel) -> float:
         blocks.append(variant(block, use_cache=True, **{cache_name(type(variant)): cache}).logits)
     found = torch.stack([whole, torch.cat(blocks, 1)]).float()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+
+
+def _check_sizes(mechanism: Mechanism, args: tuple[Tensor, ...]) -> None:
+    """Compares what an attention module hands over with what its config says; softmax alone needs no sizes.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    (q, k, v, x), layer = args[:4], mechanism.layer
+    sizes = {
+        "heads": (q.shape[1], layer.num_heads),
+        "heads of keys": (k.shape[1], layer.num_kv_heads),
+        "numbers in a query": (q.shape[-1], layer.head_dim),
+        "numbers in a value": (v.shape[-1], layer.head_dim),
+        "numbers in its input": (x.shape[-1], layer.hidden_size),
+    }
+    if wrong := [f"{found} {what}, not {said}" for what, (found, said) in sizes.items() if found != said]:
+        raise ValueError(f"layer {layer.layer_idx} has {'; '.join(wrong)}, as its config says")
 
 
 @contextmanager

@@ -207,7 +207,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{name}"
         if name in self.hub.repos:
             raise _Answer(409, {"error": "You already created this model repo", "url": url})
-        self.hub.repos[name] = repo = Repo(private=request.get("visibility") == "private")
+        self.hub.repos[name] = repo = Repo(
+            private=request.get("visibility") == "private" or bool(request.get("private"))  # the latter before 2.0
+        )
         repo.commit({".gitattributes": b""})
         raise _Answer(200, {"url": url})
 
