@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .mechanism import FARTHEST, traced
+from .mechanism import FARTHEST, blocks_for, traced
 
 MOST = {"top": 1024, "induction": 64}  # the largest number in a candidate, where a query's columns grow with it
 SMALLEST = {
@@ -165,7 +165,7 @@ class Layout:
 
     def blocks(self, length: int) -> int:
         """How many blocks `length` queries make, the last ones perhaps not full."""
-        return -(-length // (self.block * self.stride)) * self.stride
+        return blocks_for(length, self.block * self.stride) * self.stride
 
     def starts(self, blocks: int) -> Tensor:
         """(blocks,) the first query of each block."""
