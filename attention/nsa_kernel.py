@@ -97,7 +97,7 @@ def compressed_branch(
 
     Args:
         visible: (P, T) how many blocks each query sees; they are the first ones.
-        bounds: the smallest and the largest of these numbers, or wider bounds; None: 0 and all, of which there are some.
+        bounds: the smallest and the largest of these numbers, or wider bounds; None: 0 and all, and there are some.
     """
     if bounds is None:
         mask = torch.arange(keys.shape[2], device=q.device) < visible[:, None, :, None].clamp(min=1)
