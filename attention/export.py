@@ -49,7 +49,7 @@ def export_program(model: PreTrainedModel) -> ExportedProgram:
         return torch.export.export(
             Logits(model.eval()),
             (ids,),
-            dynamic_shapes={"input_ids": {1: Dim("length", min=2, max=most)}},
+            dynamic_shapes={"input_ids": {1: Dim.DYNAMIC(min=2, max=most)}},
             prefer_deferred_runtime_asserts_over_guards=True,  # what holds for any length need not be proved for it
         )
     finally:

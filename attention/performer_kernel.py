@@ -20,6 +20,15 @@ def exp_(x: Tensor) -> Tensor:
     return x.mul_(LOG2_E).exp2_()
 
 
+def running_maximum(x: Tensor) -> Tensor:
+    """The largest of (B, H, N, m) up to each place of the third dimension."""
+    if not traced():
+        return x.cummax(2).values
+    place = torch.arange(x.shape[2], device=x.device)
+    later = (place > place[:, None])[..., None]
+    return x[:, :, None].masked_fill(later, -torch.inf).amax(3)
+
+
 class Steps(NamedTuple):
     """Which of a segment's T steps are real, and how they are cut into N chunks of C.
 
