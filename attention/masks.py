@@ -238,7 +238,7 @@ class MasksAttention(Mechanism):
             return self._planned[2]
         enabled = [name not in self.disabled for name in self.branches]
         active = [[a and b for a, b in zip(on, enabled, strict=True)] for on in self._rows(self.active).tolist()]
-        plan = Plan(self.candidates, active)
+        plan = Plan(self.candidates, active).settle()
         self._planned = (self.active, self.disabled, plan)
         return plan
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .masks_plan import Plan
-from .mechanism import repeat_heads, traced
+from .mechanism import blocks_for, repeat_heads, traced
 from .state import State, store
 
 ABSENT = torch.iinfo(torch.int32).max  # rank of a key that a query does not have
@@ -166,7 +166,7 @@ def best_columns(before: Best, scores: Tensor, start: Tensor, block: int) -> Col
         block: b.
     """
     length = scores.shape[-1]
-    blocks = -(-length // block)
+    blocks = blocks_for(length, block)
     scores = F.pad(scores, (0, blocks * block - length), value=-torch.inf).unflatten(-1, (blocks, block))
     queries = torch.arange(blocks * block, device=start.device).view(1, blocks, block) + start[:, None, None]
     own = Best(scores, queries[:, None].expand_as(scores))
@@ -228,7 +228,7 @@ def induction_columns(tokens: Tensor, start: Tensor, length: int, count: int, bl
         block: queries b in a block.
     """
     found = _followers(tokens, start, length, count)
-    blocks = -(-length // block)
+    blocks = blocks_for(length, block)
     found = F.pad(found, (0, 0, 0, blocks * block - length)).unflatten(1, (blocks, block))
     own = torch.eye(block, dtype=torch.bool, device=tokens.device)[..., None]
     order = torch.arange(count, dtype=torch.int32, device=tokens.device)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .mechanism import FARTHEST, traced
+from .mechanism import FARTHEST, blocks_for, traced
 
 MOST = {"top": 1024, "induction": 64}  # the largest number in a candidate, where a query's columns grow with it
 SMALLEST = {
@@ -26,6 +27,31 @@ SMALLEST = {
 }
 SYNTAX = "last(i), window(w), first(k), dilated(w, s), causal, top(n) or induction(n)"
 CONTENT = ("top", "induction")  # kinds whose keys depend on the text
+
+
+class once:  # noqa: N801 - used like `property`
+    """A property that is computed once, outside of inference mode: training may need its tensors later.
+
+    While a graph is made it is computed each time, or tensors of that graph would be kept. It takes no lock, which a
+    graph could not hold.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        if traced():
+            return self.function(instance)
+        with torch.inference_mode(False):
+            value = self.function(instance)
+        instance.__dict__[self.name] = value
+        return value
 
 
 @dataclass(frozen=True)
@@ -142,7 +168,6 @@ class Layout:
     depth: int
 
     @classmethod
-    @torch.inference_mode(False)
     def make(cls, plan: Plan, block: int, device: torch.device) -> Layout:
         relative = torch.tensor(plan.band(block), device=device)
         key = torch.arange(plan.sinks, device=device).expand(block, -1)
@@ -165,7 +190,7 @@ class Layout:
 
     def blocks(self, length: int) -> int:
         """How many blocks `length` queries make, the last ones perhaps not full."""
-        return -(-length // (self.block * self.stride)) * self.stride
+        return blocks_for(length, self.block * self.stride) * self.stride
 
     def starts(self, blocks: int) -> Tensor:
         """(blocks,) the first query of each block."""
@@ -209,33 +234,29 @@ class Layout:
             return place if position >= self.depth else place.clamp_(0, position)
         return (self.moves * position).add_(self.origin).clamp_(min=0).minimum(position)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @once
     def origin(self) -> Tensor:
         """(S + U) the columns for a block at position 0."""
         return torch.cat([torch.arange(self.sinks, device=self.relative.device), self.relative])
 
-    @cached_property
-    @torch.inference_mode(False)
+    @once
     def moves(self) -> Tensor:
         """(S + U) 1 for columns that go with the block, 0 for the sinks."""
         return (torch.arange(len(self.origin), device=self.relative.device) >= self.sinks).long()
 
-    @cached_property
+    @once
     def decode_index(self) -> Tensor | None:
         """For b = 1: the columns' places in a decode state; None if the columns are the whole state."""
         reach = 1 - int(self.relative[0])
         size = self.sinks + reach
         return None if self.distance.shape[1] == size else self.index(1, size - 1, size)[0]
 
-    @cached_property
-    @torch.inference_mode(False)
+    @once
     def read(self) -> Tensor:
         """(1 or H, b, S + U) whether a query that misses no key reads it."""
         return (self.active @ self.candidates > 0).view(-1, *self.distance.shape)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @once
     def unread(self) -> Tensor:
         """(1 or H, b·(S + U)) float, the opposite of `read`."""
         return (~self.read).float().flatten(1)
@@ -255,14 +276,12 @@ class Layout:
             read = read | (self.own & ~read.any(-1, keepdim=True))
         return torch.zeros(read.shape, device=read.device).masked_fill(~read, -inf)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @once
     def hidden_at_start(self) -> Tensor:
         """(1, 1 or H, N, b, S + U) `hidden` for the blocks from position 0 on; from the last of them on, all equal."""
         return self.hidden(torch.zeros_like(self.relative[:1]), self.blocks(self.depth) + 1)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @once
     def hidden_later(self) -> Tensor:
         """(1, 1 or H, 1, b, S + U) `hidden` for a block in which no query misses a key."""
         return self.hidden(torch.full_like(self.relative[:1], self.depth), 1)
@@ -292,22 +311,29 @@ class Plan:
         if all(row == self.active[0] for row in self.active):
             self.active = self.active[:1]
 
-    @cached_property
+    def settle(self) -> Plan:
+        """Finds out all that a graph may need to know; the plan itself."""
+        needed = [name for name, each in vars(type(self)).items() if isinstance(each, once)]
+        for name in ("softmax", "ranks", "top", "induction") if self.dense else needed:
+            getattr(self, name)
+        return self
+
+    @once
     def used(self) -> list[Candidate]:
         """The candidates that count for some head."""
         return [c for c, *on in zip(self.candidates, *self.active, strict=True) if any(on)]
 
-    @cached_property
+    @once
     def dense(self) -> bool:
         """Whether some head reads every key."""
         return any(c.kind == "causal" for c in self.used)
 
-    @cached_property
+    @once
     def softmax(self) -> bool:
         """Whether every head's only candidate is `causal`: its weight cancels."""
         return self.dense and len(self.used) == 1 and len(self.active) == 1
 
-    @cached_property
+    @once
     def ranks(self) -> dict[str, dict[int, int]]:
         """For each kind of mask whose keys depend on the text: place among the candidates and number of those used."""
         used = {index for index, on in enumerate(zip(*self.active, strict=True)) if any(on)}
@@ -316,12 +342,12 @@ class Plan:
             for kind in CONTENT
         }
 
-    @cached_property
+    @once
     def top(self) -> int:
         """How many of the highest-scored keys some head reads."""
         return max(self.ranks["top"].values(), default=0)
 
-    @cached_property
+    @once
     def induction(self) -> int:
         """How many keys that follow earlier occurrences of its token a query reads in some head."""
         return max(self.ranks["induction"].values(), default=0)
@@ -331,36 +357,36 @@ class Plan:
         """Whether what some head reads depends on the text."""
         return self.top + self.induction > 0
 
-    @cached_property
+    @once
     def distances(self) -> list[int]:
         """The distances i − j at which some head reads, unless `dense`."""
         return sorted(set().union(*(c.distances for c in self.used)))
 
-    @cached_property
+    @once
     def offsets(self) -> list[int]:
         """The distances that the kernel computes: 0 among them, for queries whose support is empty."""
         return sorted({0, *self.distances})
 
-    @cached_property
+    @once
     def stride(self) -> int:
         """What divides all distances: queries so far apart read the same keys, and come in blocks together."""
         return 1 if self.by_content else max(1, math.gcd(*self.offsets))
 
-    @cached_property
+    @once
     def sinks(self) -> int:
         return max((c.sinks for c in self.used), default=0)
 
-    @cached_property
+    @once
     def reach(self) -> int:
         """How many of the latest keys a decode state holds."""
         return self.offsets[-1] + 1
 
-    @cached_property
+    @once
     def depth(self) -> int:
         """The position from which on no query misses a key and all sinks are in the past."""
         return max(self.reach - 1, self.sinks)
 
-    @cached_property
+    @once
     def reads_at_once(self) -> bool:
         """Whether no query of any head has an empty support: each reads its own key, the first or the best."""
         at_once = [c.kind in ("causal", "top") or c.sinks > 0 or 0 in c.distances for c in self.candidates]
@@ -375,7 +401,7 @@ class Plan:
         chosen = self.top + block if self.top else 0
         return self.sinks + len(self.band(block)) + chosen + block * self.induction
 
-    @cached_property
+    @once
     def block(self) -> int:
         """The block size that costs least for a query: its columns, its part of gathering them and of a small product.
 
@@ -402,5 +428,6 @@ class Plan:
             return Layout.make(self, block, device)
         key = (block, device)
         if key not in self.layouts:
-            self.layouts[key] = Layout.make(self, *key)
+            with torch.inference_mode(False):
+                self.layouts[key] = Layout.make(self, *key)
         return self.layouts[key]

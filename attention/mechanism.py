@@ -255,6 +255,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling()
 
 
+def blocks_for(length: int, size: int) -> int:
+    """How many blocks of `size` tokens hold `length` of them; in a graph 2 or more, as 1 would be a case of its own."""
+    return length // size + 2 if traced() else -(-length // size)
+
+
 def writes_in_place() -> bool:
     """Whether results may be written into parts of tensors: not while gradients are kept or a graph is made."""
     return not torch.is_grad_enabled() and not traced()

@@ -20,6 +20,7 @@ from .mechanism import (
     LayerShape,
     Mechanism,
     MechanismConfig,
+    blocks_for,
     repeat_heads,
     seeded_generator,
     traced,
@@ -135,7 +136,7 @@ class NSAConfig(MechanismConfig):
 
     def whole_blocks(self, length: int) -> int:
         """`length` rounded up to a multiple of l'."""
-        return -(-length // self.select_block) * self.select_block
+        return blocks_for(length, self.select_block) * self.select_block
 
 
 class NSAState(State):
@@ -272,13 +273,25 @@ class Compression(nn.Module):
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compressed keys and values (B, H_kv, N, D) of k and v (B, H_kv, (N − 1)·d + l, D)."""
-        if not traced() and k.shape[2] == self.overlap * self.stride:  # one block, as in decoding: no spans
+        if traced():
+            return self._at_once(k, v)
+        if k.shape[2] == self.overlap * self.stride:  # one block, as in decoding: no sums over its spans
             hidden = F.gelu((k + self.position).flatten(2)[:, :, None] @ self.hidden)
             weights = self.weights(hidden)
             return weights @ k + hidden @ self.to_key, weights @ v
         hidden = self.hidden_layer(k)
         weights = self.weights(hidden)
         return self.average(k, weights) + hidden @ self.to_key, self.average(v, weights)
+
+    def _at_once(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` in operations that a graph holds for any length: every block is laid out."""
+        size = self.overlap * self.stride
+        number = (k.shape[2] - size) // self.stride + 1
+        starts = self.stride * torch.arange(number, device=k.device)[:, None]
+        k, v = (t[:, :, starts + torch.arange(size, device=k.device)] for t in (k, v))  # (B, H_kv, N, l, D)
+        hidden = F.gelu((k + self.position[:, None]).flatten(3) @ self.hidden)
+        weights = self.weights(hidden)[..., None, :]
+        return (weights @ k).squeeze(3) + hidden @ self.to_key, (weights @ v).squeeze(3)
 
     def hidden_layer(self, k: Tensor) -> Tensor:
         """Hidden units (B, H_kv, N, hidden) of the blocks of k; overlapping blocks are never laid out."""
@@ -299,7 +312,7 @@ class Compression(nn.Module):
         """
         spans = weights.shape[2] + self.overlap - 1
         missing = -spans % GROUP
-        if traced() or missing:
+        if missing:
             tokens = F.pad(tokens, (0, 0, 0, missing * self.stride))
         parts = [
             F.pad(part, (0, GROUP * self.stride, i, self.overlap - 1 - i + missing))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mechanism import LayerShape, seeded_generator, traced, writes_in_place
-from .performer_kernel import Scaled, ScaledOne, Steps, exp_
+from .performer_kernel import Scaled, ScaledOne, Steps, exp_, running_maximum
 from .state import State
 
 MAX_SHIFT = 80.0  # a key of log-feature −80, beside its scale, is still a normal number
@@ -214,7 +214,7 @@ class FavorMap(RandomMap):
                 q_log, k_log = q_log + usual, k_log - usual
             return Scaled(*self._shares(q_log), exp_(k_log))
         with torch.no_grad():
-            peaks = torch.cat([state.peaks, k_log.amax(-2)], 2).cummax(2).values
+            peaks = running_maximum(torch.cat([state.peaks, k_log.amax(-2)], 2))
             visible = torch.maximum(peaks[:, :, :-1], self._first_keys(k_log, steps.missing))
             reference = self._reference(torch.cat([visible, peaks[:, :, -1:]], 2), usual)[:, :, :, None]
             factors = (reference[:, :, :-1] - reference[:, :, 1:]).exp()

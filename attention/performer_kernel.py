@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mechanism import traced, writes_in_place
+from .mechanism import blocks_for, traced, writes_in_place
 
 LOG2_E = 1 / math.log(2)
 LEAST_LOG = -200.0  # of a factor that is 0 in float32, and yet a number
@@ -18,6 +18,15 @@ LEAST_LOG = -200.0  # of a factor that is 0 in float32, and yet a number
 def exp_(x: Tensor) -> Tensor:
     """exp of many numbers, in place; by exp2, for which PyTorch has vector code on CPUs where its exp has not."""
     return x.mul_(LOG2_E).exp2_()
+
+
+def running_maximum(x: Tensor) -> Tensor:
+    """The largest of (B, H, N, m) up to each place of the third dimension."""
+    if not traced():
+        return x.cummax(2).values
+    place = torch.arange(x.shape[2], device=x.device)
+    later = (place > place[:, None])[..., None]
+    return x[:, :, None].masked_fill(later, -torch.inf).amax(3)
 
 
 class Steps(NamedTuple):
@@ -38,7 +47,7 @@ class Steps(NamedTuple):
     @property
     def chunks(self) -> int:
         """N."""
-        return -(-self.length // self.size)
+        return blocks_for(self.length, self.size)
 
     def padded(self, x: Tensor) -> Tensor:
         """(B, H, T, ·) as (B, H, N C, ·), with zeros at the end; what has more than T gets as many zeros more."""
@@ -71,7 +80,7 @@ class Steps(NamedTuple):
             return torch.full((1, 1, 1, 1, 1), float(self.size), device=device)
         starts = self.size * torch.arange(self.chunks, device=device)[:, None, None]
         lengths = self.length if self.lengths is None else self.lengths[:, None, None, None, None]
-        return (lengths - starts).clamp(0, self.size).float().view(-1, 1, len(starts), 1, 1)
+        return (lengths - starts).clamp(0, self.size).float().view(-1, 1, self.chunks, 1, 1)
 
 
 class Scaled(NamedTuple):
