@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 
 from .errors import CheckpointError
 from .loading import load
+from .masks import MasksAttention
+from .variant import mechanisms_of
 
 EXAMPLE = (2, 24)  # rows and tokens that are traced
 MOST = 65_536  # tokens, for a model that says nothing
@@ -60,8 +62,16 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> None:
     """Writes the graph of `export_program` as an ONNX file, with `input_ids` and `logits` as its names.
 
     Raises:
+        ValueError: for masks that choose keys, which sort so that equal ones keep their order: PyTorch has no ONNX form
+            of that.
         ImportError: if onnx or onnxscript is not installed.
     """
+    masks = [mechanism for mechanism in mechanisms_of(model) if isinstance(mechanism, MasksAttention)]
+    if any(mechanism.plan().by_content for mechanism in masks):
+        raise ValueError(
+            "masks with top(n) or induction(n) need a stable sort, which PyTorch cannot write as ONNX; "
+            "attention.export.export_program makes a graph for PyTorch of them"
+        )
     program = torch.onnx.export(export_program(model), dynamo=True, output_names=["logits"], verbose=False)
     program.save(str(path))
 
@@ -75,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     try:
         export_onnx(load(options.spec)[0], options.output)
-    except (CheckpointError, ImportError, OSError) as error:
+    except (CheckpointError, ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

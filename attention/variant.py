@@ -42,7 +42,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .errors import BrokenCheckpointError, NotAModelError
 from .examine import refuse_numbers, refusing
 from .hub import HubOptions
-from .mechanism import LayerShape, Mechanism, MechanismConfig, is_mechanism
+from .mechanism import LayerShape, Mechanism, MechanismConfig, is_mechanism, traced
 from .padding import Rows
 from .pushing import push_model
 from .registry import config_from_dict
@@ -484,7 +484,10 @@ def mix(
     lengths = None if rows is None else rows.lengths
     mixed = mechanism(query, key, value, variant_input, variant_state, lengths, tokens).to(dtype)
     weights = mechanism.attention_map(query, key, variant_input, tokens) if maps and first else None
-    return mixed.transpose(1, 2).contiguous(), weights  # some families take a view of it
+    mixed = mixed.transpose(1, 2).contiguous()  # some families take a view of it
+    if traced():  # what a graph's later passes make of the mechanism may lie otherwise in memory, and views would fail
+        mixed = mixed.clone(memory_format=torch.contiguous_format)
+    return mixed, weights
 
 
 def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
