@@ -96,7 +96,7 @@ def test_what_is_not_there_yet_is_empty(store):
     run = Run(Settings("x", ("base", "gone")), [Column("base"), Column("gone", stage="failed", problem="no <b>")])
     views = columns_view(run, store)
     assert [view["status"] for view in views] == ["waiting …", "no <b>"]
-    assert cost_table(run)["rows"][0][1:] == [None] * 6
+    assert cost_table(run)["rows"][0][1:] == [None] * 7
 
 
 def test_history_labels_are_short_and_in_one_line(run):
