@@ -18,7 +18,9 @@ function draw() {
     return line;
   });
   const table = el("div", "scroll", null, el("table", "texts", null, head, el("tbody", null, null, ...lines)));
-  root.replaceChildren(...(rows.length ? [table] : []), ...(rows.length && options.file ? [csvButton(headers, rows)] : []));
+  // One head alone says why there are no rows.
+  const why = !rows.length && headers.length === 1 ? [el("div", "muted", readable(headers[0]))] : [];
+  root.replaceChildren(...why, ...(rows.length ? [table] : []), ...(rows.length && options.file ? [csvButton(headers, rows)] : []));
 }
 
 function csvButton(headers, rows) {
