@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,8 +23,6 @@ from transformers import PreTrainedModel
 
 from .errors import CheckpointError
 from .loading import load
-from .masks import MasksAttention
-from .variant import mechanisms_of
 
 EXAMPLE = (2, 24)  # rows and tokens that are traced
 MOST = 65_536  # tokens, for a model that says nothing
@@ -62,18 +63,30 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> None:
     """Writes the graph of `export_program` as an ONNX file, with `input_ids` and `logits` as its names.
 
     Raises:
-        ValueError: for masks that choose keys, which sort so that equal ones keep their order: PyTorch has no ONNX form
-            of that.
         ImportError: if onnx or onnxscript is not installed.
     """
-    masks = [mechanism for mechanism in mechanisms_of(model) if isinstance(mechanism, MasksAttention)]
-    if any(mechanism.plan().by_content for mechanism in masks):
-        raise ValueError(
-            "masks with top(n) or induction(n) need a stable sort, which PyTorch cannot write as ONNX; "
-            "attention.export.export_program makes a graph for PyTorch of them"
-        )
-    program = torch.onnx.export(export_program(model), dynamo=True, output_names=["logits"], verbose=False)
+    program = torch.onnx.export(
+        export_program(model),
+        dynamo=True,
+        output_names=["logits"],
+        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+        verbose=False,
+    )
     program.save(str(path))
+
+
+def _stable_sort() -> Callable[..., Any]:
+    """`aten.sort.stable`, which PyTorch has no ONNX form of: of equal values, TopK has the earlier ones first.
+
+    That is so in both directions by the operator's definition (onnx.ai, TopK).
+    """
+    op = import_module("onnxscript").opset18
+
+    def sort_stable(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]), axis=0)
+        return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+
+    return sort_stable
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -126,7 +126,8 @@ def reports(
             done[name] = ask(function, name, length, options.limit)
             with log.open("a") as file:
                 file.write(json.dumps({"asked": name, "report": done[name]}) + "\n")
-            print(f"{name}: {done[name].get('problem') or ', '.join(broken(done[name])) or 'holds'}", file=sys.stderr)
+            short = done[name].get("problem") or done[name].get("refused") or ", ".join(broken(done[name])) or "holds"
+            print(f"{name}: {short}", file=sys.stderr)
         return done[name]
 
     with ThreadPoolExecutor(options.jobs) as pool:
