@@ -690,7 +690,6 @@ def assemble(
     for name, buffer in base.named_buffers():
         if name not in weights and not is_mechanism(name):
             _set_buffer(variant, name, buffer if share else buffer.clone())
-    settle(variant)
     variant.generation_config = copy.deepcopy(base.generation_config)
     return variant.eval()
 
@@ -719,6 +718,7 @@ def load_weights(variant: Variant, weights: dict[str, Tensor]) -> None:
     if missing or result.unexpected_keys:
         raise ValueError(f"weights do not fit: missing {missing}, unexpected {result.unexpected_keys}")
     variant.tie_weights()
+    settle(variant)
 
 
 def _clone(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from transformers import (
 
 import attention
 from attention.contract_checks import describe_error
+from attention.export import export_onnx
 from benchmarks.contracts import Report, broken, reports
 from benchmarks.peers import installed_version
 
@@ -349,6 +350,39 @@ def _held(tensor: Tensor) -> int:
 
 PEFT = 'get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))'
 INT8 = "model = attention.conv1d_to_linear(attention.load(FOLDER)[0])"
+
+
+def assisted(_: Any, subject: Subject) -> Seen:
+    """The variant drafts for its base, and the base for the variant: each writes what it writes alone."""
+    base, variant, ids = attention.load(subject.base)[0], subject.model(), subject.texts[:1, :PROMPT]
+    return {
+        f"{side}'s text": other_text(writer, ids, assistant_model=drafter)
+        for side, writer, drafter in (("variant", variant, base), ("base", base, variant))
+    }
+
+
+def looked_up(_: Any, subject: Subject) -> Seen:
+    """Drafts are what followed the same tokens before."""
+    return {"text": other_text(subject.model(), subject.texts[:1, :PROMPT], prompt_lookup_num_tokens=4)}
+
+
+def other_text(model: PreTrainedModel, ids: Tensor, **options: Any) -> float:
+    """How many of the tokens written greedily differ from those without the options."""
+    fixed = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    return float((model.generate(ids, **fixed) != model.generate(ids, **fixed, **options)).sum())
+
+
+def in_onnx(onnxruntime: Any, subject: Subject) -> Seen:
+    """The file's graph, on texts of other lengths than the one that was traced."""
+    model, path = subject.model(), subject.work / "model.onnx"
+    export_onnx(model, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    parts = [subject.texts[:, :length].contiguous() for length in (5, 33, LENGTH)]
+    found = [torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0]) for ids in parts]
+    return {"logits": max(apart(each, logits(model, ids)) for each, ids in zip(found, parts, strict=True))}
+
+
+ASSISTED = "variant.generate(ids, assistant_model=base); base.generate(ids, assistant_model=variant)"
 TOOLS = {
     "lora": Tool("peft", "LoRA", PEFT, lora),
     "dora": Tool("peft", "DoRA", PEFT.replace('M")', 'M", use_dora=True)'), dora),
@@ -361,6 +395,9 @@ TOOLS = {
     ),
     "trl": Tool("trl", "SFTTrainer", 'import attention; SFTTrainer(model="FOLDER", ...)', sft),
     "trainer": Tool("transformers", "Trainer, stopped and resumed", "train(resume_from_checkpoint=True)", resumed),
+    "assisted": Tool("transformers", "assisted decoding, on either side", ASSISTED, assisted),
+    "lookup": Tool("transformers", "prompt lookup", "generate(ids, prompt_lookup_num_tokens=4)", looked_up),
+    "onnx": Tool("onnxruntime", "ONNX", "python -m attention.export FOLDER --output FILE.onnx", in_onnx),
     "auto": Tool("transformers", "AutoModel", 'import attention; AutoModel.from_pretrained("FOLDER")', auto_model),
     "lm_eval": Tool("lm_eval", "log-likelihoods", "HFLM(pretrained=model, tokenizer=tokenizer)", harness),
     "nnsight": Tool("nnsight", "a trace", "LanguageModel(model, tokenizer=tokenizer)", traced),

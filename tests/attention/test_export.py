@@ -68,13 +68,8 @@ def test_an_exported_program_takes_any_length(name):
         torch.testing.assert_close(program(ids), eager(student, ids), **TOLERANCE)
 
 
-def test_masks_that_choose_keys_are_refused_as_onnx(tmp_path):
-    with pytest.raises(ValueError, match="stable sort"):
-        export_onnx(variant_of("gpt2", "masks-content"), tmp_path / "model.onnx")
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"masks-content"}))
+@every_variant
 @torch.no_grad()
 def test_an_onnx_file_takes_any_length(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
