@@ -12,8 +12,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 OWN = {"app", "attention", "trainer", "demo", "benchmarks", "tests"}
 CODE = ("app.py", "attention", "trainer", "demo")
-OPTIONAL = {"spaces", "lm-eval"}  # of a ZeroGPU Space, and of trainer/tasks.py, which says what it needs
-TOOLS = {"pytest-xdist", "ruff"}  # started, not imported
+OPTIONAL = {"spaces", "lm-eval", "peft"}  # of a ZeroGPU Space, of trainer/tasks.py, and a neighbour of the user's
+TOOLS = {"pytest-xdist", "ruff", "peft", "onnx", "onnxscript", "onnxruntime"}  # started, or imported where they are
 
 
 def normal(name: str) -> str:

@@ -76,6 +76,9 @@ def build_blind_test(
         generation: starts a run.
     """
     handlers = Handlers(app.store, generation)
+    # Gradio encrypts what it keeps in the browser with a key that a restart would change; votes are no secret. It reads
+    # them as this becomes part of the page, which in a closed accordion is later than the page's load.
+    votes = gr.BrowserState("", storage_key="attention-votes", secret="votes")
     with gr.Accordion("Blind test: can you tell which text is the base's?", open=False, elem_id="blind"):
         gr.Markdown(
             "Two of the models chosen above, drawn by lot, continue the prompt with the same seed. Their names come "
@@ -93,8 +96,6 @@ def build_blind_test(
             save = gr.Button("Download votes", elem_id="blind-save")
             forget = gr.Button("Forget my votes", elem_id="blind-forget")
         current, file = gr.State(), gr.Textbox(visible=False)
-        # Gradio encrypts what it keeps in the browser with a key that a restart would change; votes are no secret.
-        votes = gr.BrowserState("", storage_key="attention-votes", secret="votes")
         reading = gr.Timer(LEAST_SECONDS, active=False)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     asked = [texts, questions, base, better, answer, current, reading, start]

@@ -68,6 +68,7 @@ def test_votes_stay_are_counted_and_can_be_taken_home(page: Page):
     write_two(page)
     vote(page)
     expect(page.locator("#blind-tally tbody tr")).to_contain_text("masks")
+    page.wait_for_function("(localStorage.getItem('attention-votes') ?? '').length > 100")
     page.reload()
     page.get_by_role("button", name="Blind test").click()
     expect(page.locator("#blind-tally tbody tr")).to_contain_text("1")

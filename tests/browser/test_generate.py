@@ -58,8 +58,10 @@ def test_two_methods_write_side_by_side(page: Page):
         expect(column(page, name).locator(".token")).to_have_count(12)
     row = page.locator("#generate-costs tbody tr").nth(1)
     expect(row.get_by_role("rowheader")).to_have_text("masks")
-    for cell in row.get_by_role("cell").all():
+    *others, scored = row.get_by_role("cell").all()
+    for cell in others:
         expect(cell).to_contain_text("×")
+    expect(scored).to_have_text("0")
     expect(column(page, "masks").locator(".parts")).to_have_count(1)
     page.get_by_role("tab", name="Attention").click()
     expect(page.locator("#attention-text textarea")).to_have_value(re.compile("^Once upon a time"))
