@@ -283,6 +283,7 @@ def test_back_and_reload_keep_what_was_there(page: Page):
     expect(page.get_by_role("tab", name="Models")).to_have_attribute("aria-selected", "true")
     page.get_by_role("tab", name="Generate").click()
     expect(column(page, "masks")).to_contain_text("The second")
+    expect(column(page, "masks")).to_contain_text("5 tokens · KL")
     page.go_back()
     expect(column(page, "masks")).to_contain_text("The first")
     expect(column(page, "masks")).to_contain_text("5 tokens · KL")
