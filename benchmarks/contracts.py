@@ -163,7 +163,7 @@ def page(models: list[Report], peers: list[Report], options: argparse.Namespace)
     ]
     failed = [report for report in [*models, *peers] if "problem" in report]
     if failed:
-        texts += ["## Not asked", "\n".join(f"- {report['name']}: {_cell(report['problem'])}" for report in failed)]
+        texts += ["## Not asked", "\n".join(f"- {report['name']}: {cell(report['problem'])}" for report in failed)]
     return "\n\n".join([*texts, "## In words", words([*asked, *peers])]) + "\n"
 
 
@@ -209,7 +209,7 @@ def words(found: list[Report]) -> str:
     """What does not hold, and what some do not read, in the words of the checks."""
     lines = []
     for report in found:
-        wrong = [f"`{name}`: {_cell(one['sentence'])}" for name, one in broken(report).items()]
+        wrong = [f"`{name}`: {cell(one['sentence'])}" for name, one in broken(report).items()]
         sight = report.get("results", {}).get("sight")
         if sight and sight["holds"] and "100%" not in sight["sentence"]:
             wrong.append(f"(`sight`: {sight['sentence']})")
@@ -218,21 +218,32 @@ def words(found: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+def cell(text: str) -> str:
+    """A text as it stands in a cell of a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def add_running(parser: argparse.ArgumentParser, one: str, limit: float, log: str, page: str) -> None:
+    """Adds the options of a command that asks many and writes a page.
+
+    Args:
+        one: what is asked.
+        limit: seconds for it.
+        log: where answers are kept, in `runs`.
+        page: what is written, in `docs`.
+    """
+    parser.add_argument("--limit", type=float, default=limit, help=f"seconds for one {one}")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--log", type=Path, default=ROOT / "runs" / log, help="answers, to go on from")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / page, help="the page to write")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a text for families")
     parser.add_argument("--peer_length", type=int, default=PEER_LENGTH, help="tokens of a text for libraries")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="families and libraries; all by default")
-    parser.add_argument(
-        "--log", type=Path, default=ROOT / "runs" / "contracts", help="folder of answers, to go on from"
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "contract.md")
+    add_running(parser, "model", 600, "contracts", "contract.md")
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     chosen = [name for name, model in families().items() if unusual(model)]

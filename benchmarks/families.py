@@ -10,7 +10,6 @@ or needs longer than its limit, is recorded with the reason.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ import transformers
 import attention
 from attention.contract import check
 from attention.families import TESTED, seam_difference
-from benchmarks.contracts import Report, broken, plain, reports
+from benchmarks.contracts import Report, add_running, broken, cell, plain, reports
 from benchmarks.tiny_models import families, tiny_model
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 48  # tokens of a text; six windows of the tiny models
 METHODS: dict[str, dict[str, Any]] = {  # with windows and blocks shorter than a text
     "masks": {"candidates": ["window(5)", "first(1)", "top(4)"]},
@@ -91,11 +89,11 @@ def page(found: list[Report], length: int) -> str:
         "## Those that are refused",
         "What `attention.convert` says:",
         "\n".join(
-            ["| type | reason |", "|---|---|", *(f"| `{one['name']}` | {_cell(one['refused'])} |" for one in refused)]
+            ["| type | reason |", "|---|---|", *(f"| `{one['name']}` | {cell(one['refused'])} |" for one in refused)]
         ),
     ]
     if failed:
-        texts += ["## Not tried", "\n".join(f"- `{report['name']}`: {_cell(report['problem'])}" for report in failed)]
+        texts += ["## Not tried", "\n".join(f"- `{report['name']}`: {cell(report['problem'])}" for report in failed)]
     return "\n\n".join(texts) + "\n"
 
 
@@ -121,27 +119,18 @@ def _kept(report: Report, method: str) -> str:
     own = {name.removeprefix(f"{method} "): one for name, one in report["results"].items() if name.startswith(method)}
     asked = [one["holds"] for one in own.values() if one["holds"] is not None]
     wrong = [
-        f"`{name}` " + (_cell(one["sentence"]) if one["difference"] is None else f"{one['difference']:.1e}")
+        f"`{name}` " + (cell(one["sentence"]) if one["difference"] is None else f"{one['difference']:.1e}")
         for name, one in own.items()
         if one["holds"] is False
     ]
     return "; ".join([f"{sum(asked)} of {len(asked)}", *wrong])
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a text")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one family")
-    parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="families; all by default")
-    parser.add_argument(
-        "--log", type=Path, default=ROOT / "runs" / "families.jsonl", help="file of answers, to go on from"
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "models.md")
+    add_running(parser, "family", 300, "families.jsonl", "models.md")
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     chosen = [name for name in families() if options.only is None or name in options.only]

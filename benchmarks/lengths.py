@@ -75,7 +75,7 @@ def at_lengths(family: str, lengths: list[int], names: list[str], seconds: float
         ids = torch.randint(models[SOFTMAX].config.vocab_size, (1, length))
         reads = {name: partial(_read, model, ids) for name, model in models.items()}
         reading = measure.times_in_turn(reads, budget=seconds, min_rounds=3)
-        caches = {name: read()[cache_name(models[name])] for name, read in reads.items()}
+        caches = {name: read()[cache_name(type(models[name]))] for name, read in reads.items()}
         sizes = {name: cache_bytes(cache) / 2**20 for name, cache in caches.items()}
         steps = {name: partial(_step, model, caches[name]) for name, model in models.items()}
         writing = measure.times_in_turn(steps, budget=0, min_rounds=STEPS)
@@ -100,7 +100,7 @@ def _read(model: PreTrainedModel, ids: torch.Tensor) -> Any:
 
 
 def _step(model: PreTrainedModel, cache: Any) -> Any:
-    return model(torch.ones(1, 1, dtype=torch.long), **{cache_name(model): cache}, use_cache=True)
+    return model(torch.ones(1, 1, dtype=torch.long), **{cache_name(type(model)): cache}, use_cache=True)
 
 
 def _reader(family: str, length: int, name: str) -> Callable[[], Any]:

@@ -38,7 +38,7 @@ from transformers import (
 import attention
 from attention.contract_checks import describe_error
 from attention.export import export_onnx
-from benchmarks.contracts import Report, broken, reports
+from benchmarks.contracts import Report, add_running, broken, reports
 from benchmarks.peers import installed_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -533,12 +533,9 @@ def _value(value: float | str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--only", nargs="+", choices=TOOLS, metavar="NAME", help=f"of {', '.join(TOOLS)}; all by default")
-    add("--limit", type=float, default=900, help="seconds for one tool")
-    add("--jobs", type=int, default=1, help="tools at a time")
-    add("--log", type=Path, default=ROOT / "runs" / "neighbours.jsonl", help="file of answers, to go on from")
-    add("--output", type=Path, default=ROOT / "docs" / "neighbours.md")
+    names = f"of {', '.join(TOOLS)}; all by default"
+    parser.add_argument("--only", nargs="+", choices=TOOLS, metavar="NAME", help=names)
+    add_running(parser, "tool", 900, "neighbours.jsonl", "neighbours.md")
     options = parser.parse_args(argv)
     chosen = options.only or list(TOOLS)
     missing = {TOOLS[name].package for name in chosen if installed_version(TOOLS[name].package) is None}
