@@ -5,6 +5,7 @@ function put() {
   const { parameters = {}, push = false } = props.value || {};
   const query = new URLSearchParams(location.search);
   for (const [name, values] of Object.entries(parameters)) {
+    if (JSON.stringify(query.getAll(name)) === JSON.stringify(values)) continue; // its place says nothing
     query.delete(name);
     for (const value of values) query.append(name, value);
   }

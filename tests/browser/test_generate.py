@@ -289,6 +289,19 @@ def test_back_and_reload_keep_what_was_there(page: Page):
     expect(column(page, "masks")).to_contain_text("5 tokens · KL")
 
 
+def test_a_run_that_an_address_asks_for_leaves_it_as_it_is(page: Page):
+    """Whatever the order of its parameters; another order would be a page of its own to go back from."""
+    set_length(page, 5)
+    page.get_by_label("Prompt").fill("Once more")
+    generate(page)
+    expect(column(page, "masks")).to_contain_text("5 tokens · KL")
+    asked = f"{page.url}&tab=models"
+    page.goto(asked)
+    expect(page.get_by_role("tab", name="Models")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#generate-columns section").last).to_contain_text("5 tokens · KL")
+    assert page.url == asked
+
+
 def test_another_token_is_taken_and_the_text_goes_on_from_there(page: Page):
     set_length(page, 8)
     page.get_by_label("Prompt").fill("The old house")
