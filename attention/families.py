@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,8 +27,6 @@ FUSED = {
     (nn.Linear, "qkv_proj"): False,  # Phi-3
     (nn.Linear, "Wqkv"): False,  # MPT
 }
-# What the proof does not see, and `python -m benchmarks.families` found.
-UNFIT = {"nemotron": "once swapped, a row padded on the left is continued from other logits than the row alone"}
 PROOF = (7, 5)  # tokens of the two blocks that the proof reads
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of logits, relative to the largest; 5e-2 in half precision
 
@@ -48,8 +47,6 @@ def obstacles(model: PreTrainedModel) -> list[str]:
     found += _layers_without(model, modules)
     if modules:
         found += [sentence for sentence in map(_peculiarity, [model] * len(modules), modules.values()) if sentence][:1]
-    if config.model_type in UNFIT:
-        found.append(UNFIT[config.model_type])
     if getattr(config, "attn_logit_softcapping", None) is not None:
         found.append(f"its attention scores are capped softly (attn_logit_softcapping={config.attn_logit_softcapping})")
     return found
@@ -144,7 +141,7 @@ def seam_difference(model: PreTrainedModel) -> float:
     tokens = torch.randint(0, vocabulary, (2, sum(PROOF)), generator=generator).to(model.device)
     variant = assemble(model, SoftmaxConfig(), None, share=True)
     for mechanism in variant.mechanisms:
-        mechanism.register_forward_pre_hook(_check_sizes)
+        mechanism.register_forward_pre_hook(_check_call)
     with _evaluating(model):
         expected = model(tokens, use_cache=False).logits.float()
     whole = variant(tokens, use_cache=False).logits
@@ -155,13 +152,15 @@ def seam_difference(model: PreTrainedModel) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
-def _check_sizes(mechanism: Mechanism, args: tuple[Tensor, ...]) -> None:
-    """Compares what an attention module hands over with what its config says; softmax alone needs no sizes.
+def _check_call(mechanism: Mechanism, args: tuple[Any, ...]) -> None:
+    """Compares what an attention module hands over with what its config says; softmax alone needs little of it.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: naming what differs, or what does not arrive.
     """
-    (q, k, v, x), layer = args[:4], mechanism.layer
+    (q, k, v, x, _, _, tokens), layer = args, mechanism.layer
+    if tokens is None:
+        raise ValueError(f"layer {layer.layer_idx} does not tell its attention which tokens it reads, and which pad")
     sizes = {
         "heads": (q.shape[1], layer.num_heads),
         "heads of keys": (k.shape[1], layer.num_kv_heads),

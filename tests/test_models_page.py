@@ -36,7 +36,10 @@ def test_what_the_page_says_is_so(name):
     assert len(report["results"]) == len(METHODS) * (1 + len(CHECKS))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("jetmoe", "heads of keys"), ("roberta", "something else besides")])
+REFUSED = {"jetmoe": "heads of keys", "roberta": "something else besides", "nemotron": "which tokens it reads"}
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
 def test_what_does_not_fit_is_refused(name, reason):
     with pytest.raises(attention.UnsupportedModelError, match=reason):
         attention.convert(tiny_model(families()[name], plain=True), attention.SoftmaxConfig())
