@@ -177,9 +177,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="texts of a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a text of a step")
     parser.add_argument("--measured", type=int, default=32768, help="tokens of the test text that are measured")
-    parser.add_argument(
-        "--lengths", type=int, nargs="*", default=LENGTHS, help="of the blocks, and where speed is measured"
-    )
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="blocks measured, and tokens timed")
+    parser.add_argument("--output", type=Path, help="a page of what is printed, such as docs/smollm2.md")
     options = parser.parse_args(argv)
     if missing := [str(path) for path in (options.text, options.test) if not path.is_file()]:
         parser.error(f"there is no file {' and no file '.join(missing)}")
