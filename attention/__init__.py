@@ -1,6 +1,7 @@
 """Efficient attention for pretrained causal language models: swap it, load it, look at it."""
 
 from . import adapters as adapters  # peft, where it is installed, then knows where to adapt a variant
+from .compiled import compile_decoding
 from .convert import convert
 from .errors import CheckpointError, PushError, UnsupportedModelError
 from .hub import HubOptions
@@ -38,6 +39,7 @@ __all__ = [
     "Variant",
     "VariantConfig",
     "attention_maps",
+    "compile_decoding",
     "config_from_dict",
     "conv1d_to_linear",
     "convert",

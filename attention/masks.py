@@ -595,6 +595,17 @@ class MasksAttention(Mechanism):
         scores = self._scores(x) if plan.top else None
         return {"mask": effective_mask(*self._combination(plan.used), q.shape[2], scores, tokens)}
 
+    def grows(self) -> bool:
+        plan = self.plan()
+        return plan.by_content or plan.dense
+
+    def steady(self, state: State) -> dict[str, Tensor] | None:
+        plan = self.plan()
+        self._check(state, plan)
+        if not isinstance(state, MasksState) or state.bias is None or state.record_past or state.least < plan.depth:
+            return None
+        return {"keys": state.keys, "values": state.values, "bias": state.bias}
+
     def new_state(self) -> KeyValueState | MasksState | ContentState:
         plan = self.plan()
         if plan.by_content:

@@ -165,6 +165,7 @@ class Layout:
     own: Tensor
     candidates: Tensor
     active: Tensor
+    reach: int
     depth: int
 
     @classmethod
@@ -181,6 +182,7 @@ class Layout:
             own=torch.cat([torch.zeros_like(key), distance == 0], 1).bool(),
             candidates=torch.stack(holds).flatten(1).float(),
             active=torch.tensor(plan.active, device=device).float(),
+            reach=plan.reach,
             depth=plan.depth,
         )
 
@@ -247,8 +249,7 @@ class Layout:
     @once
     def decode_index(self) -> Tensor | None:
         """For b = 1: the columns' places in a decode state; None if the columns are the whole state."""
-        reach = 1 - int(self.relative[0])
-        size = self.sinks + reach
+        size = self.sinks + self.reach
         return None if self.distance.shape[1] == size else self.index(1, size - 1, size)[0]
 
     @once

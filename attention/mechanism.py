@@ -183,6 +183,17 @@ class Mechanism(nn.Module, ABC):
     def new_state(self) -> State:
         """An empty decode state for this mechanism."""
 
+    def grows(self) -> bool:
+        """Whether a decode state keeps more with every token, at whatever length."""
+        return True
+
+    def steady(self, state: State) -> dict[str, Tensor] | None:
+        """What a further single token without gradients reads of a state and replaces, by attribute.
+
+        None while the state still changes its shape, or the way in which it is read; always where it `grows`.
+        """
+        return None
+
     @abstractmethod
     def keys_read(self, position: int) -> int:
         """How many keys (or the equivalent in state rows) a query at 0-based `position` reads."""

@@ -25,7 +25,7 @@ from .mechanism import (
 from .performer_features import FEATURE_MAPS, FeatureMap, FeatureState, RandomMap
 from .performer_kernel import ScaledOne, Steps, linear_chunks, rescaled, window_attention
 from .reference import softmax_weights
-from .state import Block
+from .state import Block, State
 
 CPU_SEGMENT, SEGMENT = 512, 8192  # tokens worked on at a time: on a CPU what is temporary must fit its cache
 NOTHING = -1e30  # log of a feature that no key has; finite, so that differences of two are not NaN
@@ -156,6 +156,10 @@ class PerformerState(FeatureState):
     def reset(self) -> None:
         super().reset()
         self.views, self.behind = None, False
+
+    def resume(self, steady: dict[str, Tensor]) -> None:
+        super().resume(steady)
+        self.settled = "peaks" not in steady
 
     def remove(self, count: int) -> None:
         super().remove(count)
@@ -375,6 +379,8 @@ class PerformerAttention(Mechanism):
 
     def _window_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
         """`_step` behind a window: one softmax over the scores of its keys and the logs of the query's features."""
+        if traced():
+            return self._window_step_in_order(q, k, v, state)
         ring, window, place = state.ring(q.shape[1]), state.window, state.seen % state.window
         linear = state.seen >= window and not self._linear_is_off
         if linear:
@@ -384,12 +390,32 @@ class PerformerAttention(Mechanism):
         if not linear:
             seen = min(state.seen + 1, window)
             return scaled_dot_product_attention(q, state.ring_keys[:, :, :seen], state.ring_rows[:, :, :seen, :-1])
-        near = torch.bmm(q.flatten(0, 1) * q.shape[3] ** -0.5, ring.keys)
+        return self._read(q, ring.keys, ring.rows, scaled, state)
+
+    def _window_step_in_order(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
+        """`_window_step` for a graph, in which no place of the ring is a number: the oldest key leaves at the front."""
+        heads, keys, values = self.layer.num_kv_heads, state.recent_keys, state.recent_values
+        if not self._linear_is_off:
+            row = F.pad(repeat_heads(values[:, :, :1], q.shape[1]), (0, 1), value=1.0)
+            scaled = self._take_up(q, repeat_heads(keys[:, :, :1], q.shape[1]), row, state)
+        step = q.shape[1] // heads  # k and v were repeated
+        state.recent_keys = keys = torch.cat([keys[:, :, 1:], k[:, ::step]], 2)
+        state.recent_values = values = torch.cat([values[:, :, 1:], v[:, ::step]], 2)
+        keys, values = repeat_heads(keys, q.shape[1]), repeat_heads(values, q.shape[1])
+        if self._linear_is_off:
+            return scaled_dot_product_attention(q, keys, values)
+        rows = F.pad(values, (0, 1), value=1.0).flatten(0, 1)
+        return self._read(q, keys.flatten(0, 1).mT, rows, scaled, state)
+
+    def _read(self, q: Tensor, keys: Tensor, rows: Tensor, scaled: ScaledOne, state: PerformerState) -> Tensor:
+        """What a query (B, H, 1, D) reads of the window, keys (B·H, D, w) and rows (B·H, w, D + 1), and of the sums."""
+        near = torch.bmm(q.flatten(0, 1) * q.shape[3] ** -0.5, keys)
         shift = self.mix.float().view(-1, 1, 1)
         if not self.features.absolute:
-            shift = torch.add(shift, near.sum(-1).view(*q.shape[:2], 1, 1), alpha=1 / window)
+            shift = torch.add(shift, near.sum(-1).view(*q.shape[:2], 1, 1), alpha=1 / state.window)
         weights = torch.cat([near, (scaled.q_log + shift).flatten(0, 1)], -1).softmax(-1)
-        out = torch.bmm(weights[..., :window], ring.rows).baddbmm_(weights[..., window:], state.sums.flatten(0, 1).mT)
+        at, beyond = weights.split([state.window, weights.shape[-1] - state.window], -1)
+        out = torch.bmm(at, rows).baddbmm_(beyond, state.sums.flatten(0, 1).mT)
         return self._normalised(out, scaled, state)
 
     def _take_up(self, q: Tensor, k: Tensor, row: Tensor, state: PerformerState) -> ScaledOne:
@@ -438,6 +464,20 @@ class PerformerAttention(Mechanism):
 
     def new_state(self) -> PerformerState:
         return PerformerState(0 if "window" in self.disabled else self.config.window)
+
+    def grows(self) -> bool:
+        return False
+
+    def steady(self, state: State) -> dict[str, Tensor] | None:
+        apart = state.record_past or state.behind or self.disabled
+        if apart or state.window != self.config.window or state.least < max(1, state.window):
+            return None
+        state.close_ring(self.layer.num_kv_heads)
+        names = ["sums"] if self.features is not None else []
+        names += ["recent_keys", "recent_values"] if state.window else ["one"]
+        names += [] if state.settled or state.peaks is None else ["peaks"]
+        tensors = {name: getattr(state, name) for name in names}
+        return None if None in tensors.values() else tensors
 
     def keys_read(self, position: int) -> int:
         """The window's keys, and once a key has left it, the m rows of the state."""

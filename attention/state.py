@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+LONG = 1 << 30  # tokens that a resumed state says it has seen: more than any state asks for
+
 
 class Block(NamedTuple):
     """Tokens that a state took in at once.
@@ -122,6 +124,12 @@ class State(CacheLayerMixin):
             self.lengths = self.lengths + (columns if lengths is None else lengths)
         self.seen += columns
         self.least += columns if lengths is None else int(lengths.min())
+
+    def resume(self, steady: dict[str, Tensor]) -> None:
+        """Makes an empty state the one that `Mechanism.steady` gave these tensors of."""
+        for name, tensor in steady.items():
+            setattr(self, name, tensor)
+        self.seen = self.least = LONG
 
     def nbytes(self) -> int:
         """Bytes that the state holds, all rows."""

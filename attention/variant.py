@@ -529,7 +529,7 @@ def _enter_body(body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
             use_cache = False
     if rows is not None and cache is not None:
         _fix_columns(cache, kwargs["attention_mask"], given.shape[1])
-    kwargs["position_ids"] = position_ids = _position_ids(body, positions, cache, rows, given)
+    kwargs["position_ids"] = position_ids = positions_of(body, positions, cache, rows, given)
     if rows is not None:
         for name in ("input_ids", "inputs_embeds", "token_type_ids"):
             if kwargs.get(name) is not None:
@@ -565,7 +565,7 @@ def _leave_body(body: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
     return output
 
 
-def _position_ids(
+def positions_of(
     body: PreTrainedModel, given: Tensor | None, cache: Cache | None, rows: Rows | None, tokens: Tensor
 ) -> Tensor:
     """(B or 1, T) positions, laid out like the tokens; checked only where a table might be too short for them."""
