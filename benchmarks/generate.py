@@ -5,16 +5,19 @@
 
 Every ratio is against softmax attention measured in the same rounds. Four tables: the bundled checkpoints writing
 `--tokens` tokens with their caches, and `--batch_tokens` for eight rows at once, padded on the left; one token of a
-mechanism after 100 and after 8,000 tokens; and the prefill of a model of GPT-2 small's size with random weights. With
-`--positions` instead a table of whole models of that size at these lengths (`benchmarks/lengths.py`).
+mechanism after 100 and after 8,000 tokens; and the prefill of a model of GPT-2 small's size with random weights.
+`--compiled` adds decoding by compiled graphs, with masks of fixed places among the models. With `--positions` instead a
+table of whole models of that size at these lengths (`benchmarks/lengths.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import attention
 from benchmarks import measure
@@ -51,32 +54,50 @@ def checkpoints(folder: Path) -> dict[str, PreTrainedModel]:
 
 def generation(folder: Path, tokens: int, seconds: float) -> list[dict[str, Any]]:
     """`generate` of `tokens` tokens after one, greedy, with each model's own cache."""
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "pad_token_id": 0,
-        "min_new_tokens": tokens,
-        "max_new_tokens": tokens,
-    }
+    runs = {name: writer(model, tokens) for name, model in checkpoints(folder).items()}
+    return compare(runs, "base", seconds)
+
+
+def greedy(tokens: int) -> dict[str, Any]:
+    """Options of `generate` for so many tokens, the likeliest ones."""
+    return {"do_sample": False, "pad_token_id": 0, "min_new_tokens": tokens, "max_new_tokens": tokens}
+
+
+def writer(model: PreTrainedModel, tokens: int, **options: Any) -> Callable[[], Any]:
+    """`generate` of `tokens` tokens after one."""
     start = torch.zeros(1, 1, dtype=torch.long)
-    options["attention_mask"] = torch.ones_like(start)
-    runs = {name: partial(model.eval().generate, start, **options) for name, model in checkpoints(folder).items()}
+    options = {"attention_mask": torch.ones_like(start), **greedy(tokens), **options}
+    return partial(model.eval().generate, start, **options)
+
+
+def compiled(folder: Path, tokens: int, seconds: float) -> list[dict[str, Any]]:
+    """`generation`, of models whose states keep their size, with and without a compiled graph.
+
+    The base's peer is transformers' own: a static cache, and its forward compiled.
+    """
+    models = checkpoints(folder)
+    base = models["base"]
+    places = attention.MasksConfig(candidates=("window(64)", "first(4)"))
+    models["masks of 68 places"] = attention.convert(base, places, share=True)
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True  # else transformers compiles on accelerators alone
+    static = {"cache_implementation": "static", "compile_config": everywhere}
+    runs = {"base": writer(base, tokens), "base, static cache, compiled": writer(base, tokens, **static)}
+    for name, model in models.items():
+        if name != "base" and not any(mechanism.grows() for mechanism in model.mechanisms):
+            runs[name] = writer(model, tokens)
+            runs[f"{name}, compiled"] = writer(attention.compile_decoding(copy.deepcopy(model)), tokens)
     return compare(runs, "base", seconds)
 
 
 def batches(folder: Path, tokens: int, seconds: float, sizes: tuple[int, ...] = (64, 5, 33, 48, 20, 64, 9, 56)):
     """`generate` of `tokens` tokens after prompts of several lengths in one batch, greedy, padded on the left."""
     real = torch.arange(max(sizes)) >= max(sizes) - torch.tensor(sizes)[:, None]
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "pad_token_id": 0,
-        "min_new_tokens": tokens,
-        "max_new_tokens": tokens,
-    }
     models = checkpoints(folder)
     torch.manual_seed(0)
     ids = torch.randint(1, models["base"].config.vocab_size, real.shape) * real
     runs = {
-        name: partial(model.eval().generate, ids, attention_mask=real.long(), **options)
+        name: partial(model.eval().generate, ids, attention_mask=real.long(), **greedy(tokens))
         for name, model in models.items()
     }
     return compare(runs, "base", seconds)
@@ -140,6 +161,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(MECHANISMS), default=list(MECHANISMS))
     parser.add_argument("--memory", action="store_true", help="with --positions: also the peak memory of reading")
     parser.add_argument("--figure", metavar="FILE", help="with --positions: draw tokens a second against length")
+    parser.add_argument("--compiled", action="store_true", help="also write by compiled graphs; needs a C++ compiler")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for the rounds of a table, after three")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args(argv)
@@ -151,6 +173,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 TABLES = {
     "generate": ["method", "ms", "ratio"],
     "batches of 8 rows": ["method", "ms", "ratio"],
+    "compiled": ["method", "ms", "ratio"],
     "decode": ["method", "ms", "growth", "state_kb_near", "state_kb_far"],
     "prefill": ["method", "ms", "ratio"],
     "lengths": [
@@ -174,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         report["generate"] = generation(args.checkpoints, args.tokens, args.seconds)
         report["batches of 8 rows"] = batches(args.checkpoints, args.batch_tokens, args.seconds)
+        if args.compiled:
+            report["compiled"] = compiled(args.checkpoints, args.tokens, args.seconds)
         report["decode"] = decode_growth()
         report["prefill"] = prefill(args.prefill, args.seconds)
     if args.json:
