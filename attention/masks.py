@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf, isfinite
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from .block_attention import block_attention
 from .masks_content import Best, Columns, ContentState, best_columns, followers_of_one, induction_columns
 from .masks_plan import CONTENT, SYNTAX, Candidate, Layout, Plan
-from .mechanism import LARGEST_SEED, LayerShape, Mechanism, MechanismConfig, repeat_heads, seeded_generator, traced
+from .mechanism import (
+    LARGEST_SEED,
+    LayerShape,
+    Mechanism,
+    MechanismConfig,
+    repeat_heads,
+    seeded_generator,
+    traced,
+    writes_in_place,
+)
 from .reference import causal_mask, combined_mask, effective_mask, masked_softmax_weights, softmax_weights
 from .softmax import SoftmaxAttention, SoftmaxConfig
 from .state import KeyValueState, State
@@ -116,6 +125,20 @@ def _list_problems(where: str, texts: tuple[str, ...]) -> list[str]:
     return problems + [f"{where} lists {name!r} twice" for name in twice]
 
 
+class Slide(NamedTuple):
+    """Buffers that a state's keys and values slide along.
+
+    Attributes:
+        buffers: two (B, H_kv, > sinks + reach, D).
+        start: where in them the state begins.
+        keys: the state's view of the first; another tensor there has not slid.
+    """
+
+    buffers: list[Tensor]
+    start: int
+    keys: Tensor
+
+
 class MasksState(State):
     """The first `sinks` keys and values by position, then the last `reach` of them, the latest at the end.
 
@@ -133,17 +156,45 @@ class MasksState(State):
         super().__init__()
         self.plan = plan
         self.bias: Tensor | None = None
+        self.slide: Slide | None = None
 
     def push(self, k: Tensor, v: Tensor) -> None:
         """Shifts in one token (B, H_kv, 1, D), which is a sink in every row or in none."""
         self.note(1, None, k, v)
-        sinks = self.plan.sinks
-        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + 1 :], k], 2)
-        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + 1 :], v], 2)
-        if self.least < sinks:  # then all rows have the same length
+        if writes_in_place():
+            self._slide(k, v)
+        else:
+            sinks = self.plan.sinks
+            self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + 1 :], k], 2)
+            self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + 1 :], v], 2)
+        if self.least < self.plan.sinks:  # then all rows have the same length
             self.keys[:, :, self.seen] = k[:, :, 0]
             self.values[:, :, self.seen] = v[:, :, 0]
         self.advance(1, None)
+
+    def _slide(self, k: Tensor, v: Tensor) -> None:
+        """Has keys and values be views that go along a longer buffer, so that a token moves the sinks alone."""
+        sinks, size = self.plan.sinks, self.plan.sinks + self.plan.reach
+        if self.slide is None or self.slide.keys is not self.keys:
+            room = self.keys.new_zeros(*self.keys.shape[:2], size // 2 + 1, self.keys.shape[3])
+            self.slide = Slide([torch.cat([t, room], 2) for t in (self.keys, self.values)], 0, self.keys)
+        buffers, start, _ = self.slide
+        if start + size == buffers[0].shape[2]:
+            for buffer in buffers:
+                buffer[:, :, :size] = buffer[:, :, start:].clone()
+            start = 0
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer[:, :, start + 1 : start + 1 + sinks] = buffer[:, :, start : start + sinks].clone()
+            buffer[:, :, start + size] = new[:, :, 0]
+        self.keys, self.values = (buffer[:, :, start + 1 : start + 1 + size] for buffer in buffers)
+        self.slide = Slide(buffers, start + 1, self.keys)
+
+    def nbytes(self) -> int:
+        held = super().nbytes()
+        if self.slide is not None and self.slide.keys is self.keys:
+            pairs = zip(self.slide.buffers, (self.keys, self.values), strict=True)
+            held += sum(buffer.nbytes - view.nbytes for buffer, view in pairs)
+        return held
 
     def absorb(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         """Takes in T tokens (B, H_kv, T, D), of which the first `lengths` of each row are real."""
@@ -604,7 +655,7 @@ class MasksAttention(Mechanism):
         self._check(state, plan)
         if not isinstance(state, MasksState) or state.bias is None or state.record_past or state.least < plan.depth:
             return None
-        return {"keys": state.keys, "values": state.values, "bias": state.bias}
+        return {"keys": state.keys.contiguous(), "values": state.values.contiguous(), "bias": state.bias}
 
     def new_state(self) -> KeyValueState | MasksState | ContentState:
         plan = self.plan()

@@ -601,7 +601,7 @@ def test_state_has_constant_size():
         mechanism(*inputs(length), state)
         sizes.append(state.keys.shape[2])
     assert sizes == [2 + 13] * 5
-    assert state.nbytes() <= 2 * 2 * 15 * 4 * 4 + 2 * 15 * 4
+    assert state.nbytes() <= 2 * 2 * (15 + 8) * 4 * 4 + 2 * 15 * 4  # half as many places more, to slide along
 
 
 @torch.no_grad()
