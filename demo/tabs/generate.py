@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from pydantic import TypeAdapter
 
+from ..address import copy_link
 from ..components.costs import CostTable
 from ..components.notices import Notices
 from ..components.tokens import TokenColumns
@@ -34,19 +35,13 @@ from .blind import build_blind_test
 
 _RUN, _RUNS = TypeAdapter(Run), TypeAdapter(list[Run])
 
-COPY_ADDRESS = """async () => {
-  const said = (text) => [[{ level: "info", text }]]; // a list of outputs, of which there is one
-  if (!new URLSearchParams(location.search).has("prompt")) {
-    return said("This prompt is too long for a link. Download JSON keeps the run.");
-  }
-  try {
-    await navigator.clipboard.writeText(location.href);
-    return said("The link is copied: whoever opens it sees this run made anew.");
-  } catch {
-    window.prompt("Link to this run", location.href);
-    return [[]];
-  }
-}"""
+COPY_ADDRESS = copy_link(
+    "The link is copied: whoever opens it sees this run made anew.",
+    needed="prompt",
+    without="This prompt is too long for a link. Download JSON keeps the run.",
+)
+
+NONE_EARLIER, SHOWN_BELOW = "There is none yet: it takes two runs.", "Shown below the newest one."
 
 SAVE_FILE = """(text) => {
   if (!text) return;
@@ -125,9 +120,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             "measures with care, and over many lengths.",
         )
         with gr.Accordion("Earlier runs", open=False, elem_id="generate-history"):
-            earlier = gr.Radio(
-                [], label="Compare with", info="Shown below the newest one.", type="index", elem_id="generate-earlier"
-            )
+            earlier = gr.Radio([], label="Compare with", info=NONE_EARLIER, type="index", elem_id="generate-earlier")
             earlier_columns = TokenColumns(elem_id="generate-earlier-columns", legend=KL_LEGEND, ticks=KL_TICKS)
             earlier_costs = CostTable(elem_id="generate-earlier-costs")
         build_blind_test(app, session, controls.fields, handlers.generation)
@@ -324,7 +317,8 @@ class Handlers:
 
     def list_earlier(self, runs: list[Run]) -> dict[str, Any]:
         """All runs but the newest, which is on the page."""
-        return gr.Radio(choices=[f"{i}. {history_label(run)}" for i, run in enumerate(runs[1:], 1)], value=None)
+        choices = [f"{i}. {history_label(run)}" for i, run in enumerate(runs[1:], 1)]
+        return gr.Radio(choices=choices, value=None, info=SHOWN_BELOW if choices else NONE_EARLIER)
 
     def show_earlier(self, index: int | None, runs: list[Run]) -> tuple[Any, Any]:
         """One of the earlier runs."""
