@@ -198,7 +198,7 @@ function buildToolbar() {
   });
   return el(
     "div", "toolbar", null,
-    el("span", "title", view.title),
+    el("h3", "title", view.title),
     el("label", "muted", "Colour scale", contrast),
     button("−", "Zoom out", () => board.zoomBy(1 / 1.6), "square"),
     button("+", "Zoom in", () => board.zoomBy(1.6), "square"),

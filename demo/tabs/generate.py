@@ -274,14 +274,11 @@ class Handlers:
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from None
         generation = self.generation(settings)
-        first = [in_address(settings), generation, gr.skip(), *busy("Writing …"), gr.Button(interactive=True)]
+        # The page shows only the last of frames that come at once, so each says all; what stays here is said once.
+        kept, told = generation, [gr.skip(), *busy("Writing …"), gr.Button(interactive=True)]
         for run in frames(generation):
-            notes, line, columns, costs = self._show(run)
-            if first:
-                yield notes, line, columns, costs, *first
-                first = []
-            else:
-                yield notes, gr.skip(), columns, *[gr.skip()] * 8
+            yield *self._show(run), in_address(settings), kept, *told
+            kept = gr.skip()
         yield self._finished(generation, runs)
 
     def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
@@ -296,7 +293,6 @@ class Handlers:
         runs = [run, *(each for each in runs if each is not run)]
         limits = self.store.limits
         kept = newest(runs, limits.runs, limits.history_tokens)
-        # The page shows only the last of values that come at once, so this says again what the first frame said.
         return *self._show(run), in_address(run.settings), None, kept, *idle(), gr.Button(interactive=True)
 
     def _show(self, run: Run) -> tuple[Any, str, Any, Any]:

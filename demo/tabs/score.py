@@ -74,6 +74,7 @@ def build_score_tab(app: App, session: Session) -> gr.Tab:
             save_json = gr.Button("Download JSON", scale=1, interactive=False, elem_id="score-json")
         said = Notices(elem_id="score-said")
         means = TextTable(NOTHING, elem_id="score-means")
+        gr.Markdown("### Along the text")
         positions = Curves([], empty="How the distance changes along the text appears here.", elem_id="score-positions")
         with gr.Row():
             chosen = gr.Radio([], label="Coloured by", visible=False, elem_id="score-chosen")
