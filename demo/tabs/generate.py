@@ -20,7 +20,7 @@ from ..example import EXAMPLE_PROMPT, PROMPTS, FirstRun, ticked
 from ..gpu import IS_LENT, with_gpu
 from ..models import ModelStore
 from ..request import FIELDS, RequestError, from_query, in_address, read_settings
-from ..runs import Run, Settings, newest
+from ..runs import Column, Run, Settings, newest
 from ..views import (
     KL_LEGEND,
     KL_TICKS,
@@ -158,7 +158,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
     session.runs.change(handlers.list_earlier, session.runs, earlier, **private)
     earlier.change(handlers.show_earlier, [earlier, session.runs], [earlier_columns, earlier_costs], **private)
     session.names.change(handlers.offer, session.names, controls.models, **private)
-    session.blocks.load(handlers.open_link, None, [*controls.fields, said, linked], **queued)
+    session.blocks.load(handlers.open_link, None, [*controls.fields, said, linked, *views[1:]], **queued)
     session.blocks.load(handlers.open_example, None, [*views[1:], session.runs], **queued)
     return tab
 
@@ -333,7 +333,14 @@ class Handlers:
         if problems and link.prompt_given:
             problems.insert(0, {"level": "warning", "text": "Nothing was run, for the link has mistakes:"})
         fields = [link.settings.get(name, gr.skip()) for name in FIELDS]
-        return *fields, problems, time.time() if link.runs else gr.skip()
+        if not link.runs:
+            return *fields, problems, *(gr.skip(),) * 4
+        return *fields, problems, time.time(), *self._waiting(link.settings)
+
+    def _waiting(self, given: dict[str, Any]) -> tuple[Any, ...]:
+        """A run that a link asks for, before its turn: (line, columns, costs)."""
+        settings = read_settings({"models": ticked(self.store), **given}, self.store)
+        return self._show(Run(settings, [Column(name) for name in settings.models]))[1:]
 
     def open_example(self, request: gr.Request) -> tuple[Any, ...]:
         """A finished run for a page that was opened without a link to one."""

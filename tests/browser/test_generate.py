@@ -290,6 +290,27 @@ def test_back_and_reload_keep_what_was_there(page: Page):
     expect(column(page, "masks")).to_contain_text("5 tokens · KL")
 
 
+def test_back_while_a_run_starts_leads_to_the_run_before(
+    page: Page, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+):
+    set_length(page, 5)
+    page.get_by_label("Prompt").fill("The first")
+    generate(page)
+    expect(column(page, "masks")).to_contain_text("5 tokens · KL")
+    hold(monkeypatch, gate, 0)
+    page.get_by_label("Prompt").fill("The second")
+    generate(page)
+    page.wait_for_url("**prompt=The+second**")
+    page.go_back()
+    expect(page).to_have_url(re.compile("prompt=The\\+first"))
+    expect(page.get_by_label("Prompt")).to_have_value("The first")
+    gate.set()
+    expect(column(page, "masks")).to_contain_text("5 tokens · KL")
+    expect(column(page, "masks")).to_contain_text("The first")
+    expect(page.locator("#generate-start")).to_have_text("Generate")
+    assert "The+first" in page.url
+
+
 def test_a_run_that_an_address_asks_for_leaves_it_as_it_is(page: Page):
     """Whatever the order of its parameters; another order would be a page of its own to go back from."""
     set_length(page, 5)
