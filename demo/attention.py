@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import attention
 from attention.mechanism import repeat_heads
 from attention.prompts import prompt_tokens
 
+from .busy import BUSY, COMPUTING
 from .components.heads import HeadsView
 from .components.maps import MapsView, MapView, RowSeries, RowsView, pack_bytes, pack_triangle
 from .mechanisms import UNCHANGED, Change, LayerInputs, applied, as_variant, recorded
@@ -131,8 +133,11 @@ class Look:
         self.predictions = Predictions.of(logits, part.token_ids[part.shown])
         self._rows: dict[int, Tensor] = {}
 
-    def _changed(self) -> Any:
-        return _Locked(self._lock, applied(self.mechanisms, self.change))
+    @contextmanager
+    def _changed(self) -> Iterator[None]:
+        """The model for itself, changed; a measurement waits meanwhile."""
+        with BUSY.doing(COMPUTING), self._lock, applied(self.mechanisms, self.change):
+            yield
 
     @property
     def heads(self) -> int:
@@ -193,27 +198,6 @@ class Look:
         """Memory that it holds."""
         tensors = [tensor for layer in self.layers for tensor in (layer.q, layer.k, layer.v, layer.x)]
         return sum(tensor.nbytes for tensor in [*tensors, *self._rows.values()]) + self.predictions.nbytes()
-
-
-class _Locked:
-    """A lock and a change, taken and let go together."""
-
-    def __init__(self, lock: Any, change: Any):
-        self._lock, self._change = lock, change
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            self._change.__enter__()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._change.__exit__(*error)
-        finally:
-            self._lock.release()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Who uses the machine: a measurement waits while a text is written, so that neither slows the other unsaid."""
+"""Who uses the machine: a measurement waits while anything else is computed, so that neither slows the other unsaid."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ class Busy:
 
 
 BUSY = Busy()
-WRITING = "writing"
+COMPUTING = "computing"  # texts, scores, maps: all but measurements

@@ -6,12 +6,13 @@ from typing import Any
 
 from .counting import Counted
 from .ratios import round_length
-from .training import measured_figures, read_card
+from .training import hits_excess, measured_figures, read_card
 
 CHOSEN = (1024, 8192, 131072)  # lengths for which memory is counted
 HELP = (
     "From where on a method is no worse than its base, for reading a text and for one more token; what it takes at "
-    "some lengths; how near its predictions are, from its card. “?”: too noisy to tell; –: not measured, or not so far."
+    "some lengths; how near its predictions are, from its card: on all tokens, and on hits, which it must look up. "
+    "“?”: too noisy to tell; –: not measured, or not so far."
 )
 
 
@@ -19,7 +20,7 @@ def costs_table(counted: Counted, results: dict[str, Any] | None) -> dict[str, A
     """What `TextTable` shows.
 
     Args:
-        results: `speed.report` of a measurement of the same models, if there is one.
+        results: `measured.report` of a measurement of the same models, if there is one.
     """
     results = results or {"samples": [], "break_even": {}}
     lengths = _measured_lengths(results["samples"])
@@ -27,12 +28,14 @@ def costs_table(counted: Counted, results: dict[str, Any] | None) -> dict[str, A
     rows = []
     for loaded in counted.models:
         name, base = loaded.name, bases.get(loaded.name)
-        figures = measured_figures(read_card(loaded.entry.folder))
+        card = read_card(loaded.entry.folder)
+        figures = measured_figures(card)
         even = results["break_even"].get(name, {})
         row = {
             "Model": name,
             "KL, nats": _figure(figures.get("kl")),
             "Perplexity": _figure(figures.get("perplexity")),
+            "Hits: nats above the base": hits_excess(card),
             "Reading: fewer operations from": _counted_even(counted, name, base, "operations"),
             "Reading: faster from": _even(even.get("prefill_ms")),
             "A token: fewer keys from": _counted_even(counted, name, base, "keys"),

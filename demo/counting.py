@@ -14,17 +14,9 @@ from transformers import PreTrainedModel
 from attention import Mechanism
 
 from .components.curves import Chart
+from .measured import Compared, Level, colours, comparisons, length_axis
 from .models import LoadedModel
-from .speed import (
-    Level,
-    SpeedError,
-    colours,
-    comparisons,
-    length_axis,
-    lengths_up_to,
-    mechanisms_of,
-    with_bases,
-)
+from .speed import SpeedError, lengths_up_to, mechanisms_of, with_bases
 from .views import listed
 
 LONGEST = 2**20
@@ -188,7 +180,7 @@ class Counted:
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
-        return comparisons(self.models)
+        return comparisons([Compared.of(each) for each in self.models])
 
     def break_even(self, name: str, base: str, quantity: str) -> int | None:
         """The length from which on a variant needs no more of "operations" or "keys" than its base.
@@ -225,7 +217,7 @@ COUNTED = {
 
 def charts(counted: Counted) -> list[Chart]:
     """One log-log chart for each quantity."""
-    found = colours(counted.models)
+    found = colours([Compared.of(each) for each in counted.models])
     ticks = [length for length in counted.lengths if length.bit_length() % 2 or length == counted.lengths[-1]]
     return [
         {

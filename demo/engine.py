@@ -24,7 +24,7 @@ import attention
 from attention.state import State
 from attention.variant import cache_name
 
-from .busy import BUSY, WRITING
+from .busy import BUSY, COMPUTING
 from .compare import mark_parting, score
 from .hits import distances
 from .memory import PeakMemory
@@ -234,7 +234,7 @@ class Generation:
             if self._stopping:
                 return
             try:
-                with BUSY.doing(WRITING):
+                with BUSY.doing(COMPUTING):
                     decoder.step()
             except Exception as error:
                 logger.exception("%s failed while writing", column.name)
@@ -251,14 +251,19 @@ class Generation:
             if column.stage != "done" or column.generated == 0:
                 continue
             try:
-                column.cost = decoder.cost()
-                column.scores = score(decoder.loaded, column)
-                if decoder.loaded.base is not None:
-                    column.hits = distances(decoder.loaded.base, column.token_ids)[column.prompt_length :]
+                with BUSY.doing(COMPUTING):
+                    self._compare_one(decoder, column)
             except Exception as error:  # of memory, most likely: the text is worth showing without
                 logger.exception("%s could not be compared with its base", column.name)
                 column.problem = f"It could not be compared with its base: {said(error)}"
         mark_parting(self.run)
+
+    @staticmethod
+    def _compare_one(decoder: Decoder, column: Column) -> None:
+        column.cost = decoder.cost()
+        column.scores = score(decoder.loaded, column)
+        if decoder.loaded.base is not None:
+            column.hits = distances(decoder.loaded.base, column.token_ids)[column.prompt_length :]
 
     @staticmethod
     def _fail(column: Column, problem: str) -> None:

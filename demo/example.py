@@ -7,17 +7,15 @@ import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from .engine import Generation
 from .limits import Limits
 from .models import LoadError, ModelStore, bundled
 from .runs import Column, Run, Settings
-from .timing import device_name
+from .timing import here_and_now
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +74,6 @@ def example_settings(store: ModelStore, models: Iterable[str]) -> Settings:
     """The first prompt with the first of `models`, as many as one run takes."""
     names = tuple(models)[: store.limits.models_per_run]
     return Settings(EXAMPLE_PROMPT, names, max_new_tokens=min(120, store.limits.new_tokens))
-
-
-def here_and_now() -> str:
-    """This machine and this day, in words."""
-    today = date.today()
-    return f"on {device_name()} with {torch.get_num_threads()} threads on {today.day} {today:%B %Y}"
 
 
 def make(store: ModelStore) -> Example:

@@ -45,7 +45,7 @@ OPEN_TAB = """() => {
   if (tab?.getAttribute("role") === "tab") tab.click();
 }"""
 SESSIONS = 100  # visitors whose state is kept; the one who was away longest goes
-UPLOAD_LIMIT = "1mb"  # the page takes no files, but Gradio's route for them is there
+UPLOAD_LIMIT = "1mb"  # what the page takes is smaller, but Gradio's route is open to all
 
 
 def build(app: App) -> gr.Blocks:

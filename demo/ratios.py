@@ -6,18 +6,26 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 CONFIDENCE = 0.9
+Length = Annotated[int, Field(ge=1, le=10**7)]
+Positive = Annotated[float, Field(gt=0, lt=1e12, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours over theirs at one length: the median over rounds in which both were timed, and an interval for it."""
+    """Ours over theirs at one length: the median over rounds in which both were timed, and an interval for it.
 
-    length: int
-    middle: float
-    low: float
-    high: float
+    The bounds are checked where one is read, see `measured.unpacked`.
+    """
+
+    length: Length
+    middle: Positive
+    low: Positive
+    high: Positive
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .busy import BUSY, COMPUTING
 from .mechanisms import Change, applied, as_variant
 from .models import LoadedModel
 
@@ -63,6 +64,6 @@ def reach(loaded: LoadedModel, token_ids: tuple[int, ...], change: Change, seed:
 
 def _last(variant: torch.nn.Module, ids: Tensor, loaded: LoadedModel, change: Change) -> Tensor:
     """(B, V) log-probabilities after the last token, in float64 so that only rounding of the model is left."""
-    with loaded.lock, applied(list(variant.mechanisms), change):
+    with BUSY.doing(COMPUTING), loaded.lock, applied(list(variant.mechanisms), change):
         logits = variant(ids.to(loaded.model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
     return logits.double().cpu().log_softmax(-1)

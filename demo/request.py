@@ -119,9 +119,3 @@ def in_address(settings: Settings) -> AddressView:
     values = asdict(settings)
     listed = {name: list(value) if isinstance(value, tuple) else [f"{value}"] for name, value in values.items()}
     return {"parameters": listed, "push": True}
-
-
-def position_in_query(query: QueryParams, name: str, default: int = 0) -> int:
-    """A whole number of at least 0 from the page's address, such as a layer's; `default` for anything else."""
-    value = query.get(name, "")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else default

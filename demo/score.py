@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attention.prompts import prompt_tokens
 
+from .busy import BUSY, COMPUTING
 from .hits import distances
 from .models import LoadedModel, LoadError, ModelStore, said
 from .text import TokenTexts, clean
@@ -227,7 +228,8 @@ def score_text(store: ModelStore, names: Sequence[str], text: str) -> Iterator[T
             scores.ended = f"time limit of {store.limits.seconds:.0f} s reached"
             break
         try:
-            _add_window(scores, base, loaded, scores.token_ids[start:end], first - start)
+            with BUSY.doing(COMPUTING):
+                _add_window(scores, base, loaded, scores.token_ids[start:end], first - start)
         except Exception as error:  # of the base, without which there is nothing to compare with
             logger.exception("%s failed while it read", base.name)
             scores.ended = f"{base.name} failed: {said(error)}"

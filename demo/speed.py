@@ -6,14 +6,12 @@ round: what slows the machine for a while slows both.
 
 from __future__ import annotations
 
-import math
 import statistics
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,53 +21,25 @@ from attention import Mechanism, UnsupportedModelError
 from attention.state import State
 from attention.variant import cache_name
 
-from .busy import BUSY, WRITING
-from .components.curves import Axis, Chart, Event, Series
+from .busy import BUSY, COMPUTING
 from .engine import cache_bytes, new_cache
+from .measured import TIMES, Compared, Comparison, Level, Measured, Quantity, Sample, comparisons, rounded
 from .mechanisms import as_variant
 from .memory import PeakMemory
 from .models import LoadedModel
-from .ratios import BreakEven, Ratio, break_even, interval, ratio, round_length, verdict
-from .timing import seconds_of
+from .ratios import Ratio, interval, ratio
+from .timing import here_and_now, seconds_of
 
-Level = Literal["attention", "model"]
 SHORTEST = 64
 LONGEST = 8192
 STEPS = 8  # tokens that are timed after a text
 MIN_ROUNDS, MAX_ROUNDS = 5, 15
 ROUND_SECONDS = 0.8  # time for the rounds of one length, once there are enough
-QUIET_SECONDS = 0.5  # so long nothing must have been written before a round
-TIMES = ("prefill_ms", "token_ms")
-WHAT = {"prefill_ms": "reading a text", "token_ms": "one more token"}
+QUIET_SECONDS = 0.5  # so long nothing else must have been computed before a round
 
 
 class SpeedError(ValueError):
     """A measurement that cannot be made; the message is for the person who asked for it."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one model takes for one length.
-
-    Attributes:
-        method: the method, or the methods of its layers.
-        length: tokens of the text.
-        prefill_ms: median time of one pass over it, in milliseconds.
-        token_ms: median time of one more token after it, in milliseconds.
-        prefill_spread, token_spread: between these the median lies with 90 %, in milliseconds.
-        peak_bytes: the most that was allocated at once during the pass, state included.
-        state_bytes: bytes of the decode state after it.
-    """
-
-    model: str
-    method: str
-    length: int
-    prefill_ms: float
-    token_ms: float
-    prefill_spread: tuple[float, float]
-    token_spread: tuple[float, float]
-    peak_bytes: int
-    state_bytes: int
 
 
 class Subject(ABC):
@@ -187,19 +157,6 @@ def with_bases(loaded: Sequence[LoadedModel]) -> list[LoadedModel]:
     return list(dict.fromkeys([*(each.base for each in loaded if each.base is not None), *loaded]))
 
 
-def comparisons(loaded: Sequence[LoadedModel]) -> list[tuple[str, str]]:
-    """(variant, its base) for every variant whose base is known."""
-    return [(each.name, each.base.name) for each in loaded if not each.entry.is_base and each.base is not None]
-
-
-def colours(loaded: Sequence[LoadedModel]) -> dict[str, int]:
-    """A colour for each model: neutral for bases."""
-    found: dict[str, int] = {}
-    for each in loaded:
-        found[each.name] = 0 if each.entry.is_base else max(found.values(), default=0) + 1
-    return found
-
-
 def lengths_up_to(longest: int) -> list[int]:
     """Powers of two from `SHORTEST`, and `longest` itself."""
     powers = [SHORTEST << k for k in range(32) if SHORTEST << k < longest]
@@ -228,7 +185,7 @@ class SpeedRun:
     seconds: float
     layers: Sequence[int] | None = None
     samples: list[Sample] = field(default_factory=list)
-    ratios: dict[tuple[str, str], list[Ratio]] = field(default_factory=dict)
+    ratios: dict[tuple[str, Quantity], list[Ratio]] = field(default_factory=dict)
     share: float = 0.0
     doing: str = "Loading"
     finished: bool = False
@@ -246,20 +203,31 @@ class SpeedRun:
         self._stopped = True
 
     @property
-    def reached(self) -> int:
-        """The longest text that was measured; 0 if none was."""
-        return max((sample.length for sample in self.samples), default=0)
+    def measured(self) -> Measured:
+        """What is known so far."""
+        return Measured(
+            level=self.level,
+            layers=None if self.layers is None else tuple(self.layers),
+            models=tuple(Compared.of(subject.loaded) for subject in self.subjects),
+            lengths=tuple(self.lengths),
+            asked=self.longest,
+            finished=self.finished,
+            short=self._short(),
+            where=here_and_now(),
+            samples=tuple(self.samples),
+            comparisons=tuple(
+                Comparison(name, quantity, tuple(found)) for (name, quantity), found in self.ratios.items()
+            ),
+        )
 
-    @property
-    def falls_short(self) -> str:
+    def _short(self) -> str:
         """Why the text that was asked for was not reached; empty if it was."""
-        if not self.ended.is_set() or self.reached >= self.longest:
+        reached = max((sample.length for sample in self.samples), default=0)
+        if not self.ended.is_set() or reached >= self.longest:
             return ""
-        asked = f"{self.longest:,} tokens were asked for, {self.reached:,} reached"
         if self.finished:
-            return f"{asked}: the models hold no more. Counted, below, goes on."
-        why = "it was stopped" if self._stopped else f"{self.seconds:.0f} s are the limit for one measurement"
-        return f"{asked}: {why}. Counted, below, goes on."
+            return "the models hold no more"
+        return "it was stopped" if self._stopped else f"{self.seconds:.0f} s are the limit for one measurement"
 
     @torch.inference_mode()
     def measure(self) -> Iterator[SpeedRun]:
@@ -270,7 +238,7 @@ class SpeedRun:
                 self.share, self.doing = share, f"Measuring {length:,} tokens"
                 yield self
                 while self._must_wait():
-                    self.doing = "Waiting: a text is being written, which would slow both"
+                    self.doing = "Waiting: something else is being computed here, which would slow both"
                     yield self
                     time.sleep(0.1)
                     self._waited += 0.1
@@ -289,7 +257,7 @@ class SpeedRun:
 
     @staticmethod
     def _must_wait() -> bool:
-        return BUSY.quiet_since(WRITING) > time.monotonic() - QUIET_SECONDS
+        return BUSY.quiet_since(COMPUTING) > time.monotonic() - QUIET_SECONDS
 
     def _passes(self) -> Iterator[tuple[float, int]]:
         """Measures length by length; yields the share that is done and the length after every pass."""
@@ -321,7 +289,7 @@ class SpeedRun:
                     tokens = [seconds_of(subject.step) for _ in range(STEPS - 1)]
                 found[subject, "token_ms"] = 1e3 * statistics.median(tokens)
                 yield min(0.4 + 0.6 * (done + (number + 1) / len(subjects)) / MIN_ROUNDS, 1.0)
-            if BUSY.quiet_since(WRITING) > begun:  # a text was written meanwhile: this round says little
+            if BUSY.quiet_since(COMPUTING) > begun:  # something was computed meanwhile: this round says little
                 continue
             done += 1
             for key, value in found.items():
@@ -345,132 +313,26 @@ class SpeedRun:
                     model=subject.loaded.name,
                     method=subject.method,
                     length=length,
-                    prefill_ms=statistics.median(prefill),
-                    token_ms=statistics.median(token),
+                    prefill_ms=rounded(statistics.median(prefill)),
+                    token_ms=rounded(statistics.median(token)),
                     prefill_spread=_spread(prefill),
                     token_spread=_spread(token),
                     peak_bytes=peaks[subject],
                     state_bytes=sizes[subject],
                 )
             )
-        for name, base in self.comparisons:
+        for name, base in comparisons([Compared.of(subject.loaded) for subject in self.subjects]):
             if name in by_name and base in by_name:
                 for quantity in TIMES:
                     ours, theirs = times[by_name[name], quantity], times[by_name[base], quantity]
-                    self.ratios.setdefault((name, quantity), []).append(ratio(length, ours, theirs))
+                    self.ratios.setdefault((name, quantity), []).append(_rounded(ratio(length, ours, theirs)))
 
-    def of(self, name: str) -> list[Sample]:
-        """A model's samples, shortest first."""
-        return [sample for sample in self.samples if sample.model == name]
 
-    @property
-    def comparisons(self) -> list[tuple[str, str]]:
-        """(variant, its base) for every variant whose base is known."""
-        return comparisons([subject.loaded for subject in self.subjects])
-
-    def break_even(self, name: str, quantity: str) -> BreakEven | None:
-        """Where a variant becomes as fast as its base; None while nothing is known."""
-        ratios = self.ratios.get((name, quantity))
-        return break_even(ratios) if ratios else None
+def _rounded(found: Ratio) -> Ratio:
+    return Ratio(found.length, *(rounded(value) for value in (found.middle, found.low, found.high)))
 
 
 def _spread(values: list[float]) -> tuple[float, float]:
     low, high = interval(len(values))
     ordered = sorted(values)
-    return ordered[low], ordered[high]
-
-
-MEASURED = {
-    "prefill_ms": ("Time to read a text", "One pass over the whole text (prefill).", "ms", 1.0),
-    "token_ms": ("Time for one more token", "After a text of that length.", "ms", 1.0),
-    "peak_bytes": ("Memory while reading", "The most allocated at once during the pass.", "MB", 1e-6),
-}
-
-
-def length_axis(lengths: Sequence[int]) -> Axis:
-    """Lengths of texts, logarithmic."""
-    ticks = [float(length) for length in lengths]
-    return {"label": "tokens", "log": True, "min": ticks[0], "max": ticks[-1], "ticks": ticks}
-
-
-def charts(run: SpeedRun) -> list[Chart]:
-    """One log-log chart for each quantity; times have bars for their spread and are marked with their break-even."""
-    if not run.samples:
-        return []
-    return [
-        {
-            "title": title,
-            "note": note,
-            "x": length_axis(run.lengths),
-            "y": {"label": unit, "unit": unit, "log": True},
-            "series": _series(run, quantity, factor),
-            "events": _events(run, quantity) if quantity in TIMES else [],
-        }
-        for quantity, (title, note, unit, factor) in MEASURED.items()
-    ]
-
-
-def _series(run: SpeedRun, quantity: str, factor: float) -> list[Series]:
-    series: list[Series] = []
-    for name, color in colours([subject.loaded for subject in run.subjects]).items():
-        samples = run.of(name)
-        points = [[sample.length, getattr(sample, quantity) * factor] for sample in samples]
-        series.append({"name": name, "color": color, "dots": True, "points": points})
-        if quantity in TIMES:
-            spreads = [getattr(sample, quantity.replace("_ms", "_spread")) for sample in samples]
-            series[-1]["spread"] = [[sample.length, *spread] for sample, spread in zip(samples, spreads, strict=True)]
-    return series
-
-
-def _events(run: SpeedRun, quantity: str) -> list[Event]:
-    events: list[Event] = []
-    found = colours([subject.loaded for subject in run.subjects])
-    for name, _ in run.comparisons:
-        even = run.break_even(name, quantity)
-        if even and even.is_known and even.length is not None and even.length > run.lengths[0]:
-            label = f"{name} from {round_length(even.length):,}"
-            events.append({"x": even.length, "label": label, "color": found[name]})
-    return events
-
-
-def verdicts(run: SpeedRun) -> list[str]:
-    """For each variant, in words, where it is slower and where faster than its base, as far as noise lets tell."""
-    sentences = [
-        f"{name}, {WHAT[quantity]}: {verdict(run.ratios[name, quantity], base)}"
-        for name, base in run.comparisons
-        for quantity in TIMES
-        if (name, quantity) in run.ratios
-    ]
-    return [*sentences, run.falls_short] if run.falls_short else sentences
-
-
-def report(run: SpeedRun) -> dict[str, Any]:
-    """A run as JSON."""
-    return {
-        "level": run.level,
-        "layers": None if run.layers is None else list(run.layers),
-        "finished": run.finished,
-        "asked": run.longest,
-        "reached": run.reached,
-        "samples": [asdict(sample) for sample in run.samples],
-        "ratios": [
-            {"model": name, "quantity": quantity, **_rounded(each)}
-            for (name, quantity), ratios in run.ratios.items()
-            for each in ratios
-        ],
-        "break_even": {
-            name: {quantity: _even(run.break_even(name, quantity)) for quantity in TIMES} for name, _ in run.comparisons
-        },
-        "verdicts": verdicts(run),
-    }
-
-
-def _rounded(each: Ratio) -> dict[str, Any]:
-    return {name: round(value, 4) for name, value in asdict(each).items()}
-
-
-def _even(even: BreakEven | None) -> dict[str, Any] | None:
-    if even is None:
-        return None
-    length = even.length if even.is_known else None
-    return {**asdict(even), "length": None if length is None or not math.isfinite(length) else length}
+    return rounded(ordered[low]), rounded(ordered[high])

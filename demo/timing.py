@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def seconds_of(function: Callable[[], Any]) -> float:
 def device_name() -> str:
     """The accelerator's name, or the CPU's where there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+
+
+def here_and_now() -> str:
+    """This machine and this day, in words."""
+    today = date.today()
+    return f"on {device_name()} with {torch.get_num_threads()} threads on {today.day} {today:%B %Y}"
 
 
 def _cpu_name() -> str:

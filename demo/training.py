@@ -90,6 +90,24 @@ def slices(card: ModelCard) -> dict[str, Any]:
     return {"headers": headers, "rows": rows}
 
 
+def hits_excess(card: ModelCard) -> str:
+    """What a card says of hits: the cross-entropy above the base's, at the longest context; "–" where it says nothing.
+
+    The base is no distance from itself, so its own card says nothing of it.
+    """
+    found = slices(card)
+    lines = [dict(zip(found["headers"], row, strict=False)) for row in found["rows"]]
+    by_context = {int(line["context"]): line.get("above it") for line in lines if _is_hits(line)}
+    if not by_context or not by_context[max(by_context)]:
+        return "–"
+    return f"{by_context[max(by_context)]} (at {max(by_context):,})"
+
+
+def _is_hits(line: dict[str, str]) -> bool:
+    context = line["context"]
+    return line["tokens"] == "hits" and context.isascii() and context.isdecimal() and len(context) < 10
+
+
 def _lines_by_context(card: ModelCard) -> Iterator[tuple[str, str]]:
     """The lines of all tables of slices in a card, with the contexts that they were measured at."""
     further = re.search(r"^## Measured further\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)

@@ -36,12 +36,16 @@ class Text:
         method: the model's method; "softmax" is the base.
         kl: KL(base ‖ model) over its tokens, in nats per token, mean.
         perplexity: the base's, of the text.
+        hits: how many of its tokens had to be looked up, see `demo.hits`; None where that is not known.
+        hits_kl: the mean KL over these; None where there are none.
     """
 
     model: Annotated[str, Field(max_length=300)]
     method: Annotated[str, Field(max_length=100)]
     kl: float | None = None
     perplexity: float | None = None
+    hits: int | None = None
+    hits_kl: float | None = None
 
 
 @dataclass(frozen=True)

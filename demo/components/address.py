@@ -17,7 +17,7 @@ class AddressView(TypedDict):
 class Address(ScriptedHTML):
     """Shows nothing; puts parameters into the page's address, and loads the page anew on Back and Forward.
 
-    An address that would be longer than servers take loses its query.
+    What would make the address longer than servers take is left out of it.
 
     Args:
         value: what to put there; every output adds to what is in the address.

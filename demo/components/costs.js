@@ -21,7 +21,12 @@ function formatRatio(ratio) {
   return (ratio >= 10 ? Math.round(ratio) : ratio.toFixed(ratio < 0.995 ? 2 : 1)) + "×";
 }
 
+let drawn = null;
+
 function draw() {
+  const value = JSON.stringify(props.value);
+  if (value === drawn) return; // it comes again with every frame of a run
+  drawn = value;
   const { headers = [], rows = [], reference = null, measured = "" } = props.value || {};
   const head = el("thead", null, null, el("tr", null, null, ...headers.map(headerCell)));
   const body = el("tbody");

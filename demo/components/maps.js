@@ -4,8 +4,10 @@ const empty = el("div", "empty", options.empty);
 const body = el("div");
 const tip = el("div", "tip");
 const probes = ["ink", "muted", "panel", "s1", "s2", "s3", "s4", "s5", "s6"].map((name) => el("span", `probe ${name}`));
+const live = el("div", "unseen");
 tip.hidden = true;
-root.append(empty, body, tip, ...probes);
+live.setAttribute("role", "status");
+root.append(empty, body, tip, live, ...probes);
 
 let view = null;
 let maps = [];
@@ -133,6 +135,7 @@ function build() {
     board.zoom = { row: 0, column: 0, size: view.tokens.length };
   }
   board.tokens = view.tokens;
+  live.textContent = `${view.title}: the maps are shown.`;
   board.labels = view.tokens.map((token) => shorten(visible(token), 10));
   board.start = view.start || 0;
   load();
@@ -195,7 +198,7 @@ function buildToolbar() {
   });
   return el(
     "div", "toolbar", null,
-    el("span", "title", view.title),
+    el("h3", "title", view.title),
     el("label", "muted", "Colour scale", contrast),
     button("−", "Zoom out", () => board.zoomBy(1 / 1.6), "square"),
     button("+", "Zoom in", () => board.zoomBy(1.6), "square"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .canvas import ScriptedHTML
@@ -22,6 +23,11 @@ class Notices(ScriptedHTML):
 def notice(text: str) -> list[dict[str, str]]:
     """One message, as `Notices` shows it."""
     return [{"level": "info", "text": text}]
+
+
+def warnings(problems: Iterable[object]) -> list[dict[str, str]]:
+    """Things that went wrong, as `Notices` shows them."""
+    return [each for problem in problems for each in warning(problem)]
 
 
 def warning(problem: object) -> list[dict[str, str]]:

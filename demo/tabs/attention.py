@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,10 @@ import gradio as gr
 
 from attention import ConfigError
 
-from ..address import in_address, number_in
+from ..address import in_address, number_in, unknown_models
 from ..attention import AttentionViews, Passage, Subject, ViewError, encode_text, passage
 from ..components import AttentionMaps, HeadGrid, Meter
+from ..components.notices import Notices, warnings
 from ..context import VIEW, App, Session
 from ..glossary import GLOSSARY
 from ..mechanisms import UNCHANGED, Change, as_variant
@@ -89,6 +90,7 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
                     )
                 *what_if, reset = _what_if_controls()
                 show = gr.Button("Show attention", variant="primary", elem_id="attention-show")
+                said = Notices(elem_id="attention-said")
                 meter = Meter(elem_id="attention-meter")
             with gr.Column(scale=4, min_width=300):
                 grid = HeadGrid(elem_id="attention-heads", empty="Every layer and head of the model appears here.")
@@ -139,7 +141,7 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
         is_open = gr.Checkbox(visible=False)
         taken.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
         link = session.blocks.load(
-            handlers.open_link, None, [model, text, start, count, chosen, *controls], **quiet, **lane
+            handlers.open_link, None, [model, text, start, count, chosen, *controls, said], **quiet, **lane
         )
         link.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
         session.names.change(handlers.offer, [session.names, model], model, queue=False, **quiet)
@@ -260,37 +262,51 @@ class Handlers:
         return "".join(column.tokens), column.name if column.name in names else gr.skip(), 0
 
     def open_link(self, request: gr.Request) -> tuple[Any, ...]:
-        """What the page's address asks for: model, text, part, place, and what is switched off."""
-        query = request.query_params
+        """What the page's address asks for: model, text, part, place, what is switched off, and its mistakes."""
+        query, names = request.query_params, self.store.names()
         model, text = query.get("attention_model"), query.get("attention_text")
-        if model not in self.store.names():
-            return (gr.skip(),) * 12
-        count = number_in(query, "attention_count", self.store.limits.view_tokens)
-        chosen = Chosen(layer=number_in(query, "attention_layer", 0), head=number_in(query, "attention_head", 0))
+        problems = unknown_models([] if model is None else [model], names)
+        if model not in names:
+            return *(gr.skip(),) * 12, warnings(problems)
+        most, limit = self.store.limits.view_tokens, self.store.limits.prompt_characters
+        if text is not None and len(text) > limit:
+            problems.append(f"The text in the link has {len(text):,} characters; the first {limit:,} are taken.")
+        layer, head, start, count = (
+            number_in(query, f"attention_{name}", default, problems)
+            for name, default in (("layer", 0), ("head", 0), ("start", 0), ("count", most))
+        )
+        parts = self._linked_parts(model, query, problems)
         return (
             model,
-            gr.skip() if text is None else text[: self.store.limits.prompt_characters],
-            number_in(query, "attention_start", 0),
-            min(max(count, SHORTEST), self.store.limits.view_tokens),
-            chosen,
-            *self._linked_parts(model, query),
+            gr.skip() if text is None else text[:limit],
+            start,
+            min(max(count, SHORTEST), most),
+            Chosen(layer=layer, head=head),
+            *parts,
+            warnings(problems),
         )
 
-    def _linked_parts(self, model: str, query: Any) -> tuple[Any, ...]:
+    def _linked_parts(self, model: str, query: Any, problems: list[str]) -> tuple[Any, ...]:
         """The controls of what is switched off, with the values of an address as far as the model has them."""
         if not any(name.startswith("attention_if_") or name == "attention_beside" for name in query):
             return "", *(gr.skip(),) * 6
         off, off_in, silent, window, blocks = self.parts_of(model)
-        beside, asked = query.get("attention_beside", NONE), query.getlist("attention_if_off")
-        layers = [layer for layer in off_in if str(layer) in query.getlist("attention_if_layer")]
-        places = [place for _, place in silent if place in query.getlist("attention_if_silent")]
+
+        def known(name: str, of: Sequence[Any]) -> list[Any]:
+            """What the model has of the values of a parameter; the others are named among the problems."""
+            asked, names = query.getlist(f"attention_{name}"), list(map(str, of))
+            if gone := [repr(value[:80]) for value in asked if value not in names]:
+                problems.append(f"The link asks for {', '.join(gone)} ({name}), which {model} does not have.")
+            return [value for value in of if str(value) in asked]
+
+        beside = known("beside", self.beside_choices(model))
         values = (
-            beside if beside in self.beside_choices(model) else NONE,
-            [name for name in off if name in asked],
-            layers,
-            places,
-            min(max(number_in(query, "attention_if_window", window), 1), window),
-            min(max(number_in(query, "attention_if_blocks", blocks), FEWEST_BLOCKS), blocks),
+            beside[0] if beside else NONE,
+            known("if_off", off),
+            known("if_layer", off_in),
+            known("if_silent", [place for _, place in silent]),
+            min(max(number_in(query, "attention_if_window", window, problems), 1), window),
+            min(max(number_in(query, "attention_if_blocks", blocks, problems), FEWEST_BLOCKS), blocks),
         )
         return model, *self._controls(model, *values)
 
@@ -329,7 +345,7 @@ class Handlers:
         except (ViewError, LoadError, ConfigError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         shown = replace(wanted, layer=heads["layer"], head=heads["head"])
-        yield None, heads, maps, shown, self.in_address(shown, runs)
+        yield _elsewhere(wanted, shown), heads, maps, shown, self.in_address(shown, runs)
 
     def show_if_any(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The same where there is a text and it is not shown already."""
@@ -493,6 +509,14 @@ class Handlers:
 
     def _base_of(self, name: str) -> str:
         return self.store.entry(name).base or name
+
+
+def _elsewhere(wanted: Chosen, shown: Chosen) -> dict[str, Any] | None:
+    """Says that a layer or head that a link asks for does not exist; nothing where it does."""
+    if (wanted.layer, wanted.head) == (shown.layer, shown.head):
+        return None
+    asked = f"{wanted.model} has no layer {wanted.layer} with a head {wanted.head}"
+    return _meter(1, f"{asked}: layer {shown.layer}, head {shown.head} is shown.")
 
 
 def _meter(share: float, text: str) -> dict[str, Any]:

@@ -252,8 +252,19 @@ def _text(column: Column) -> Text:
     if not scores:
         return Text(column.name, column.method)
     surprise = -math.fsum(math.log(max(score.base_probability, 1e-30)) for score in scores) / len(scores)
-    kl = math.fsum(score.kl for score in scores) / len(scores)
-    return Text(column.name, column.method, round(kl, 5), round(math.exp(surprise), 3))
+    looked_up = [score.kl for score, back in zip(scores, column.hits, strict=False) if back]
+    return Text(
+        column.name,
+        column.method,
+        kl=_mean([score.kl for score in scores]),
+        perplexity=round(math.exp(surprise), 3),
+        hits=len(looked_up) if column.hits else None,
+        hits_kl=_mean(looked_up) if looked_up else None,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(math.fsum(values) / len(values), 5)
 
 
 def revealed(vote: Vote) -> str:
@@ -264,9 +275,12 @@ def revealed(vote: Vote) -> str:
 
 
 def _described(title: str, text: Text) -> str:
+    is_base = text.method == "softmax"
+    hits_kl = "" if text.hits_kl is None or is_base else f", KL {text.hits_kl:.3f} there"
     numbers = [
-        f"KL to the base {text.kl:.3f} nats/token" if text.kl is not None and text.method != "softmax" else "",
+        f"KL to the base {text.kl:.3f} nats/token" if text.kl is not None and not is_base else "",
         f"perplexity to the base {text.perplexity:.1f}" if text.perplexity is not None else "",
+        f"{text.hits} hit{'s' * (text.hits != 1)} to be looked up{hits_kl}" if text.hits is not None else "",
     ]
     said = ", ".join(filter(None, numbers))
     return f"{title} is by {text.model}{f' ({said})' if said else ''}."

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from pydantic import TypeAdapter
 
+from ..address import copy_link
 from ..components.costs import CostTable
 from ..components.notices import Notices
 from ..components.tokens import TokenColumns
@@ -19,7 +20,7 @@ from ..example import EXAMPLE_PROMPT, PROMPTS, FirstRun, ticked
 from ..gpu import IS_LENT, with_gpu
 from ..models import ModelStore
 from ..request import FIELDS, RequestError, from_query, in_address, read_settings
-from ..runs import Run, Settings, newest
+from ..runs import Column, Run, Settings, newest
 from ..views import (
     KL_LEGEND,
     KL_TICKS,
@@ -34,19 +35,13 @@ from .blind import build_blind_test
 
 _RUN, _RUNS = TypeAdapter(Run), TypeAdapter(list[Run])
 
-COPY_ADDRESS = """async () => {
-  const said = (text) => [[{ level: "info", text }]]; // a list of outputs, of which there is one
-  if (!new URLSearchParams(location.search).has("prompt")) {
-    return said("This prompt is too long for a link. Download JSON keeps the run.");
-  }
-  try {
-    await navigator.clipboard.writeText(location.href);
-    return said("The link is copied: whoever opens it sees this run made anew.");
-  } catch {
-    window.prompt("Link to this run", location.href);
-    return [[]];
-  }
-}"""
+COPY_ADDRESS = copy_link(
+    "The link is copied: whoever opens it sees this run made anew.",
+    needed="prompt",
+    without="This prompt is too long for a link. Download JSON keeps the run.",
+)
+
+NONE_EARLIER, SHOWN_BELOW = "There is none yet: it takes two runs.", "Shown below the newest one."
 
 SAVE_FILE = """(text) => {
   if (!text) return;
@@ -125,9 +120,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
             "measures with care, and over many lengths.",
         )
         with gr.Accordion("Earlier runs", open=False, elem_id="generate-history"):
-            earlier = gr.Radio(
-                [], label="Compare with", info="Shown below the newest one.", type="index", elem_id="generate-earlier"
-            )
+            earlier = gr.Radio([], label="Compare with", info=NONE_EARLIER, type="index", elem_id="generate-earlier")
             earlier_columns = TokenColumns(elem_id="generate-earlier-columns", legend=KL_LEGEND, ticks=KL_TICKS)
             earlier_costs = CostTable(elem_id="generate-earlier-costs")
         build_blind_test(app, session, controls.fields, handlers.generation)
@@ -165,7 +158,7 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
     session.runs.change(handlers.list_earlier, session.runs, earlier, **private)
     earlier.change(handlers.show_earlier, [earlier, session.runs], [earlier_columns, earlier_costs], **private)
     session.names.change(handlers.offer, session.names, controls.models, **private)
-    session.blocks.load(handlers.open_link, None, [*controls.fields, said, linked], **queued)
+    session.blocks.load(handlers.open_link, None, [*controls.fields, said, linked, *views[1:]], **queued)
     session.blocks.load(handlers.open_example, None, [*views[1:], session.runs], **queued)
     return tab
 
@@ -281,14 +274,11 @@ class Handlers:
         except RequestError as error:
             raise gr.Error(str(error), print_exception=False) from None
         generation = self.generation(settings)
-        first = [in_address(settings), generation, gr.skip(), *busy("Writing …"), gr.Button(interactive=True)]
+        # The page shows only the last of frames that come at once, so each says all; what stays here is said once.
+        kept, told = generation, [gr.skip(), *busy("Writing …"), gr.Button(interactive=True)]
         for run in frames(generation):
-            notes, line, columns, costs = self._show(run)
-            if first:
-                yield notes, line, columns, costs, *first
-                first = []
-            else:
-                yield notes, gr.skip(), columns, *[gr.skip()] * 8
+            yield *self._show(run), in_address(settings), kept, *told
+            kept = gr.skip()
         yield self._finished(generation, runs)
 
     def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
@@ -303,7 +293,6 @@ class Handlers:
         runs = [run, *(each for each in runs if each is not run)]
         limits = self.store.limits
         kept = newest(runs, limits.runs, limits.history_tokens)
-        # The page shows only the last of values that come at once, so this says again what the first frame said.
         return *self._show(run), in_address(run.settings), None, kept, *idle(), gr.Button(interactive=True)
 
     def _show(self, run: Run) -> tuple[Any, str, Any, Any]:
@@ -324,7 +313,8 @@ class Handlers:
 
     def list_earlier(self, runs: list[Run]) -> dict[str, Any]:
         """All runs but the newest, which is on the page."""
-        return gr.Radio(choices=[f"{i}. {history_label(run)}" for i, run in enumerate(runs[1:], 1)], value=None)
+        choices = [f"{i}. {history_label(run)}" for i, run in enumerate(runs[1:], 1)]
+        return gr.Radio(choices=choices, value=None, info=SHOWN_BELOW if choices else NONE_EARLIER)
 
     def show_earlier(self, index: int | None, runs: list[Run]) -> tuple[Any, Any]:
         """One of the earlier runs."""
@@ -343,7 +333,14 @@ class Handlers:
         if problems and link.prompt_given:
             problems.insert(0, {"level": "warning", "text": "Nothing was run, for the link has mistakes:"})
         fields = [link.settings.get(name, gr.skip()) for name in FIELDS]
-        return *fields, problems, time.time() if link.runs else gr.skip()
+        if not link.runs:
+            return *fields, problems, *(gr.skip(),) * 4
+        return *fields, problems, time.time(), *self._waiting(link.settings)
+
+    def _waiting(self, given: dict[str, Any]) -> tuple[Any, ...]:
+        """A run that a link asks for, before its turn: (line, columns, costs)."""
+        settings = read_settings({"models": ticked(self.store), **given}, self.store)
+        return self._show(Run(settings, [Column(name) for name in settings.models]))[1:]
 
     def open_example(self, request: gr.Request) -> tuple[Any, ...]:
         """A finished run for a page that was opened without a link to one."""

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import gradio as gr
 
+from ..address import unknown_models
 from ..components import Curves, TokenColumns
 from ..components.address import AddressView
-from ..components.notices import Notices, notice, warning
+from ..components.notices import Notices, notice, warning, warnings
 from ..components.table import TextTable
 from ..context import VIEW, App, Session
 from ..example import STORY, ticked
@@ -25,7 +27,7 @@ from .generate import model_choices
 FILE_BYTES = 100_000
 SHOWN_PLACES = 20
 PART = 1000  # tokens on the page at once
-LONGEST_IN_ADDRESS = 4000  # characters
+LONGEST_IN_ADDRESS = 4000  # characters, as they are written there
 NOTHING = {"headers": [], "rows": []}
 LEGEND = "Colour: KL of the chosen model to the base, in nats; each mark is ten times the one before"
 
@@ -72,9 +74,10 @@ def build_score_tab(app: App, session: Session) -> gr.Tab:
             save_json = gr.Button("Download JSON", scale=1, interactive=False, elem_id="score-json")
         said = Notices(elem_id="score-said")
         means = TextTable(NOTHING, elem_id="score-means")
+        gr.Markdown("### Along the text")
         positions = Curves([], empty="How the distance changes along the text appears here.", elem_id="score-positions")
         with gr.Row():
-            chosen = gr.Radio([], label="Coloured by", elem_id="score-chosen")
+            chosen = gr.Radio([], label="Coloured by", visible=False, elem_id="score-chosen")
             part = gr.Slider(0, PART, 0, step=PART, label="From token", visible=False, buttons=[], elem_id="score-part")
         columns = TokenColumns(elem_id="score-columns", legend=LEGEND, ticks=KL_TICKS, mark="")
         places = TextTable(NOTHING, elem_id="score-places")
@@ -99,7 +102,7 @@ def build_score_tab(app: App, session: Session) -> gr.Tab:
     for button, make in ((save_csv, handlers.csv), (save_json, handlers.json)):
         button.click(make, current, [file, name], **quiet).then(None, [file, name], js=SAVE_FILE, **quiet)
     session.names.change(handlers.offer, session.names, models, queue=False, **quiet)
-    session.blocks.load(handlers.open_link, None, [text, models, linked], **quiet)
+    session.blocks.load(handlers.open_link, None, [text, models, linked, said], **quiet)
     return tab
 
 
@@ -143,7 +146,7 @@ class Handlers:
             position_curves(scores),
             places_table(scores),
             text_view(scores, first, 0),
-            gr.Radio(choices=list(scores.seen), value=first),
+            gr.Radio(choices=list(scores.seen), value=first, visible=True),
             gr.Slider(maximum=max(scores.scored - 1, 1), value=0, visible=scores.scored > PART),
             scores,
         )
@@ -166,12 +169,13 @@ class Handlers:
         return gr.CheckboxGroup(choices=model_choices(self.store, names))
 
     def open_link(self, request: gr.Request) -> tuple[Any, ...]:
-        """The text and the models in the page's address."""
+        """The text and the models in the page's address, which are scored if they are here."""
         text, names = request.query_params.get("score_text"), request.query_params.getlist("score_models")
         if text is None:
-            return (gr.skip(),) * 3
-        known = [name for name in names if name in self.store.names()]
-        return text, known or gr.skip(), time.time()
+            return (gr.skip(),) * 4
+        problems = unknown_models(names, self.store.names())
+        known = [name for name in self.store.names() if name in names]
+        return text, known or gr.skip(), gr.skip() if problems else time.time(), warnings(problems)
 
     def score(self, text: str, models: list[str] | None = None, tokens: bool = False) -> dict[str, Any]:
         """How several attention methods see a text: the distance of each from the base, and where they part most.
@@ -198,15 +202,22 @@ class Handlers:
 
 def in_address(text: str, names: list[str]) -> AddressView:
     """A short text and its models as the page's address holds them; a long one is not kept there."""
-    short = len(text) <= LONGEST_IN_ADDRESS
+    short = is_short(text)
     return {"parameters": {"score_text": [text] if short else [], "score_models": names if short else []}, "push": True}
+
+
+def is_short(text: str) -> bool:
+    """Whether the page's address has room for a text."""
+    return len(quote_plus(text)) <= LONGEST_IN_ADDRESS
 
 
 def progress(scores: TextScores, done: bool = False) -> list[dict[str, str]]:
     """How far it is, and what went wrong."""
     total = len(scores.token_ids) - 1
     said = f"Scored {scores.scored:,} of {total:,} tokens" + (f": {scores.ended}." if scores.ended else "." * done)
-    return notice(said) + [each for problem in scores.problems.values() for each in warning(problem)]
+    if done and not is_short("".join(scores.tokens)):
+        said += " The text is too long for the page's address: CSV and JSON keep what was found, a reload does not."
+    return notice(said) + warnings(scores.problems.values())
 
 
 def means_table(scores: TextScores) -> dict[str, Any]:

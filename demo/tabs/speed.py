@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from starlette.datastructures import QueryParams
 
 from .. import counting
+from ..address import copy_link, in_address, unknown_models
 from ..components import Curves, Meter
-from ..components.notices import Notices
+from ..components.address import AddressView
+from ..components.notices import Notices, notice, warnings
 from ..components.table import TextTable
 from ..context import MEASURE, App, Session
 from ..costs_table import HELP, costs_table
 from ..counting import Counted
+from ..measured import Level, Measured, charts, packed, report, unpacked, verdicts
 from ..models import LoadError, ModelStore
-from ..speed import LONGEST, Level, SpeedError, SpeedRun, charts, report, verdicts
+from ..speed import LONGEST, SpeedError, SpeedRun, mechanisms_of
 
 COUNT = "count"
 LEVELS: list[tuple[str, Level]] = [("Attention alone", "attention"), ("The whole model", "model")]
 ALL_LAYERS = "all layers"
-MOST_LAYERS = 200
+LAYER_DIGITS = 3
 CHART_HEIGHT = 330  # about what the charts take
 FRAME_SECONDS = 0.15  # the bar does not move more often: every step goes through the network
 STOP_SECONDS = 5.0  # how long Stop waits for a pass to end
 LENGTHS = [512, 1024, 2048, 4096, LONGEST]
-# What was measured stays on the page while more is counted; both are needed for the table.
-Shown = tuple[Counted | None, SpeedRun | None]
 
 
 def build_speed_tab(app: App, session: Session) -> gr.Tab:
@@ -65,12 +68,13 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             )
         with gr.Row(elem_classes="actions"):
             start = gr.Button("Measure", variant="primary", scale=3, elem_id="speed-start")
-            stop = gr.Button("Stop", scale=1, elem_id="speed-stop")
+            stop = gr.Button("Stop", scale=1, elem_id="speed-stop", interactive=False)
+            link = gr.Button("Copy link", scale=1, elem_id="speed-link")
+        said = Notices(elem_id="speed-said")
         meter = Meter(elem_id="speed-meter")
         gr.Markdown(
-            "### Measured on this machine\nLogarithmic axes; lower is better. Medians of several rounds, in which the "
-            "models take turns; the bars are where the median lies with 90 %. While a text is written here, measuring "
-            "waits."
+            "### Measured\nLogarithmic axes; lower is better. Medians of several rounds, in which the models take "
+            "turns; the bars are where the median lies with 90 %. While anything else is computed here, it waits."
         )
         measured = Curves(
             elem_id="speed-measured",
@@ -89,15 +93,17 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
         results: gr.State = gr.State(None)
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        running = start.click(
-            handlers.measure,
-            [models, level, layer, longest],
-            [meter, verdict, measured, results],
-            **quiet,
-            **app.lane(MEASURE),
+        asked = [models, level, layer, longest]
+        outcome = [verdict, measured, results, session.address, start, stop]
+        accepted = start.click(handlers.accept, None, [meter, start, stop], queue=False, **quiet)
+        running = accepted.then(handlers.measure, asked, [meter, *outcome], **quiet, **app.lane(MEASURE))
+        running.failure(idle, None, [meter, start, stop], queue=False, **quiet)
+        # Through the queue, like the measurement: so the browser gets its answer after all that was on the way.
+        stopped = stop.click(
+            handlers.stop, asked, [meter, *outcome], cancels=[running], concurrency_limit=None, **quiet
         )
         shown = gr.State(None)  # what is counted on the page
-        gr.on(
+        counting_done = gr.on(
             [tab.select, models.change, level.change, layer.change],
             handlers.count,
             [models, level, layer, shown],
@@ -106,9 +112,12 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
             **quiet,
             **app.lane(COUNT),
         )
-        gr.on([results.change, shown.change], handlers.table, [shown, results], table, **quiet, **app.lane(COUNT))
-        # Through the queue, like the measurement: so the browser gets its answer after all that was on the way.
-        stop.click(handlers.stop, None, meter, cancels=[running], concurrency_limit=None, **quiet)
+        for event in (counting_done, running, stopped):
+            event.then(handlers.table, [shown, results], table, **quiet, **app.lane(COUNT))
+        for field in asked:
+            field.input(settings_in_address, asked, session.address, queue=False, **quiet)
+        link.click(None, None, said, js=copy_link("The link is copied, with what was measured."), queue=False, **quiet)
+        session.blocks.load(handlers.open_link, None, [*asked, said, verdict, measured, results], queue=False, **quiet)
         session.names.change(handlers.offer, [session.names, models], models, queue=False, **quiet)
         gr.api(handlers.speed, api_name="speed", **app.lane(MEASURE))
     return tab
@@ -126,14 +135,31 @@ class Handlers:
         kept = [name for name in chosen if name in names]
         return gr.CheckboxGroup(choices=names, value=kept or names[: self.store.limits.models_per_run])
 
-    def stop(self, request: gr.Request) -> dict[str, Any]:
-        """Ends the visitor's measurement; returns what the bar says, once nothing more can come."""
+    def accept(self) -> tuple[Any, ...]:
+        """Takes a request, which now waits for its turn."""
+        return {"share": 0.0, "text": "Waiting for its turn"}, *busy()
+
+    def open_link(self, request: gr.Request) -> tuple[Any, ...]:
+        """What the page's address asks for and what was found then: (models, level, layer, longest, said, …)."""
+        link = read_link(request.query_params, self.store)
+        found = link.found
+        settings = [link.settings.get(name, gr.skip()) for name in SETTINGS]
+        return (
+            *settings,
+            warnings(link.problems),
+            *((_said(found), charts(found), found) if found else (gr.skip(),) * 3),
+        )
+
+    def stop(self, models: list[str], level: Level, layer: str, longest: int, request: gr.Request) -> tuple[Any, ...]:
+        """Ends the visitor's measurement; returns what the page shows, once nothing more can come."""
         run = self._running.get(request.session_hash)
         if run is None:
-            return {"share": 0.0, "text": "Nothing is being measured."}
+            return {"share": 0.0, "text": "Nothing is being measured."}, *(gr.skip(),) * 4, *idle()[1:]
         run.stop()
         run.ended.wait(STOP_SECONDS)
-        return {"share": run.share, "text": "Stopped; what was measured stays."}
+        return {"share": run.share, "text": "Stopped; what was measured stays."}, *_ended(
+            run, models, level, layer, longest
+        )
 
     def count(self, models: list[str], level: Level, layer: str, shown: Any) -> tuple[Any, Any, Any, Any]:
         """What the chosen models need, by count: (layers to choose from, words, curves, what is shown)."""
@@ -146,14 +172,12 @@ class Handlers:
             found = self._count(models, level, layer)
         except (SpeedError, LoadError) as error:
             return gr.skip(), [{"level": "warning", "text": str(error)}], [], asked
-        layers = max(len(counter.mechanisms) for counter in found.counters.values()) if layer == ALL_LAYERS else 0
+        layers = max(len(mechanisms_of(each)) for each in found.models)
         choices = gr.Dropdown(choices=[ALL_LAYERS, *map(str, range(layers))], visible=level != "model")
-        if not layers:
-            choices = gr.Dropdown(visible=level != "model")
         said = [{"level": "info", "text": sentence} for sentence in counting.verdicts(found)]
         return choices, said, counting.charts(found), asked
 
-    def table(self, shown: Any, results: dict[str, Any] | None) -> dict[str, Any]:
+    def table(self, shown: Any, results: Measured | None) -> dict[str, Any]:
         """All that is known of the chosen models, in one table."""
         if not shown or not shown[0]:
             return {}
@@ -161,13 +185,13 @@ class Handlers:
             found = self._count(*shown)
         except (SpeedError, LoadError):
             return {}
-        return costs_table(found, results)
+        return costs_table(found, results and report(results))
 
     def measure(
         self, models: list[str], level: Level, layer: str, longest: int, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Yields (meter, verdicts, measured, results) while it measures."""
-        yield {"share": 0.0, "text": "Loading the models"}, [], gr.skip(), gr.skip()
+        """Yields (meter, verdicts, curves, what was measured, address, Measure, Stop) while it measures."""
+        yield {"share": 0.0, "text": "Loading the models"}, [], *(gr.skip(),) * 3, *busy()
         try:
             run = self._run(models, level, longest, layer)
         except (SpeedError, LoadError) as error:
@@ -175,6 +199,8 @@ class Handlers:
         self._running[request.session_hash] = run
         try:
             yield from _frames(run)
+            meter = {"share": run.share, "text": run.doing}
+            yield meter, *_ended(run, models, level, layer, longest)
         finally:
             self._running.pop(request.session_hash, None)
 
@@ -205,7 +231,7 @@ class Handlers:
             raise gr.Error(str(error), print_exception=False) from None
         for _ in run.measure():
             pass
-        return {**report(run), **counting.report(found)}
+        return {**report(run.measured), **counting.report(found)}
 
     def _count(self, models: list[str], level: Level, layer: str) -> Counted:
         self._check(models, level, layer)
@@ -229,7 +255,7 @@ class Handlers:
             problems.append(f"No model {', '.join(unknown)}; there are: {', '.join(names)}.")
         if level not in ("attention", "model"):
             problems.append(f"What is measured is 'attention' or 'model', not {str(level)[:80]!r}.")
-        if layer != ALL_LAYERS and not (isinstance(layer, str) and layer.isdecimal() and int(layer) < MOST_LAYERS):
+        if layer != ALL_LAYERS and not is_layer(layer):
             problems.append(f"A layer is a number from 0, not {str(layer)[:80]!r}.")
         if problems := [*problems, *(others or [])]:
             raise SpeedError(" ".join(problems))
@@ -246,17 +272,102 @@ def _frames(run: SpeedRun) -> Iterator[tuple[Any, ...]]:
         meter = {"share": run.share, "text": run.doing}
         if len(run.samples) > known:
             known = len(run.samples)
-            yield meter, _said(run), charts(run), gr.skip()
+            found = run.measured
+            yield meter, _said(found), charts(found), *(gr.skip(),) * 4
         elif time.monotonic() - shown > FRAME_SECONDS:
-            yield meter, gr.skip(), gr.skip(), gr.skip()
+            yield meter, *(gr.skip(),) * 6
         else:
             continue
         shown = time.monotonic()
-    yield {"share": run.share, "text": run.doing}, _said(run), gr.skip(), report(run)
 
 
-def _said(run: SpeedRun) -> list[dict[str, str]]:
-    said = [{"level": "info", "text": sentence} for sentence in verdicts(run)]
-    if run.falls_short:
+def _ended(run: SpeedRun, *settings: Any) -> tuple[Any, ...]:
+    """What stays of a run: (words, curves, what was measured, address, Measure, Stop)."""
+    found = run.measured
+    address = in_address(push=True, **settings_as_parameters(*settings), speed_results=[packed(found)])
+    kept = (found, address) if found.samples else (gr.skip(), gr.skip())
+    return _said(found), charts(found), *kept, *idle()[1:]
+
+
+def _said(found: Measured) -> list[dict[str, str]]:
+    """What was found in words, and where."""
+    said = [{"level": "info", "text": sentence} for sentence in verdicts(found)]
+    if found.falls_short:
         said[-1]["level"] = "warning"
-    return said
+    where = notice(f"Measured {found.where}.") if found.samples else []
+    return [*said, *where]
+
+
+def busy() -> list[Any]:
+    """Measure and Stop while there is a measurement."""
+    return [gr.Button(interactive=False), gr.Button(interactive=True)]
+
+
+def idle() -> list[Any]:
+    """The bar, Measure and Stop while there is none."""
+    return [None, gr.Button(interactive=True), gr.Button(interactive=False)]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the page's address asks the speed tab for.
+
+    Attributes:
+        settings: what is usable of it, by parameter.
+        found: what was measured when the address was made.
+        problems: what is not usable, in words.
+    """
+
+    settings: dict[str, Any]
+    found: Measured | None
+    problems: list[str]
+
+
+SETTINGS = ("speed_models", "speed_level", "speed_layer", "speed_longest")
+
+
+def settings_as_parameters(models: list[str], level: Level, layer: str, longest: int) -> dict[str, list[str]]:
+    """What is asked for, as the page's address holds it."""
+    return dict(zip(SETTINGS, (models, [level], [layer], [str(longest)]), strict=True))
+
+
+def settings_in_address(*settings: Any) -> AddressView:
+    """The same, put there; what was measured before stays there as it stays on the page."""
+    return in_address(**settings_as_parameters(*settings))
+
+
+def read_link(query: QueryParams, store: ModelStore) -> Link:
+    """Reads the page's address, which anyone may have written."""
+    settings: dict[str, Any] = {}
+    problems = []
+    if asked := query.getlist("speed_models"):
+        known = [name for name in store.names() if name in asked][: store.limits.models_per_run]
+        settings |= {"speed_models": known} if known else {}
+        problems += unknown_models(asked, store.names())
+    if (level := query.get("speed_level")) is not None:
+        if level in [value for _, value in LEVELS]:
+            settings["speed_level"] = level
+        else:
+            problems.append(f"What is measured is 'attention' or 'model', not {level[:80]!r}.")
+    if (layer := query.get("speed_layer", ALL_LAYERS)) != ALL_LAYERS:
+        if is_layer(layer):
+            settings["speed_layer"] = gr.Dropdown(choices=[ALL_LAYERS, layer], value=layer)
+        else:
+            problems.append(f"A layer is a number from 0, not {layer[:80]!r}.")
+    if (longest := query.get("speed_longest")) is not None:
+        if longest in map(str, LENGTHS):
+            settings["speed_longest"] = int(longest)
+        else:
+            problems.append(f"The longest text is one of {', '.join(map(str, LENGTHS))}, not {longest[:80]!r}.")
+    found = None
+    if word := query.get("speed_results"):
+        try:
+            found = unpacked(word)
+        except ValueError as error:
+            problems.append(str(error))
+    return Link(settings, found, problems)
+
+
+def is_layer(layer: Any) -> bool:
+    """Whether it is the number of a layer."""
+    return isinstance(layer, str) and layer.isascii() and layer.isdecimal() and len(layer) <= LAYER_DIGITS

@@ -6,8 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..address import in_address
+from ..address import in_address, unknown_models
 from ..components import Curves, Facts, Samples
+from ..components.notices import Notices, warnings
 from ..components.table import TextTable
 from ..context import App, Session
 from ..models import ModelStore
@@ -26,6 +27,7 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
             info="From its own files: the history of its training and its card.",
             elem_id="training-model",
         )
+        said = Notices(elem_id="training-said")
         about = Facts(elem_id="training-facts")
         gr.Markdown(
             "### What must be looked up\nA hit ends a rare pair of tokens that stood so far back in the text, as names "
@@ -52,7 +54,7 @@ def build_training_tab(app: App, session: Session) -> gr.Tab:
         # By default a choice made while the tab is still being filled would be dropped.
         gr.on([tab.select, model.change], handlers.show, model, outputs, trigger_mode="always_last", **quiet)
         model.input(lambda name: in_address(training_model=[name]), model, session.address, **quiet)
-        session.blocks.load(handlers.open_link, None, model, **quiet)
+        session.blocks.load(handlers.open_link, None, [model, said], **quiet)
         session.names.change(handlers.offer, [session.names, model], model, **quiet)
     return tab
 
@@ -72,10 +74,11 @@ class Handlers:
         """The models that can be chosen."""
         return gr.Radio(choices=names, value=model if model in names else self.first_model(names))
 
-    def open_link(self, request: gr.Request) -> Any:
-        """The checkpoint in the page's address."""
-        name = request.query_params.get("training_model")
-        return name if name in self.store.names() else gr.skip()
+    def open_link(self, request: gr.Request) -> tuple[Any, list[dict[str, str]]]:
+        """The checkpoint in the page's address, and what is wrong with it."""
+        names = request.query_params.getlist("training_model")[:1]
+        problems = unknown_models(names, self.store.names())
+        return names[0] if names and not problems else gr.skip(), warnings(problems)
 
     def show(self, model: str | None) -> tuple[Any, ...]:
         """Facts, curves, samples and learned quantities of a checkpoint, whether there are any of these, and slices."""

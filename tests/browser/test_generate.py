@@ -202,12 +202,13 @@ def test_a_model_is_added_from_a_folder(page: Page, checkpoints, tmp_path):
     expect(page.locator("#models-news")).to_contain_text("masks can be chosen now")
 
 
-@pytest.mark.parametrize("width", [380, 2560])
+@pytest.mark.parametrize("width", [380, 768, 2560])
 def test_nothing_is_wider_than_the_window(page: Page, width: int):
     page.set_viewport_size({"width": width, "height": 900})
     expect(column(page, "base")).to_contain_text("60 tokens")
-    for name in ("Generate", "Score", "Attention", "Speed", "Training", "Models"):
+    for name, last in TABS.items():
         page.get_by_role("tab", name=name).click()
+        expect(page.locator(last).first).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -289,6 +290,27 @@ def test_back_and_reload_keep_what_was_there(page: Page):
     expect(column(page, "masks")).to_contain_text("5 tokens · KL")
 
 
+def test_back_while_a_run_starts_leads_to_the_run_before(
+    page: Page, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+):
+    set_length(page, 5)
+    page.get_by_label("Prompt").fill("The first")
+    generate(page)
+    expect(column(page, "masks")).to_contain_text("5 tokens · KL")
+    hold(monkeypatch, gate, 0)
+    page.get_by_label("Prompt").fill("The second")
+    generate(page)
+    page.wait_for_url("**prompt=The+second**")
+    page.go_back()
+    expect(page).to_have_url(re.compile("prompt=The\\+first"))
+    expect(page.get_by_label("Prompt")).to_have_value("The first")
+    gate.set()
+    expect(column(page, "masks")).to_contain_text("5 tokens · KL")
+    expect(column(page, "masks")).to_contain_text("The first")
+    expect(page.locator("#generate-start")).to_have_text("Generate")
+    assert "The+first" in page.url
+
+
 def test_a_run_that_an_address_asks_for_leaves_it_as_it_is(page: Page):
     """Whatever the order of its parameters; another order would be a page of its own to go back from."""
     set_length(page, 5)
@@ -332,16 +354,43 @@ def test_a_model_that_cannot_be_loaded_has_a_column_that_says_why(page: Page, mo
     expect(column(page, "base")).to_contain_text("60 tokens")
 
 
+TABS = {  # with something that is there last
+    "Generate": "#generate-costs tbody tr",
+    "Score": "#score-start",
+    "Attention": "#attention-maps .title",
+    "Speed": "#speed-table tbody tr",
+    "Training": "#training-facts .view > *",
+    "Models": "#models-table tbody tr",
+}
+
+
 def test_headings_are_in_order_and_every_button_has_a_name(page: Page):
-    levels = page.locator("h1, h2, h3, h4, h5").evaluate_all(
-        "all => all.filter(h => h.checkVisibility()).map(h => Number(h.tagName[1]))"
-    )
-    assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels))
-    nameless = page.locator("button").evaluate_all(
-        "all => all.filter(b => !(b.textContent.trim() || b.ariaLabel || b.title)).map(b => b.outerHTML)"
-    )
-    assert nameless == []
+    for name, last in TABS.items():
+        page.get_by_role("tab", name=name).click()
+        expect(page.locator(last).first).to_be_visible()
+        if name == "Score":
+            page.locator(last).click()
+            expect(page.locator("#score-positions .chart")).to_be_visible()
+        levels = page.locator("h1, h2, h3, h4, h5").evaluate_all(
+            "all => all.filter(h => h.checkVisibility()).map(h => Number(h.tagName[1]))"
+        )
+        assert levels[0] == 1
+        assert all(after <= before + 1 for before, after in pairwise(levels)), f"{name}: {levels}"
+        nameless = page.locator("button").evaluate_all(
+            "all => all.filter(b => !(b.textContent.trim() || b.ariaLabel || b.title)).map(b => b.outerHTML)"
+        )
+        assert nameless == [], name
+
+
+def test_eight_lines_of_the_results_are_seen_on_a_laptop(page: Page):
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.evaluate("scrollTo(0, 0)")
+    box = page.locator("#generate-columns .text").first
+    expect(box.locator(".token").nth(59)).to_be_attached()
+    place = box.bounding_box()
+    line = box.evaluate("node => parseFloat(getComputedStyle(node).lineHeight)")
+    seen = min(place["y"] + place["height"], 900) - place["y"]
+    assert seen / line >= 8
 
 
 def test_the_main_button_can_be_read(page: Page):

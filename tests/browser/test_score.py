@@ -12,6 +12,7 @@ TEXT = "The old house stood at the end of the lane. " * 20
 def score(page: Page, text: str) -> None:
     page.get_by_role("tab", name="Score").click()
     page.get_by_label("Passage").fill(text)
+    expect(page.locator("#score-chosen")).to_have_count(0)  # no frame without models in it
     page.get_by_role("button", name="Score", exact=True).click()
     expect(page.locator("#score-columns .token.scored").first).to_be_attached()
 
@@ -55,5 +56,6 @@ def test_a_link_scores_the_same_text_again(page: Page):
     means = page.locator("#score-means").inner_text()
     page.reload()
     expect(page.get_by_label("Passage")).to_have_value("A & b = c? The old house.")
+    expect(page.locator("#score-said")).to_contain_text("Scored")
     expect(page.locator("#score-columns .token.scored").first).to_be_attached()
     assert page.locator("#score-means").inner_text() == means

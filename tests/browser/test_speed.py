@@ -16,6 +16,7 @@ def open_tab(page: Page, longest: str) -> None:
 def test_curves_and_words(page: Page):
     open_tab(page, "512")
     expect(page.locator("#speed-measured")).to_contain_text("Press Measure")
+    expect(page.locator("#speed-stop")).to_be_disabled()
     page.get_by_role("button", name="Measure", exact=True).click()
     expect(page.locator("#speed-meter")).to_contain_text("Done")
     charts = page.locator("#speed-measured .chart")
@@ -64,8 +65,14 @@ def test_stop_keeps_what_was_measured(page: Page, monkeypatch):
     page.get_by_role("button", name="Measure", exact=True).click()
     circles = page.locator("#speed-measured circle")
     expect(circles.first).to_be_visible()
+    expect(page.locator("#speed-start")).to_be_disabled()
     page.locator("#speed-stop").click()
     expect(page.locator("#speed-meter")).to_contain_text("Stopped")
+    expect(page.locator("#speed-verdict")).to_contain_text("8,192 tokens were asked for")
+    expect(page.locator("#speed-verdict")).to_contain_text("reached: it was stopped")
+    expect(page.locator("#speed-start")).to_be_enabled()
+    expect(page.locator("#speed-stop")).to_be_disabled()
+    expect(page.locator("#speed-table")).to_contain_text("Reading 64, ms")
     measured = circles.count()
     assert 0 < measured < 3 * 2 * 8
     page.wait_for_timeout(1500)  # longer than one length takes, which then would be shown
@@ -79,3 +86,47 @@ def test_nothing_chosen_is_said(page: Page):
         box.uncheck()
     page.get_by_role("button", name="Measure", exact=True).click()
     expect(page.get_by_text("Choose 1 to").first).to_be_visible()
+
+
+def shown(page: Page) -> list[str]:
+    """What the tab says of a measurement."""
+    expect(page.locator("#speed-verdict")).to_contain_text("Measured on")
+    expect(page.locator("#speed-table")).to_contain_text("Reading 512, ms")
+    return [page.locator(f"#speed-{part}").inner_text() for part in ("verdict", "measured", "table")]
+
+
+def test_what_was_measured_survives_reload_and_back_and_goes_into_a_link(page: Page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    open_tab(page, "512")
+    page.locator("#speed-models").get_by_role("checkbox", name="base").uncheck()
+    page.locator("#speed-layer input").click()
+    page.get_by_role("option", name="1", exact=True).click()
+    page.wait_for_url("**speed_layer=1**")
+    page.get_by_role("button", name="Measure", exact=True).click()
+    first = shown(page)
+    page.wait_for_url("**speed_results=**")
+    page.reload()
+    assert shown(page) == first
+    expect(page.locator("#speed-counted .chart").first).to_contain_text("Layer 1 alone.")
+    expect(page.locator("#speed-models").get_by_role("checkbox", name="base")).not_to_be_checked()
+    expect(page.locator("#speed-longest input")).to_have_value("512")
+    page.locator("#speed-link").click()
+    expect(page.locator("#speed-said")).to_contain_text("The link is copied")
+    assert "speed_results=" in page.evaluate("navigator.clipboard.readText()")
+
+    page.locator("#speed-layer input").click()
+    page.get_by_role("option", name="0", exact=True).click()
+    page.wait_for_url("**speed_layer=0**")
+    page.get_by_role("button", name="Measure", exact=True).click()
+    expect(page.locator("#speed-meter")).to_contain_text("Done")
+    page.wait_for_function("old => document.querySelector('#speed-table').innerText !== old", arg=first[2])
+    page.go_back()
+    expect(page.locator("#speed-models").get_by_role("checkbox", name="base")).not_to_be_checked()
+    assert shown(page) == first
+
+
+def test_a_link_with_mistakes_says_which(page: Page, url: str):
+    page.goto(f"{url}?tab=speed&speed_models=gone&speed_longest=7&speed_results=x")
+    for part in ("'gone'", "not '7'", "The results in the link cannot be read"):
+        expect(page.locator("#speed-said")).to_contain_text(part)
+    expect(page.locator("#speed-measured")).to_contain_text("Press Measure")

@@ -42,10 +42,14 @@ def test_a_history_is_shown(page: Page, history: Path):
     assert page.locator("#training-tab img, #training-learned img, #training-curves img").count() == 0
 
 
-def test_the_checkpoint_is_in_the_address(page: Page, history: Path):
+def test_the_checkpoint_is_in_the_address(page: Page, url: str, history: Path):
     page.get_by_role("tab", name="Training").click()
     page.locator("#training-model").get_by_role("radio", name="base").check()
     page.wait_for_url("**training_model=base**")
+    page.reload()
+    expect(page.locator("#training-model").get_by_role("radio", name="base")).to_be_checked()
+    page.goto(f"{url}?tab=training&training_model=gone")
+    expect(page.locator("#training-said")).to_contain_text("'gone'")
 
 
 def test_samples_by_step(page: Page, history: Path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from starlette.datastructures import QueryParams
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import attention
@@ -41,6 +42,13 @@ def store(checkpoints) -> ModelStore:
     """A store with both, and small limits."""
     limits = Limits(new_tokens=24, models_per_run=3, prompt_characters=2000, seconds=30)
     return ModelStore([checkpoints / "base", checkpoints / "masks"], limits, Access(None, (checkpoints,)))
+
+
+class Visit:
+    """A request, as the page's load has it, for an address with this query."""
+
+    def __init__(self, query: str):
+        self.query_params = QueryParams(query)
 
 
 def free_port() -> int:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.datastructures import QueryParams
 
 import attention
 import demo.attention
@@ -21,6 +20,7 @@ from demo.reach import reach
 from demo.runs import Column, Run, Settings
 from demo.tabs.attention import Chosen, Handlers
 
+from .conftest import Visit
 from .zoo import SMALL, load_zoo
 
 TEXT = "The old house stood at the end of the lane. Nobody had lived there for years; but it was not empty. " * 2
@@ -551,17 +551,17 @@ def test_a_generated_text_keeps_its_own_tokens(handlers, store):
 def test_the_text_of_the_newest_run_is_taken(handlers):
     new = run(column("base", [1], ["base's"]), column("masks", [1], ["masks'"]))
     old = run(column("base", [1], ["old"]))
-    assert handlers.take_text([new, old], "base", Request(""))[:2] == ("base's", "base")
-    assert handlers.take_text([new, old], "gone", Request(""))[:2] == ("masks'", "masks")
-    assert isinstance(handlers.take_text([], "base", Request(""))[0], dict)  # nothing changes
+    assert handlers.take_text([new, old], "base", Visit(""))[:2] == ("base's", "base")
+    assert handlers.take_text([new, old], "gone", Visit(""))[:2] == ("masks'", "masks")
+    assert isinstance(handlers.take_text([], "base", Visit(""))[0], dict)  # nothing changes
 
 
 def test_the_first_run_leaves_a_text_in_the_address_as_it_is(handlers):
     runs = [run(column("masks", [1], ["x"])), run(column("masks", [1], ["y"]))]
-    linked = Request("attention_model=masks&attention_text=mine")
+    linked = Visit("attention_model=masks&attention_text=mine")
     assert isinstance(handlers.take_text(runs[:1], "masks", linked)[0], dict)
     assert handlers.take_text(runs, "masks", linked)[0] == "x"
-    assert handlers.take_text(runs[:1], "masks", Request("attention_model=masks"))[0] == "x"
+    assert handlers.take_text(runs[:1], "masks", Visit("attention_model=masks"))[0] == "x"
 
 
 def asked(model: str, text: str = TEXT, start: int = 0, count: int = 50, **options) -> list:
@@ -607,18 +607,11 @@ def test_controls_that_are_not_the_models_yet_switch_nothing_off(handlers):
     assert handlers.offer_parts("masks", "")[0] == "masks"
 
 
-class Request:
-    """A visit with an address."""
-
-    def __init__(self, query: str):
-        self.query_params = QueryParams(query)
-
-
 def test_what_is_shown_comes_back_from_the_address(handlers):
     values = asked("masks", off=["window(6)"], silent=["0.1", "1"], start=3, count=20)
     *_, chosen, address = last(handlers.show(*values, [], Chosen(layer=1, head=1)))
     query = urlencode(address["parameters"], doseq=True)
-    model, text, start, count, place, offered, beside, off, off_in, silent, *_ = handlers.open_link(Request(query))
+    model, text, start, count, place, offered, beside, off, off_in, silent, *_ = handlers.open_link(Visit(query))
     assert (model, text, start, count, offered) == ("masks", TEXT, 3, 20, "masks")
     assert (place.layer, place.head) == (1, 1)
     assert (beside.value, off.value, off_in.value, silent.value) == ("none", ["window(6)"], [], ["0.1", "1"])
@@ -632,10 +625,33 @@ def test_what_is_shown_comes_back_from_the_address(handlers):
      "attention_model=masks&attention_if_off=<b>&attention_if_window=x&attention_if_silent=9.9&attention_beside=nsa"],
 )  # fmt: skip
 def test_addresses_that_anyone_may_have_written(handlers, query):
-    found = handlers.open_link(Request(query))
-    assert len(found) == 12
+    found = handlers.open_link(Visit(query))
+    assert len(found) == 13
     if query.startswith("attention_model=masks"):
         assert found[0] == "masks"
         assert (found[4].layer, found[3]) == (0, handlers.store.limits.view_tokens)
     if "if_off" in query:
         assert (found[6].value, found[7].value, found[9].value) == ("none", [], [])
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("attention_model=masks&attention_text=mine&attention_layer=1", []),
+        ("attention_text=x", []),
+        ("attention_model=<b>", ["asks for '<b>'; there are: base, masks"]),
+        ("attention_model=masks&attention_layer=-1&attention_count=x", ["attention_layer is '-1'", "count is 'x'"]),
+        ("attention_model=masks&attention_if_off=<b>", ["'<b>' (if_off), which masks does not have"]),
+        ("attention_model=masks&attention_if_silent=9.9&attention_beside=nsa", ["'nsa' (beside)", "'9.9' (if_silent)"]),
+        ("attention_model=masks&attention_if_window=x", ["attention_if_window is 'x'"]),
+    ],
+)
+def test_mistakes_in_an_address_are_said(handlers, query, words):
+    said = [notice["text"] for notice in handlers.open_link(Visit(query))[-1]]
+    assert [word in text for word, text in zip(words, said, strict=True)] == [True] * len(words)
+
+
+def test_a_head_that_does_not_exist_is_said_where_another_is_shown(handlers):
+    meter, *_, chosen, _ = last(handlers.show(*asked("masks"), [], Chosen(layer=9, head=1)))
+    assert meter["text"] == "masks has no layer 9 with a head 1: layer 1, head 1 is shown."
+    assert (chosen.layer, chosen.head) == (1, 1)

@@ -126,3 +126,13 @@ def test_what_is_revealed_has_the_numbers(shown):
     text = revealed(vote_of(shown, FIRST, EQUAL))
     assert text.startswith("You found the base. A is by base (perplexity to the base ")
     assert "B is by masks (KL to the base" in text
+    assert "hit" not in text  # what is rare is not known here
+    for column in shown.run.columns:
+        column.hits = [0] * 12
+    assert "0 hits to be looked up)" in revealed(vote_of(shown, FIRST, EQUAL))
+    for column in shown.run.columns:
+        column.hits[3] = 40
+    kl = shown.run.columns[1].scores[3].kl
+    text = revealed(vote_of(shown, FIRST, EQUAL))
+    assert f"1 hit to be looked up, KL {kl:.3f} there)" in text
+    assert "1 hit to be looked up)." in text  # the base's is no distance from itself

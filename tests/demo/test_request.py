@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import QueryParams
 
-from demo.request import OPTIONS, RequestError, from_query, in_address, position_in_query, read_settings
+from demo.request import OPTIONS, RequestError, from_query, in_address, read_settings
 from demo.runs import Settings
 
 GOOD = {"prompt": "Hello", "models": ["base", "masks"]}
@@ -97,14 +97,3 @@ def test_a_link_with_a_mistake_says_which_and_is_not_run(store, query, problem):
 def test_an_address_that_asks_for_nothing(store):
     link = from_query(QueryParams("__theme=dark&tab=speed"), store)
     assert (link.settings, link.problems, link.runs) == ({}, [], False)
-
-
-def test_a_position_in_an_address_is_a_whole_number_or_the_default():
-    query = QueryParams("layer=3&head=-1&start=1e3&count=%D9%A3")
-    assert [position_in_query(query, name, 9) for name in ("layer", "head", "start", "count", "gone")] == [
-        3,
-        9,
-        9,
-        9,
-        9,
-    ]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from demo.limits import Limits
 from demo.models import Access, ModelStore
 from demo.score import ScoreError, check, score_text, windows
-from demo.tabs.score import Handlers, means_table, places_table, position_curves, text_view
+from demo.tabs.score import Handlers, in_address, means_table, places_table, position_curves, progress, text_view
 
-from .conftest import CONTEXT
+from .conftest import CONTEXT, Visit
 
 NAMES = ["base", "masks"]
 TEXT = "The old house stood at the end of the lane, and nobody had lived in it for a hundred years. " * 12
@@ -190,3 +190,23 @@ def test_files_are_read_as_text(store, tmp_path):
     for name, message in (("large", "100 kB"), ("binary", "UTF-8")):
         with pytest.raises(Exception, match=message):
             handlers.read_file(str(tmp_path / name))
+
+
+def test_a_link_is_scored_unless_it_has_mistakes(store):
+    handlers = Handlers(store)
+    text, names, asks, said = handlers.open_link(Visit("score_text=The+sea&score_models=masks"))
+    assert (text, names, said) == ("The sea", ["masks"], [])
+    assert isinstance(asks, float)
+    text, names, asks, said = handlers.open_link(Visit("score_text=The+sea&score_models=masks&score_models=gone"))
+    assert (text, names) == ("The sea", ["masks"])
+    assert not isinstance(asks, float)
+    assert "'gone'; there are: base, masks" in said[0]["text"]
+
+
+def test_what_an_address_has_no_room_for_is_said(store):
+    scores = scored(store)
+    assert "address" not in progress(scores, done=True)[0]["text"]
+    assert in_address(TEXT, NAMES)["parameters"]["score_text"] == [TEXT]
+    scores.tokens = ["é" * 1000]  # six characters each in an address
+    assert "too long for the page's address" in progress(scores, done=True)[0]["text"]
+    assert in_address("é" * 1000, NAMES)["parameters"] == {"score_text": [], "score_models": []}

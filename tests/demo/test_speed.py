@@ -1,22 +1,31 @@
 """Measuring: what is measured, break-even and noise, words, limits; and counting."""
 
+import base64
+import json
 import random
 import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
+from urllib.parse import urlencode
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import QueryParams
 
 import attention
 from demo import counting
-from demo.busy import BUSY, WRITING
+from demo.busy import BUSY, COMPUTING
 from demo.costs_table import costs_table
 from demo.counting import Counted
+from demo.measured import Measured, Sample, charts, packed, report, rounded, unpacked, verdicts
+from demo.models import LoadedModel
 from demo.ratios import Ratio, break_even, falling, interval, ratio, round_length, verdict
-from demo.speed import AttentionSubject, Sample, SpeedError, SpeedRun, charts, lengths_up_to, report, verdicts
-from demo.tabs.speed import ALL_LAYERS, Handlers
+from demo.speed import AttentionSubject, SpeedError, SpeedRun, lengths_up_to
+from demo.tabs.speed import ALL_LAYERS, Handlers, read_link, settings_in_address
 
 from .zoo import SMALL, load_zoo
 
@@ -88,9 +97,10 @@ def test_a_whole_model_ends_at_its_context_and_that_is_said(zoo):
     run = SpeedRun([zoo["masks"]], "model", 4096, seconds=60)
     assert max(run.lengths) == context - 8
     finished(run)
-    said = verdicts(run)[-1]
+    said = verdicts(run.measured)[-1]
     assert said.startswith(f"4,096 tokens were asked for, {context - 8} reached: the models hold no more")
-    assert (report(run)["asked"], report(run)["reached"]) == (4096, context - 8)
+    found = report(run.measured)
+    assert (found["asked"], found["reached"], found["finished"]) == (4096, context - 8, True)
 
 
 def test_what_was_not_reached_in_time_is_said(zoo):
@@ -98,10 +108,11 @@ def test_what_was_not_reached_in_time_is_said(zoo):
     assert not run.finished
     assert "limit" in run.doing
     assert run.samples == []
-    assert verdicts(run) == [
+    assert verdicts(run.measured) == [
         "8,192 tokens were asked for, 0 reached: 0 s are the limit for one measurement. Counted, below, goes on."
     ]
-    assert verdicts(finished(SpeedRun([zoo["masks"]], "attention", 64, seconds=60)))[-1].startswith("masks, one more")
+    run = finished(SpeedRun([zoo["masks"]], "attention", 64, seconds=60))
+    assert verdicts(run.measured)[-1].startswith("masks, one more")
 
 
 def test_a_run_that_is_left_keeps_its_samples_and_frees_the_model(zoo):
@@ -127,7 +138,7 @@ def test_measuring_waits_while_a_text_is_written(zoo):
     run = SpeedRun([zoo["masks"]], "attention", 64, seconds=60)
     steps = run.measure()
     next(steps)
-    with BUSY.doing(WRITING):
+    with BUSY.doing(COMPUTING):
         assert "Waiting" in [next(steps).doing for _ in range(3)][-1]
     for _ in steps:
         pass
@@ -143,7 +154,7 @@ def test_rounds_in_which_a_text_was_written_do_not_count(zoo, monkeypatch):
         passes.append(len(passes))
         if len(passes) == 3:
             time.sleep(0.5)
-            with BUSY.doing(WRITING):
+            with BUSY.doing(COMPUTING):
                 pass
         type(base).prefill(base)
 
@@ -247,7 +258,7 @@ def test_noise_is_not_stated_as_fact():
     )
 
 
-def told(zoo, *middles: float, noise: float = 1.05) -> SpeedRun:
+def told(zoo, *middles: float, noise: float = 1.05) -> Measured:
     run = SpeedRun([zoo["masks"]], "attention", 512, seconds=1)
     run.samples = [
         Sample(name, name, length, time, time, (time, time), (time, time), 1, 1)
@@ -255,11 +266,11 @@ def told(zoo, *middles: float, noise: float = 1.05) -> SpeedRun:
         for length, time in zip(LENGTHS, times, strict=True)
     ]
     run.ratios = {("masks", quantity): ratios(*middles, noise=noise) for quantity in ("prefill_ms", "token_ms")}
-    return run
+    return run.measured
 
 
 def test_charts_have_a_curve_a_model_its_spread_and_mark_the_break_even(zoo):
-    assert charts(SpeedRun([zoo["masks"]], "attention", 512, seconds=1)) == []
+    assert charts(SpeedRun([zoo["masks"]], "attention", 512, seconds=1).measured) == []
     prefill, token, memory = charts(told(zoo, 4, 2, 0.5, 0.25))
     assert [(series["name"], series["color"]) for series in prefill["series"]] == [("base", 0), ("masks", 1)]
     assert prefill["series"][1]["spread"] == [[64, 4, 4], [128, 2, 2], [256, 0.5, 0.5], [512, 0.25, 0.25]]
@@ -269,11 +280,94 @@ def test_charts_have_a_curve_a_model_its_spread_and_mark_the_break_even(zoo):
 
 
 def test_a_report_is_plain_data(zoo):
-    result = report(finished(SpeedRun([zoo["masks"]], "attention", 64, seconds=60)))
+    result = report(finished(SpeedRun([zoo["masks"]], "attention", 64, seconds=60)).measured)
     assert set(result["samples"][0]) == set(Sample.__dataclass_fields__)
     assert set(result["break_even"]["masks"]) == {"prefill_ms", "token_ms"}
     assert set(result["break_even"]["masks"]["token_ms"]) == {"length", "slower_to", "faster_from"}
     assert len(result["verdicts"]) == 2
+
+
+# In the address.
+
+
+def test_what_was_measured_comes_back_from_the_address_as_it_was(zoo):
+    found = finished(SpeedRun([zoo["masks"], zoo["nsa"]], "attention", 128, seconds=60)).measured
+    again = unpacked(packed(found))
+    assert again == found
+    assert (charts(again), verdicts(again), report(again)) == (charts(found), verdicts(found), report(found))
+    assert all(rounded(sample.prefill_ms) == sample.prefill_ms for sample in found.samples)
+
+
+def test_six_models_at_all_lengths_fit_into_an_address(zoo):
+    names = [f"a-model-of-many-words-{index}" for index in range(6)]
+    loaded = [LoadedModel(replace(zoo["masks"].entry, name=name), *vars_of(zoo["masks"])) for name in names]
+    run = SpeedRun(loaded, "attention", 8192, seconds=1)
+    draw = random.Random(0)
+
+    def time() -> float:
+        return rounded(draw.uniform(0.01, 5000))
+
+    run.samples = [
+        Sample(name, "masks", length, time(), time(), (time(), time()), (time(), time()), draw.randrange(10**9), 10**7)
+        for length in run.lengths
+        for name in ["base", *names]
+    ]
+    run.ratios = {
+        (name, quantity): [Ratio(length, time(), time(), time()) for length in run.lengths]
+        for name in names
+        for quantity in ("prefill_ms", "token_ms")
+    }
+    assert 0 < len(packed(run.measured)) < 5000
+
+
+def vars_of(loaded: LoadedModel) -> tuple:
+    return loaded.model, loaded.tokenizer, loaded.made_from
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda word: "<b>",
+        lambda word: "",
+        lambda word: "é" + word,
+        lambda word: word[:-9],
+        lambda word: again(word, lambda data: data["samples"][0].update(prefill_ms=-1)),
+        lambda word: again(word, lambda data: data["samples"][0].update(prefill_ms="1e999")),
+        lambda word: again(word, lambda data: data["comparisons"][0]["ratios"].clear()),
+        lambda word: again(word, lambda data: data["comparisons"][0]["ratios"][0].update(low=0)),
+        lambda word: again(word, lambda data: data.update(lengths=[])),
+        lambda word: again(word, lambda data: data.update(where="x" * 400_000)),
+    ],
+)
+def test_results_that_anyone_may_have_written_are_refused(zoo, change):
+    with pytest.raises(ValueError, match="cannot be read; Measure takes them anew"):
+        unpacked(change(packed(told(zoo, 4, 2, 0.5, 0.25))))
+
+
+def again(word: str, change: Callable[[dict], object]) -> str:
+    """The word with its data changed."""
+    data = json.loads(zlib.decompress(base64.urlsafe_b64decode(word + "==")))
+    change(data)
+    return base64.urlsafe_b64encode(zlib.compress(json.dumps(data).encode())).decode()
+
+
+def test_settings_come_back_from_the_address(store):
+    parameters = settings_in_address(["masks"], "model", "1", 512)["parameters"]
+    link = read_link(QueryParams(urlencode(parameters, doseq=True)), store)
+    assert link.problems == []
+    layer = link.settings.pop("speed_layer")
+    assert (layer.value, [value for _, value in layer.choices]) == ("1", [ALL_LAYERS, "1"])
+    assert link.settings == {"speed_models": ["masks"], "speed_level": "model", "speed_longest": 512}
+    assert read_link(QueryParams("tab=speed"), store).settings == {}
+
+
+def test_mistakes_in_an_address_are_said(store):
+    link = read_link(
+        QueryParams("speed_models=gone&speed_level=x&speed_layer=9999&speed_longest=7&speed_results=x"), store
+    )
+    words = ("gone", "'x'", "'9999'", "'7'", "Measure")
+    assert [word in said for word, said in zip(words, link.problems, strict=True)] == [True] * 5
+    assert (link.settings, link.found) == ({}, None)
 
 
 # Counting.
@@ -350,6 +444,7 @@ def test_the_table_says_what_is_known_and_what_is_not(zoo, tmp_path):
     measured = dict(zip(table["headers"], table["rows"][1], strict=True))
     assert measured["Reading: faster from"] == "about 180"
     assert measured["Reading 512, ms"] == "0.25 (0.25 to 0.25)"
+    assert measured["Hits: nats above the base"] == "–"
     noisy = costs_table(found, report(told(zoo, 1.2, 1, 1, 0.9, noise=3)))
     assert dict(zip(noisy["headers"], noisy["rows"][1], strict=True))["A token: faster from"] == "?"
 
@@ -376,7 +471,9 @@ def test_stop_says_that_nothing_is_measured(store):
     class Request:
         session_hash = "x"
 
-    assert Handlers(store).stop(Request()) == {"share": 0.0, "text": "Nothing is being measured."}
+    said, *_, start, stop = Handlers(store).stop(["masks"], "attention", ALL_LAYERS, 512, Request())
+    assert said == {"share": 0.0, "text": "Nothing is being measured."}
+    assert (start.interactive, stop.interactive) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from demo.training import (
     commands,
     curves,
     facts,
+    hits_excess,
     learned,
     read_card,
     read_history,
@@ -24,6 +25,8 @@ from demo.training import (
 )
 from trainer.card import with_measurement
 from trainer.config import load_config
+
+from .conftest import Visit
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = REPOSITORY / "checkpoints"
@@ -291,6 +294,17 @@ def test_the_slices_of_a_card_are_a_table(folder):
     }
 
 
+def test_hits_are_those_of_the_longest_context(folder):
+    assert hits_excess(read_card(folder)) == "–"
+    card = f"{CARD}\n## Use\n\nSo.\n"
+    for context in (1024, 512):
+        row = measured(context, 0.25)
+        row["slices"]["hits"] = row["slices"]["all"]
+        card = with_measurement(card, row)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    assert hits_excess(read_card(folder)) == "+0.500 ± 0.250 (at 1,024)"
+
+
 @pytest.mark.parametrize(
     "table", ["| tokens that are |", "| tokens that are | KL |\n| --- | --- |\n| all |\n|", "| x |"]
 )
@@ -328,3 +342,11 @@ def test_the_tab_shows_what_the_store_has(store):
     assert [frame.visible for frame in frames] == [False] * 3
     assert handlers.show("../etc")[:4] == ([], [], [], [])
     assert lookups == {"headers": [NO_SLICES], "rows": []}
+
+
+def test_a_checkpoint_in_the_address_is_shown_or_said_to_be_missing(store):
+    handlers = Handlers(store)
+    assert handlers.open_link(Visit("training_model=masks")) == ("masks", [])
+    assert handlers.open_link(Visit("tab=training"))[1] == []
+    _, said = handlers.open_link(Visit("training_model=gone"))
+    assert "'gone'; there are: base, masks" in said[0]["text"]
