@@ -231,6 +231,7 @@ class State(CacheLayerMixin):
         Raises:
             ValueError: if they cannot be taken back; the state is as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 gives a tensor
         if problem := crop_problem([self], tokens_to_remove):
             raise ValueError(problem)
         if tokens_to_remove and -tokens_to_remove == self.seen:
@@ -288,6 +289,7 @@ class StateCache(Cache):
         Raises:
             ValueError: if they cannot be taken back; the cache is as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)
         states = [state for state in self.layers if state.seen]  # those above an early exit have seen nothing
         left = states[0].seen + tokens_to_remove if states else 0
         problem = crop_problem(states, tokens_to_remove)

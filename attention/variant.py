@@ -505,7 +505,7 @@ def _enter_body(body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
         ValueError: for positions past the last of a model that has a table of them, padding between real tokens,
             packed rows with a cache, and a cache that another model filled.
     """
-    kwargs = dict(zip(_argument_names(type(body)), args, strict=False)) | kwargs
+    kwargs = dict(zip(_argument_names(type(body))[: len(args)], args, strict=True)) | kwargs
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if ids is None and embeds is None:
         raise ValueError("give input_ids or inputs_embeds, or both of the same tokens")

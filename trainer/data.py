@@ -232,16 +232,28 @@ def read_files(
     source = ", ".join(patterns)
     with _cached(source):
         try:
-            rows = Dataset.from_generator(
-                lambda: (
-                    {"text": text} for file in files for text in read_documents(file, config.column, config.documents)
-                ),
-                features=TEXT,
-                fingerprint=_key(_digest([Path(documents.__file__), *files]), config.column, config.documents),
-            )
+            rows = Dataset.from_generator(_Rows(files, config), features=TEXT)
         except ValueError:  # what `datasets` says to no rows
             raise DataError(f"{source} holds no text, or is empty") from None
     return _tokenise(rows, "text", tokenizer, joined, source, renamed)
+
+
+class _Rows:
+    """The documents of files, a row each, as `datasets` calls for them.
+
+    It caches them under the hash of their pickled source, which is a key here that follows from the content: files may
+    move. (To be told a key, as `fingerprint`, is new in datasets 4.3.)
+    """
+
+    def __init__(self, files: list[Path], config: DataConfig):
+        self.files, self.column, self.form = files, config.column, config.documents
+        self.key = _key(_digest([Path(documents.__file__), *files]), self.column, self.form)
+
+    def __call__(self) -> Iterator[dict[str, str]]:
+        return ({"text": text} for file in self.files for text in read_documents(file, self.column, self.form))
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.key,)
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -137,7 +137,7 @@ def build(config: RunConfig) -> Setup:
         check_prompts(config, model, tokenizer)
         fuse_activations(source)  # variants do so themselves
         if config.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            recompute_activations(model)
         test = load_test_tokens(config, tokenizer)
         train, valid = load_tokens(
             config.data,
@@ -164,6 +164,12 @@ def _precision(config: RunConfig) -> str | None:
         return config.precision
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 and not config.cpu else None
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Has a model compute its activations again in the backward pass, by either name that transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def check_trackers(names: list[str]) -> None:

@@ -71,10 +71,10 @@ def stale_cache() -> GPT2LMHeadModel:
 
 class StaleCrop(GPT2LMHeadModel):
     @wraps(GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:
-        output = super().forward(input_ids, cache=cache, **kwargs)
-        if output.cache is not None:
-            output.cache.layers[-1].crop = lambda tokens_to_remove: None
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        output = super().forward(input_ids, **kwargs)
+        if output.get(CACHE) is not None:
+            output[CACHE].layers[-1].crop = lambda tokens_to_remove: None
         return output
 
 
@@ -85,10 +85,10 @@ def stale_crop() -> GPT2LMHeadModel:
 
 class NoCrop(GPT2LMHeadModel):
     @wraps(GPT2LMHeadModel.forward)
-    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> ModelOutput:
-        output = super().forward(input_ids, cache=cache, **kwargs)
-        if output.cache is not None:
-            output.cache.layers[-1].is_croppable = False
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        output = super().forward(input_ids, **kwargs)
+        if output.get(CACHE) is not None:
+            output[CACHE].layers[-1].is_croppable = False
         return output
 
 

@@ -235,7 +235,8 @@ def test_without_a_record_only_what_is_still_there_can_be_taken_back():
 def test_padding_after_the_tokens_cannot_be_taken_back():
     student, ids, mask = variant_of("gpt2", "softmax"), tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[1, 4:] = 0
-    cache = student(ids, attention_mask=mask, use_cache=True).cache
+    cache = student.new_cache()
+    student(ids, attention_mask=mask, cache=cache, use_cache=True)
     with pytest.raises(ValueError, match="the first 6 columns"):
         cache.crop(-1)
     cache.crop(-6)

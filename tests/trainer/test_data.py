@@ -177,6 +177,19 @@ def test_a_file_that_changed_is_read_anew(tmp_path, tokenizer):
     assert tokenizer.decode(before) != tokenizer.decode(read_files([str(path)], tokenizer))
 
 
+def test_a_file_that_moved_is_not_read_again(tmp_path, tokenizer, monkeypatch):
+    read = []
+    monkeypatch.setattr(data, "read_documents", lambda file, *_: [read.append(file.name) or file.read_text()])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "a.txt").write_text("the sea")
+    before = read_files([str(tmp_path / "a.txt")], tokenizer)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert np.array_equal(before, read_files([str(tmp_path / "b.txt")], tokenizer))
+    assert read == ["a.txt"]
+    read_files([str(tmp_path / "b.txt")], tokenizer, DataConfig(documents="document"))
+    assert read == ["a.txt", "b.txt"]
+
+
 def test_a_hub_data_set_joined_is_its_text(monkeypatch, tokenizer):
     rows = {"train": ["", " = A = \n", "the sea\n"], "validation": ["a ship\n"]}
     asked = []

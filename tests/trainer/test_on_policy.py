@@ -14,7 +14,7 @@ from tests.trainer.test_resume import outcome
 from trainer import train
 from trainer.config import DistilConfig, OnPolicyConfig, load_config
 from trainer.loop import Loop
-from trainer.setup import build
+from trainer.setup import build, recompute_activations
 from trainer.stages import build_learner
 
 PROMPT, LENGTH = 6, 20
@@ -106,7 +106,7 @@ def test_it_learns_in_bfloat16(checkpointing, base, ids):
     def gradients(enabled: bool) -> Tensor:
         learner = build_learner(stage(train="all"), attention.convert(base, MASKS), base).train()
         if checkpointing:
-            learner.model.activation_checkpointing_enable()
+            recompute_activations(learner.model)
         torch.manual_seed(4)
         texts = learner.write(ids)
         learner.write = lambda _: (torch.manual_seed(4), type(learner).write(learner, ids), texts)[
