@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def build(app: App) -> gr.Blocks:
         session = Session(
             blocks, runs=gr.State([]), names=gr.State(app.store.names()), address=Address(elem_id="address")
         )
-        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
+        with gr.Tabs(elem_id="tabs", **_known(gr.Tabs, overflow_behavior="wrap")):
             built = [build_tab(app, session) for build_tab in TABS]
             for tab in built:
                 _keep_in_address(tab, is_first=tab is built[0])
@@ -126,6 +128,11 @@ def theme() -> gr.Theme:
     )
 
 
+def _known(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """The options that a function of the installed Gradio has: it wraps tabs and keeps a history only from 6.28 on."""
+    return {name: value for name, value in options.items() if name in signature(function).parameters}
+
+
 def launch(app: App, host: str | None = None, port: int | None = None, **options: Any) -> tuple[Any, str, str]:
     """Builds and serves the page; see `launch_blocks`."""
     return launch_blocks(build(app), host, port, **options)
@@ -144,7 +151,7 @@ def launch_blocks(
         "theme": theme(),
         "css_paths": STYLE,
         "ssr_mode": False,
-        "run_history": False,
+        **_known(gr.Blocks.launch, run_history=False),
         "state_session_capacity": SESSIONS,
         "max_file_size": UPLOAD_LIMIT,
         "footer_links": ["api", "settings"],
