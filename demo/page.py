@@ -129,7 +129,7 @@ def theme() -> gr.Theme:
 
 
 def _known(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """The options that a function of the installed Gradio has: it wraps tabs and keeps a history only from 6.28 on."""
+    """The options that a function of the installed Gradio has; 6.10 neither wraps tabs nor keeps a history of runs."""
     return {name: value for name, value in options.items() if name in signature(function).parameters}
 
 

@@ -23,7 +23,7 @@ from .observer import Observer
 from .optim import build_optimizers, lr_factor, set_lr
 from .setup import Setup
 from .signals import StopRequest
-from .stages import build_learner
+from .stages import build_learner, name_layers
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,8 @@ class Loop:
         built = build_learner(stage, self.setup.model, self.setup.base, self.setup.teacher_cache).train()
         plain = build_optimizers(stage, built)
         self.trained = checkpointing.trained_shapes(plain, self.setup.model)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            name_layers(self.accelerator.state.fsdp_plugin, built)
         learner, *optimizers = self.accelerator.prepare(built, *plain)
         batches = StageBatches(self.setup.train, stage, (self.config.seed, index))
         done = 0

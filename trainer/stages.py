@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,8 +44,6 @@ class Learner(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        # What Accelerate has FSDP wrap. A class's own list may name layers that this model has not.
-        self._no_split_modules = sorted({type(layer).__name__ for layer in repeated_layers(model)})
 
     def forward(self, input_ids: Tensor) -> Losses:
         """Losses of (B, T) tokens, over B · `stage.predicted(T)` predicted ones."""
@@ -52,6 +51,15 @@ class Learner(nn.Module):
 
     def close(self) -> None:
         """Leaves the model as it would be without the learner."""
+
+
+def name_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
+    """Has Accelerate wrap a model's layers for FSDP, unless its own settings say what to wrap.
+
+    A class's own list may name layers that this model has not, and Accelerate 1.10 reads none.
+    """
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in repeated_layers(model)})
 
 
 class Pretrain(Learner):

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import attention
 from attention.families import TESTED
+from attention.variant import CACHE_NAMES
 
 from .checkpoints import make_variant, save_base
 from .families import tiny
@@ -38,9 +39,10 @@ def lora(**options) -> LoraConfig:
 @torch.no_grad()
 def one_by_one(model, start: int = 9) -> torch.Tensor:
     output = model(IDS[:, :start], use_cache=True)
+    name = next(name for name in CACHE_NAMES if name in output)
     logits = [output.logits]
     for place in range(start, IDS.shape[1]):
-        output = model(IDS[:, place : place + 1], cache=output.cache, use_cache=True)
+        output = model(IDS[:, place : place + 1], use_cache=True, **{name: output[name]})
         logits.append(output.logits)
     return torch.cat(logits, 1)
 

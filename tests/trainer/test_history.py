@@ -5,7 +5,9 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
 from tests.trainer.conftest import recipe, write_recipe
 from trainer.history import History, plot
@@ -65,10 +67,17 @@ class Memory(GeneralTracker):
         type(self).finished = True
 
 
-def test_a_run_reports_to_its_trackers(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, Memory.name, Memory)
+@pytest.mark.parametrize("name", ["tensorboard", "memory"])
+def test_a_run_reports_to_its_trackers(name, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To one that is installed, in whose place another is put here, and to one of the user's own."""
+    if name == "memory" and not hasattr(tracking, "register_tracker_class"):
+        pytest.skip("this Accelerate knows none of the user's own")
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, Memory)
+    monkeypatch.setattr(Memory, "logged", {})
+    monkeypatch.setattr(Memory, "finished", False)
     path = write_recipe(tmp_path, recipe(workplace, output=str(tmp_path / "run")))
-    assert main(["--config", str(path), "--trackers", "memory"]) == 0
+    assert main(["--config", str(path), "--trackers", name]) == 0
     assert yaml.safe_load(Memory.config["config"])["output"] == str(tmp_path / "run")
     assert Memory.finished
     logged = Memory.logged

@@ -13,7 +13,7 @@ from attention.recording import recorded
 from attention.variant import attention_modules, mechanisms_of
 from tests.attention.families import tiny
 from trainer.config import DistilConfig, Objective, PretrainConfig, TransferConfig
-from trainer.stages import build_learner
+from trainer.stages import build_learner, name_layers
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def test_what_fsdp_wraps_is_found_in_the_model(family):
     variant = attention.convert(tiny(family), MASKS)
     variant._no_split_modules = ["ALayerOfAnotherModel"]
     learner = build_learner(PretrainConfig(steps=1), variant, None)
-    wrap = fsdp2_prepare_auto_wrap_policy(
-        FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), learner
-    )
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    name_layers(plugin, learner)
+    wrap = fsdp2_prepare_auto_wrap_policy(plugin, learner)
     wrapped = {name for name, module in learner.named_modules() if wrap(module)}
     assert len(wrapped) == variant.config.num_hidden_layers
     inside = [
