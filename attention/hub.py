@@ -6,13 +6,13 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, __version__, constants
 from huggingface_hub.errors import (
     DryRunError,
     EntryNotFoundError,
@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import filter_repo_objects, tqdm
 
 from .errors import CheckpointError, MissingCheckpointError, MissingRevisionError, NetworkError
 from .files import PATTERNS
@@ -33,6 +33,7 @@ from .files import PATTERNS
 LONGEST_NAME = 200  # bytes of each part; the disk takes 255, some of which the cache needs
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 LONGEST_WAIT = 60.0  # seconds
+CLIENT_LISTS = tuple(map(int, __version__.split(".")[:2])) >= (1, 22)  # the client lists files in its cache itself
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -131,25 +132,33 @@ def pull(spec: HubSpec, hub: HubOptions = HUB, progress: Progress | None = None)
     """
     arguments = {**_selection(spec), "cache_dir": hub.cache_dir}
 
-    def download() -> str:
+    def fetched(local_files_only: bool) -> Path:
+        bar = _reporting(progress) if progress else _Limited
+        options = {} if local_files_only else {"force_download": hub.force_download, "tqdm_class": bar}
+        return Path(hub.client.snapshot_download(**arguments, local_files_only=local_files_only, **options))
+
+    def download() -> Path:
+        if not hub.force_download and _is_listed(_commit_folder(spec, hub), spec.subfolder):
+            return fetched(local_files_only=True)
         try:
-            return hub.client.snapshot_download(
-                **arguments,
-                local_files_only=hub.local_files_only,
-                force_download=hub.force_download,
-                tqdm_class=_reporting(progress) if progress else _Limited,
-            )
+            return fetched(hub.local_files_only)
         except TransportError as error:  # of the kinds that the client does not fall back from by itself
             try:
-                return hub.client.snapshot_download(**arguments, local_files_only=True)
+                root = fetched(local_files_only=True)
             except LocalEntryNotFoundError:
                 raise error from None
+        if not is_complete(root / spec.subfolder):
+            with suppress(TransportError):
+                return fetched(local_files_only=False)  # goes on where it broke off
+        return root
 
     root = _asked(spec, hub, download)
-    folder = Path(root, spec.subfolder)
+    folder = root / spec.subfolder
     if not (folder / "config.json").is_file():
         where = f"no folder {spec.subfolder!r} with a config.json" if spec.subfolder else "no config.json"
         raise MissingCheckpointError(f"{spec.repo_id} on the Hub has {where} at revision {spec.revision or 'main'}")
+    if not (CLIENT_LISTS or hub.local_files_only or is_complete(folder)):
+        _list_files(spec, root, hub)
     return folder
 
 
@@ -213,8 +222,47 @@ def is_complete(folder: Path) -> bool:
     place = cached_origin(folder)
     if place is None:
         return True
-    root = folder.parents[len(Path(place.subfolder).parts)]  # "snapshots"
-    return any(path.is_file() for path in (root.parent / "trees").glob(f"{place.revision}*"))
+    root = folder.parents[len(Path(place.subfolder).parts) - 1] if place.subfolder else folder
+    if any((root.parents[1] / "trees").glob(f"{place.revision}*")):
+        return True
+    return _is_listed(root, place.subfolder)
+
+
+def _commit_folder(spec: HubSpec, hub: HubOptions) -> Path:
+    """Where the cache has a spec's commit, if it is one by commit."""
+    cache = Path(hub.cache_dir or constants.HF_HUB_CACHE)
+    return cache / f"models--{spec.repo_id.replace('/', '--')}" / "snapshots" / (spec.revision or "main")
+
+
+def _is_listed(root: Path, subfolder: str) -> bool:
+    """Whether a commit's folder has a list and all that is on it."""
+    path = _list_of(root, subfolder)
+    return path.is_file() and all((root / name).is_file() for name in path.read_text("utf-8").splitlines())
+
+
+def _list_of(root: Path, subfolder: str) -> Path:
+    """The list of a folder's files that `pull` keeps beside a commit where the client keeps none."""
+    return root.parents[1] / "pulled" / root.name / subfolder / "files.txt"
+
+
+def _list_files(spec: HubSpec, root: Path, hub: HubOptions) -> None:
+    """Keeps such a list, unless the Hub does not say now what it has.
+
+    Raises:
+        NetworkError: naming files that did not arrive, or if what answers is not the Hub.
+    """
+    with _translated(spec):
+        try:
+            files = hub.client.list_repo_files(spec.repo_id, revision=root.name)
+        except (HfHubHTTPError, TransportError, OfflineModeIsEnabled):
+            return
+    patterns = {name: value for name, value in _selection(spec).items() if name.endswith("patterns")}
+    names = list(filter_repo_objects(files, **patterns))
+    if missing := [name for name in names if not (root / name).is_file()]:
+        raise NetworkError(f"{spec} could not be downloaded whole: {missing} did not arrive; load it again")
+    path = _list_of(root, spec.subfolder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(names), "utf-8")
 
 
 def _selection(spec: HubSpec) -> dict[str, object]:
