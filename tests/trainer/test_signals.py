@@ -69,6 +69,7 @@ def test_the_launcher_is_known_by_its_command(
 
 def test_the_death_of_the_launcher_asks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signals, "launcher_arguments", list)
+    monkeypatch.setattr("os.getppid", lambda: 2)
     stop = StopRequest()
     assert not stop.asked
     monkeypatch.setattr("os.getppid", lambda: 1)
