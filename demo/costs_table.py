@@ -37,9 +37,9 @@ def costs_table(counted: Counted, results: dict[str, Any] | None) -> dict[str, A
             "Perplexity": _figure(figures.get("perplexity")),
             "Hits: nats above the base": hits_excess(card),
             "Reading: fewer operations from": _counted_even(counted, name, base, "operations"),
-            "Reading: faster from": _even(even.get("prefill_ms")),
+            "Reading: faster from": _measured_even(base, even.get("prefill_ms")),
             "A token: fewer keys from": _counted_even(counted, name, base, "keys"),
-            "A token: faster from": _even(even.get("token_ms")),
+            "A token: faster from": _measured_even(base, even.get("token_ms")),
         }
         own = {sample["length"]: sample for sample in results["samples"] if sample["model"] == name}
         for length in lengths:
@@ -47,7 +47,7 @@ def costs_table(counted: Counted, results: dict[str, Any] | None) -> dict[str, A
             row[f"A token after {length:,}, ms"] = _time(own.get(length), "token")
         counts = {count.length: count for count in counted.of(name)}
         for length in CHOSEN:
-            row[f"Kept after {length:,}, MB"] = f"{counts[length].state_bytes / 1e6:,.3g}" if length in counts else "–"
+            row[f"Kept after {length:,}, MB"] = _megabytes(counts[length].state_bytes) if length in counts else "–"
         rows.append(row)
     return {"headers": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
 
@@ -69,8 +69,16 @@ def _counted_even(counted: Counted, name: str, base: str | None, quantity: str) 
     return "–" if even is None else "any length" if even <= 1 else f"{even:,}"
 
 
-def _even(even: dict[str, Any] | None) -> str:
+def _megabytes(size: int) -> str:
+    """Three digits, or all before the point."""
+    megabytes = size / 1e6
+    return f"{megabytes:,.0f}" if megabytes >= 100 else f"{megabytes:.3g}"
+
+
+def _measured_even(base: str | None, even: dict[str, Any] | None) -> str:
     """Where the times cross, in words."""
+    if base is None:
+        return ""
     if even is None:
         return "–"
     if even["slower_to"] is None and even["faster_from"] is None:

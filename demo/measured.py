@@ -1,4 +1,7 @@
-"""What a measurement found: its charts, its words, and the form in which a page's address keeps it."""
+"""What a measurement found: its charts, its words, and the form in which a page's address keeps it.
+
+It is made of named tuples, for as JSON these are lists without names: an address is short.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import base64
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter
 
@@ -22,13 +25,12 @@ Bytes = Annotated[int, Field(ge=0, le=10**15)]
 
 TIMES: tuple[Quantity, Quantity] = ("prefill_ms", "token_ms")
 WHAT = {"prefill_ms": "reading a text", "token_ms": "one more token"}
-DIGITS = 4  # a measurement is known no better, and the page's address keeps every digit
+DIGITS = 3  # a measurement is known no better, and the page's address keeps every digit
 PACKED = 8_000  # characters; no address is longer
 UNPACKED = 300_000  # bytes
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(NamedTuple):
     """A model by its name, and what it is compared with.
 
     Attributes:
@@ -46,8 +48,7 @@ class Compared:
         return cls(loaded.name, loaded.entry.is_base, base)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """What one model takes for one length.
 
     Attributes:
@@ -71,8 +72,7 @@ class Sample:
     state_bytes: Bytes
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """The times of a variant over its base's, shortest text first."""
 
     model: Name
@@ -80,8 +80,7 @@ class Comparison:
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=40)]
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """A measurement of several models, done or under way.
 
     Attributes:
@@ -247,9 +246,9 @@ def report(found: Measured) -> dict[str, Any]:
         "asked": found.asked,
         "reached": found.reached,
         "where": found.where,
-        "samples": [asdict(sample) for sample in found.samples],
+        "samples": [sample._asdict() for sample in found.samples],
         "ratios": [
-            {"model": each.model, "quantity": each.quantity, **asdict(one)}
+            {"model": each.model, "quantity": each.quantity, **one._asdict()}
             for each in found.comparisons
             for one in each.ratios
         ],

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -15,8 +15,7 @@ Length = Annotated[int, Field(ge=1, le=10**7)]
 Positive = Annotated[float, Field(gt=0, lt=1e12, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """Ours over theirs at one length: the median over rounds in which both were timed, and an interval for it.
 
     The bounds are checked where one is read, see `measured.unpacked`.

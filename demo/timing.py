@@ -35,7 +35,8 @@ def device_name() -> str:
 def here_and_now() -> str:
     """This machine and this day, in words."""
     today = date.today()
-    return f"on {device_name()} with {torch.get_num_threads()} threads on {today.day} {today:%B %Y}"
+    threads = torch.get_num_threads()
+    return f"on {device_name()} with {threads} thread{'s' * (threads != 1)} on {today.day} {today:%B %Y}"
 
 
 def _cpu_name() -> str:

@@ -1,6 +1,11 @@
 // A table of texts; see table.py.
 const root = element.querySelector(".view");
 
+const LONG = 40; // characters of a last column that is text and not one more figure
+const PHONE = 600; // pixels
+const TABLET = 1000;
+let grid = null;
+
 function cells(tag, scope, texts) {
   return texts.map((text) => {
     const cell = el(tag, null, readable(text));
@@ -17,10 +22,21 @@ function draw() {
     [...line.children].forEach((cell, index) => (cell.dataset.label = readable(headers[index] || "")));
     return line;
   });
-  const table = el("div", "scroll", null, el("table", "texts", null, head, el("tbody", null, null, ...lines)));
+  const wordy = rows.some((row) => String(row.at(-1)).length > LONG);
+  grid = el("table", wordy ? "texts wordy" : "texts", null, head, el("tbody", null, null, ...lines));
+  const table = el("div", "scroll", null, grid);
   // One head alone says why there are no rows.
   const why = !rows.length && headers.length === 1 ? [el("div", "muted", readable(headers[0]))] : [];
   root.replaceChildren(...why, ...(rows.length ? [table] : []), ...(rows.length && options.file ? [csvButton(headers, rows)] : []));
+  fit();
+}
+
+// Rows become lists where there is little room, and also on a tablet where the table is too wide for it.
+function fit() {
+  const width = root.clientWidth;
+  if (!width || !grid) return; // in a tab that is not open
+  grid.classList.remove("listed");
+  grid.classList.toggle("listed", width < PHONE || (width < TABLET && grid.scrollWidth > width));
 }
 
 function csvButton(headers, rows) {
@@ -40,5 +56,6 @@ function csvButton(headers, rows) {
   return button;
 }
 
+new ResizeObserver(throttled(fit)).observe(root);
 watch("value", draw);
 draw();

@@ -127,12 +127,13 @@ class Handlers:
             raise gr.Error(str(error), print_exception=False) from None
         settings = replace(settings, models=pair, seed=self.draw.randrange(2**32))
         generation = self.generation(settings)
+        # In each frame, for the page may show only the last of those that come at once.
         off = [gr.Timer(active=False), gr.Button(interactive=False)]
         nothing = [[], gr.Row(visible=False), gr.Radio(value=None), gr.Radio(value=None), gr.Button(), None, *off]
         yield notice("Waiting for the models."), *nothing
         for run in frames(generation):
             total = len(pair) * settings.max_new_tokens
-            yield notice(f"Writing: {run.generated} of {total} tokens."), *[gr.skip()] * len(nothing)
+            yield notice(f"Writing: {run.generated} of {total} tokens."), *nothing
         yield self._ask(Round(generation.run))
 
     def _ask(self, shown: Round) -> tuple[Any, ...]:

@@ -191,7 +191,7 @@ class Handlers:
         self, models: list[str], level: Level, layer: str, longest: int, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Yields (meter, verdicts, curves, what was measured, address, Measure, Stop) while it measures."""
-        yield {"share": 0.0, "text": "Loading the models"}, [], *(gr.skip(),) * 3, *busy()
+        yield {"share": 0.0, "text": "Loading the models"}, [], [], *(gr.skip(),) * 2, *busy()
         try:
             run = self._run(models, level, longest, layer)
         except (SpeedError, LoadError) as error:
@@ -266,19 +266,19 @@ def _layers(layer: str) -> list[int] | None:
 
 
 def _frames(run: SpeedRun) -> Iterator[tuple[Any, ...]]:
-    """What the page shows of a run: the curves whenever a length is done, the bar in between."""
-    known, shown = 0, time.monotonic()
+    """What the page shows of a run: more curves whenever a length is done, the bar in between.
+
+    The page may show only the last of frames that come at once, so each says all.
+    """
+    known, shown, drawn = 0, 0.0, ([], [])
     for _ in run.measure():
-        meter = {"share": run.share, "text": run.doing}
-        if len(run.samples) > known:
-            known = len(run.samples)
-            found = run.measured
-            yield meter, _said(found), charts(found), *(gr.skip(),) * 4
-        elif time.monotonic() - shown > FRAME_SECONDS:
-            yield meter, *(gr.skip(),) * 6
-        else:
-            continue
-        shown = time.monotonic()
+        is_new = len(run.samples) > known
+        if is_new:
+            known, found = len(run.samples), run.measured
+            drawn = _said(found), charts(found)
+        if is_new or time.monotonic() - shown > FRAME_SECONDS:
+            yield {"share": run.share, "text": run.doing}, *drawn, gr.skip(), gr.skip(), *busy()
+            shown = time.monotonic()
 
 
 def _ended(run: SpeedRun, *settings: Any) -> tuple[Any, ...]:

@@ -286,6 +286,10 @@ def test_the_sentence_and_the_steps_follow_the_token(tab: Page, maps):
     expect(summary).to_contain_text("of 13 tokens")
     expect(tab.locator("#attention-maps .steps")).to_contain_text("of the 13 tokens so far")
     expect(tab.locator("#attention-maps .next")).to_contain_text("perplexity")
+    tab.get_by_role("button", name="Words").click()
+    expect(tab.locator("#attention-glossary")).to_contain_text("Keys scored: what is gone through")
+    tab.get_by_role("button", name="Words").click()
+    expect(tab.locator("#attention-maps .unseen")).to_have_text(f"{FIRST_HEAD}: the maps are shown.")
 
 
 def test_heads_in_another_order(tab: Page):
