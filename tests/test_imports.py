@@ -21,7 +21,10 @@ TIERS = (
     ("storage", "files hub examine stored saving pushing"),
     ("model", "variant"),
     ("families", "families"),
-    ("entry points", "convert recording loading linear adapters contract contract_checks export checkpoint __init__"),
+    (
+        "entry points",
+        "convert recording loading linear adapters compiled contract contract_checks export checkpoint __init__",
+    ),
 )
 TIER = {name: number for number, (_, names) in enumerate(TIERS) for name in names.split()}
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
