@@ -43,8 +43,12 @@ TABS = (
 # The address as it was when the page was asked for: tabs have named themselves in it since.
 OPEN_TAB = """() => {
   const asked = new URL(performance.getEntriesByType("navigation")[0].name);
-  const tab = document.getElementById(asked.searchParams.get("tab") + "-tab-button");
-  if (tab?.getAttribute("role") === "tab") tab.click();
+  const name = asked.searchParams.get("tab");
+  const tab = document.getElementById(name + "-tab-button");
+  if (name === null) return "";
+  if (tab?.getAttribute("role") !== "tab") return name || " ";
+  tab.click();
+  return "";
 }"""
 SESSIONS = 100  # visitors whose state is kept; the one who was away longest goes
 UPLOAD_LIMIT = "1mb"  # what the page takes is smaller, but Gradio's route is open to all
@@ -62,7 +66,9 @@ def build(app: App) -> gr.Blocks:
             built = [build_tab(app, session) for build_tab in TABS]
             for tab in built:
                 _keep_in_address(tab, is_first=tab is built[0])
-        blocks.load(None, js=OPEN_TAB, api_visibility="private")
+        unknown = gr.Textbox(visible=False)  # what the address calls a tab and is none
+        tabs = ", ".join(tab.id for tab in built)
+        blocks.load(lambda name: _say_unknown(name, tabs), unknown, js=OPEN_TAB, api_visibility="private")
         describe_parameters(blocks)
         poll = gr.Timer(1, active=False)
         refresh: dict[str, Any] = {
@@ -74,6 +80,11 @@ def build(app: App) -> gr.Blocks:
         blocks.load(**refresh)
         poll.tick(**refresh)
     return blocks.queue(max_size=app.limits.queue, default_concurrency_limit=16)
+
+
+def _say_unknown(name: str, tabs: str) -> None:
+    if name:
+        gr.Warning(f"In the link tab is {name[:80]!r}; it must be one of {tabs}.")
 
 
 def _keep_in_address(tab: gr.Tab, is_first: bool) -> None:

@@ -263,7 +263,8 @@ def test_a_copied_link_is_said_to_be(page: Page, url: str):
 
 
 def test_a_link_with_mistakes_says_which_and_runs_nothing(page: Page, url: str):
-    page.goto(f"{url}?prompt=&seed=-3&temperature=abc&models=gone&top_k=7")
+    page.goto(f"{url}?prompt=&seed=-3&temperature=abc&models=gone&top_k=7&tab=nowhere")
+    expect(page.get_by_text("In the link tab is 'nowhere'; it must be one of generate, score, ")).to_be_visible()
     said = page.locator("#generate-said")
     for part in ("Nothing was run", "prompt is empty", "Seed", "Temperature", "No model gone"):
         expect(said).to_contain_text(part)
