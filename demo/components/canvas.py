@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ class ScriptedHTML(gr.HTML):
             apply_default_css=False,
             **kwargs,
         )
+
+    def get_config(self) -> dict[str, Any]:
+        """The component's properties, its events apart.
+
+        `gr.HTML` takes an argument of a constructor for an event if the script has its name in quotes, and Gradio
+        copies all properties, and what they lead to, for each page that is asked for: the whole app, models and all.
+        """
+        return {name: value for name, value in super().get_config().items() if not isinstance(value, partial)}
 
     def api_info(self) -> dict[str, Any]:
         return {"type": "object"}

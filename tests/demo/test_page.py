@@ -1,6 +1,7 @@
 """The served app, through its endpoints and its raw HTTP interface."""
 
 import asyncio
+import copy
 import json
 import threading
 import time
@@ -35,6 +36,12 @@ def served(checkpoints):
 @pytest.fixture(scope="module")
 def client(served):
     return Client(served[0], verbose=False)
+
+
+def test_a_visitor_gets_a_copy_of_the_page_and_none_of_the_app(served):
+    """Gradio copies the page's config for each; what it cannot copy whole it copies piece by piece, models and all."""
+    copied = copy.deepcopy(build(App(served[1])).config)
+    assert copied["components"]
 
 
 def test_a_visit_starts_nothing_on_a_tab_that_is_not_open(served):
