@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,16 @@ def bounded(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     modules = SPARE_MODULES + 20 * len(tensors)
     elements = SPARE_ELEMENTS + 2 * sum(tensor.numel() for tensor in tensors.values())
     thread = threading.get_ident()
+    places = {tensor.data_ptr() for tensor in tensors.values()} - {0}
+    counted: dict[int, weakref.ref[nn.Parameter]] = {}
+
+    def is_new(parameter: nn.Parameter) -> bool:
+        """Whether it is none of the tensors, and none that was counted: tied matrices come several times."""
+        known = counted.get(id(parameter))
+        if (known is not None and known() is parameter) or parameter.data_ptr() in places:
+            return False
+        counted[id(parameter)] = weakref.ref(parameter)
+        return True
 
     def count_module(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         nonlocal modules
@@ -115,7 +126,7 @@ def bounded(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
     def count_parameter(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal elements
-        if threading.get_ident() == thread and parameter is not None:
+        if threading.get_ident() == thread and parameter is not None and is_new(parameter):
             elements -= parameter.numel()
             if elements < 0:
                 raise ValueError("the config asks for many more weights than there are")

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    pipeline,
+)
 
 import attention
 from attention import checkpoint, examine, files
@@ -878,3 +886,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         files.write_file(tmp_path / "link", b"later")
     assert (tmp_path / "real").read_text() == "after"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_outweighs_all_else_is_loaded_around_a_base_in_memory(tmp_path, tied):
+    """Tied matrices come several times while a model is built; they count once against what the files hold."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 60_000}
+    GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+    base, _ = attention.load(tmp_path / "base")
+    student = attention.convert(base, attention.MasksConfig(candidates=("window(4)",)))
+    attention.save(student, tmp_path / "variant", base=tmp_path / "base")
+    for options in ({"base": base}, {}):
+        loaded, _ = attention.load(tmp_path / "variant", **options)
+        assert_same(loaded, student)
