@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .mechanism import traced
 from .state import StateCache
-from .variant import Variant, body_of, cache_name, positions_of, take_cache
+from .variant import Variant, body_of, cache_name, named_arguments, positions_of, take_cache
 
 Steady = list[dict[str, Tensor]]  # what a token reads of each layer's state and replaces, by attribute
 TOLD = {"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep"}
@@ -80,7 +80,7 @@ class Decoder:
         return body_of(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        kwargs = named_arguments(self.model, args, kwargs)
         if (given := take_cache(kwargs)) is not None:
             kwargs[self._name] = given
         steady = None if self._compiled is None else self._steady(kwargs)

@@ -368,6 +368,8 @@ class PerformerAttention(Mechanism):
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
         """What `_segment` gives for a single token of rows alike, in few operations and without gradients."""
+        if state.window and traced():
+            return self._window_step_in_order(q, k, v, state)
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         if state.window:
             return self._window_step(q, k, v, state)
@@ -379,8 +381,6 @@ class PerformerAttention(Mechanism):
 
     def _window_step(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
         """`_step` behind a window: one softmax over the scores of its keys and the logs of the query's features."""
-        if traced():
-            return self._window_step_in_order(q, k, v, state)
         ring, window, place = state.ring(q.shape[1]), state.window, state.seen % state.window
         linear = state.seen >= window and not self._linear_is_off
         if linear:
@@ -394,13 +394,12 @@ class PerformerAttention(Mechanism):
 
     def _window_step_in_order(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> Tensor:
         """`_window_step` for a graph, in which no place of the ring is a number: the oldest key leaves at the front."""
-        heads, keys, values = self.layer.num_kv_heads, state.recent_keys, state.recent_values
+        keys, values = state.recent_keys, state.recent_values
         if not self._linear_is_off:
             row = F.pad(repeat_heads(values[:, :, :1], q.shape[1]), (0, 1), value=1.0)
             scaled = self._take_up(q, repeat_heads(keys[:, :, :1], q.shape[1]), row, state)
-        step = q.shape[1] // heads  # k and v were repeated
-        state.recent_keys = keys = torch.cat([keys[:, :, 1:], k[:, ::step]], 2)
-        state.recent_values = values = torch.cat([values[:, :, 1:], v[:, ::step]], 2)
+        state.recent_keys = keys = torch.cat([keys[:, :, 1:], k], 2)
+        state.recent_values = values = torch.cat([values[:, :, 1:], v], 2)
         keys, values = repeat_heads(keys, q.shape[1]), repeat_heads(values, q.shape[1])
         if self._linear_is_off:
             return scaled_dot_product_attention(q, keys, values)

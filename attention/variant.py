@@ -353,6 +353,15 @@ def cache_name(module: type[nn.Module]) -> str:
     return next((name for name in CACHE_NAMES if name in known), "")
 
 
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call of a module with all of its arguments by name.
+
+    Raises:
+        ValueError: for more arguments than it has.
+    """
+    return dict(zip(_argument_names(type(module))[: len(args)], args, strict=True)) | kwargs
+
+
 @memoised
 def _argument_names(module: type[nn.Module]) -> tuple[str, ...]:
     return tuple(signature(module.forward).parameters)[1:]
@@ -505,7 +514,7 @@ def _enter_body(body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
         ValueError: for positions past the last of a model that has a table of them, padding between real tokens,
             packed rows with a cache, and a cache that another model filled.
     """
-    kwargs = dict(zip(_argument_names(type(body))[: len(args)], args, strict=True)) | kwargs
+    kwargs = named_arguments(body, args, kwargs)
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if ids is None and embeds is None:
         raise ValueError("give input_ids or inputs_embeds, or both of the same tokens")

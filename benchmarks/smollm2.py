@@ -104,13 +104,7 @@ def fit(name: str, base: Path, options: argparse.Namespace) -> Path:
         "data": {"train": str(options.text), "cache": str(options.work / "cache")},
         "stages": [
             {"stage": "transfer", "steps": max(1, options.steps // 4), "mechanism_lr": 0.01, **shared},
-            {
-                "stage": "distil",
-                "steps": options.steps,
-                "train": "attention",
-                "lr": 1e-3,
-                **shared,
-            },
+            {"stage": "distil", "steps": options.steps, "train": "attention", "lr": 1e-3, **shared},
         ],
         "eval": {"every": None, "context": options.context, "tokens": 8192},
         "samples": {"every": None},
