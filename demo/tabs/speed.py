@@ -99,21 +99,17 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
         running = accepted.then(handlers.measure, asked, [meter, *outcome], **quiet, **app.lane(MEASURE))
         running.failure(idle, None, [meter, start, stop], queue=False, **quiet)
         # Through the queue, like the measurement: so the browser gets its answer after all that was on the way.
-        stopped = stop.click(
-            handlers.stop, asked, [meter, *outcome], cancels=[running], concurrency_limit=None, **quiet
-        )
+        stop.click(handlers.stop, asked, [meter, *outcome], cancels=[running], concurrency_limit=None, **quiet)
         shown = gr.State(None)  # what is counted on the page
-        counting_done = gr.on(
-            [tab.select, models.change, level.change, layer.change],
+        gr.on(  # one event for all that changes the table: of two, the one that began earlier might end later
+            [tab.select, models.change, level.change, layer.change, results.change],
             handlers.count,
-            [models, level, layer, shown],
-            [layer, counted_verdict, counted, shown],
+            [models, level, layer, results, shown],
+            [layer, counted_verdict, counted, table, shown],
             trigger_mode="always_last",
             **quiet,
             **app.lane(COUNT),
         )
-        for event in (counting_done, running, stopped):
-            event.then(handlers.table, [shown, results], table, **quiet, **app.lane(COUNT))
         for field in asked:
             field.input(settings_in_address, asked, session.address, queue=False, **quiet)
         link.click(None, None, said, js=copy_link("The link is copied, with what was measured."), queue=False, **quiet)
@@ -161,31 +157,27 @@ class Handlers:
             run, models, level, layer, longest
         )
 
-    def count(self, models: list[str], level: Level, layer: str, shown: Any) -> tuple[Any, Any, Any, Any]:
-        """What the chosen models need, by count: (layers to choose from, words, curves, what is shown)."""
+    def count(
+        self, models: list[str], level: Level, layer: str, results: Measured | None, shown: Any
+    ) -> tuple[Any, Any, Any, Any, Any]:
+        """What the chosen models need, by count: (layers to choose from, words, curves, table, what is shown).
+
+        The table holds what was measured as well. Curves that the page shows already are left alone.
+        """
         asked = (models, level, layer)
-        if shown == asked:
-            return (gr.skip(),) * 4
         if not models:
-            return gr.skip(), [], [], asked
+            return gr.skip(), [], [], {}, asked
         try:
             found = self._count(models, level, layer)
         except (SpeedError, LoadError) as error:
-            return gr.skip(), [{"level": "warning", "text": str(error)}], [], asked
+            return gr.skip(), [{"level": "warning", "text": str(error)}], [], {}, asked
+        table = costs_table(found, results and report(results))
+        if shown == asked:
+            return *(gr.skip(),) * 3, table, asked
         layers = max(len(mechanisms_of(each)) for each in found.models)
         choices = gr.Dropdown(choices=[ALL_LAYERS, *map(str, range(layers))], visible=level != "model")
         said = [{"level": "info", "text": sentence} for sentence in counting.verdicts(found)]
-        return choices, said, counting.charts(found), asked
-
-    def table(self, shown: Any, results: Measured | None) -> dict[str, Any]:
-        """All that is known of the chosen models, in one table."""
-        if not shown or not shown[0]:
-            return {}
-        try:
-            found = self._count(*shown)
-        except (SpeedError, LoadError):
-            return {}
-        return costs_table(found, results and report(results))
+        return choices, said, counting.charts(found), table, asked
 
     def measure(
         self, models: list[str], level: Level, layer: str, longest: int, request: gr.Request

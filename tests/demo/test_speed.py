@@ -461,7 +461,7 @@ def test_the_table_says_what_is_known_and_what_is_not(zoo, tmp_path):
 
 def test_counts_come_with_the_choice_and_once(store):
     handlers = Handlers(store)
-    choices, said, shown, state = handlers.count(["masks"], "attention", ALL_LAYERS, None)
+    choices, said, shown, table, state = handlers.count(["masks"], "attention", ALL_LAYERS, None, None)
     assert choices.choices == [(ALL_LAYERS, ALL_LAYERS), ("0", "0"), ("1", "1")]
     assert said[0]["text"].startswith("masks, counted: reading a text takes no more operations than base's")
     assert [chart["title"] for chart in shown] == [
@@ -471,10 +471,22 @@ def test_counts_come_with_the_choice_and_once(store):
         "Memory of the text",
     ]
     assert shown[0]["series"][0]["points"][-1][0] == 2**20
-    again = handlers.count(["masks"], "attention", ALL_LAYERS, state)
+    assert [row[0] for row in table["rows"]] == ["base", "masks"]
+    *again, same, _ = handlers.count(["masks"], "attention", ALL_LAYERS, None, state)
     assert all(isinstance(each, dict) and each.get("__type__") == "update" for each in again)
-    assert handlers.count([], "attention", ALL_LAYERS, state)[2] == []
-    assert "layers 0 to 1" in handlers.count(["masks"], "attention", "7", None)[1][0]["text"]
+    assert same == table
+    assert handlers.count([], "attention", ALL_LAYERS, None, state)[2:4] == ([], {})
+    assert "layers 0 to 1" in handlers.count(["masks"], "attention", "7", None, None)[1][0]["text"]
+
+
+def test_the_table_follows_what_is_measured_and_the_layers_that_are_shown(store, zoo):
+    """Both come to it by one event, so a table of the layers shown before cannot come last."""
+    handlers, found = Handlers(store), told(zoo, 4, 2, 0.5, 0.25)
+    *_, table, _ = handlers.count(["masks"], "attention", "1", found, ("masks", "attention", ALL_LAYERS))
+    row = dict(zip(table["headers"], table["rows"][0], strict=True))
+    one = Counted([store.get("masks")], "attention", [1])
+    kept = one.of("base")[one.lengths.index(8192)].state_bytes / 1e6
+    assert (row["Kept after 8,192, MB"], row["Reading 512, ms"]) == (f"{kept:.3g}", "1 (1 to 1)")
 
 
 def test_stop_says_that_nothing_is_measured(store):
