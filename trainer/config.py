@@ -211,6 +211,9 @@ class PretrainConfig(StageConfig):
         position_lr: learning rate of the learned position embeddings; None: `lr`.
         skip_positions: let positions skip inside each sequence, up to the model's last; see
             `positions.skipping_positions`. Needs a learned table of positions.
+        short_context: read some sequences in pieces of this many tokens, each as a text of its own, so that a model
+            that learns long texts keeps to short ones; None: none.
+        short_share: share of the sequences of a forward pass that are read so; what is left of a whole one, by chance.
     """
 
     stage: Literal["pretrain"] = "pretrain"
@@ -219,6 +222,15 @@ class PretrainConfig(StageConfig):
     muon_momentum: Fraction = 0.95
     position_lr: Annotated[float, Field(gt=0)] | None = None
     skip_positions: bool = False
+    short_context: Annotated[int, Field(ge=2)] | None = None
+    short_share: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _whole_pieces(self) -> PretrainConfig:
+        contexts = [self.context, self.final_context or self.context]
+        if self.short_context and any(context % self.short_context for context in contexts):
+            raise ValueError(f"short_context must divide the contexts {sorted(set(contexts))}")
+        return self
 
 
 class FitConfig(StageConfig):
@@ -463,9 +475,11 @@ class RunConfig(Section):
         base: folder or Hub id of the pretrained model: teacher of variants, start of pretrain.
         new: a model to pretrain from random weights instead.
         positions: how many positions the base is given before it is pretrained further; None: those that it has.
-        positions_start: where the new position embeddings start: the old ones stretched over them ("interpolate"), or
-            kept and repeated ("repeat"); see `positions.extend_positions`.
+        positions_start: where the new position embeddings start: the old ones stretched over them ("interpolate"), the
+            last half of them stretched ("stretch"), or all kept and repeated ("repeat"); see
+            `positions.extend_positions`.
         variant: a variant to continue with, instead of a fresh one.
+        move: take the variant's mechanisms, and what its fit changed, over to `base`, which is another than its own.
         attention: method and its options; see `attention.CONFIGS`. With `variant`, in place of the variant's own, whose
             weights must fit it; None: the variant's own.
         stages: what to do, in this order.
@@ -488,8 +502,9 @@ class RunConfig(Section):
     base: str | None = None
     new: NewModel | None = None
     positions: Annotated[int, Field(ge=2)] | None = None
-    positions_start: Literal["interpolate", "repeat"] = "interpolate"
+    positions_start: Literal["interpolate", "stretch", "repeat"] = "interpolate"
     variant: str | None = None
+    move: bool = False
     attention: dict[str, Any] | None = None
     data: DataConfig = DataConfig()
     stages: Annotated[list[AnyStage], Field(min_length=1)]
@@ -591,6 +606,8 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
             "positions gives a base more of them before it is pretrained further; a new model is told by "
             "new.config, a variant has its base's"
         )
+    if values.get("move") and not has["variant"]:
+        problems.append("move takes a variant over to another base: give variant")
     if data.get("teacher_cache"):
         problems += _teacher_cache_problems(stages if isinstance(stages, list) else [])
     steps = values.get("max_steps")

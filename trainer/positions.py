@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from attention.variant import position_table
 
-KEPT = 0.5  # share of the old table, its last rows, that `repeat` goes on with
+TAIL = 0.5  # share of the old table, its last rows, that `repeat` and `stretch` go on with
 
 
 def extend_positions(model: PreTrainedModel, positions: int, start: str) -> None:
@@ -17,8 +17,9 @@ def extend_positions(model: PreTrainedModel, positions: int, start: str) -> None
 
     Args:
         start: "interpolate" stretches the old rows over the new range, linearly (arXiv 2306.15595): distances shrink by
-            P / positions. "repeat" keeps them and repeats the last `KEPT` of them beyond: distances stay, and far keys
-            look like near ones.
+            P / positions. "stretch" does so with the last `TAIL` of them and keeps the others: short texts stay as
+            they are. "repeat" keeps all and repeats the last `TAIL` of them beyond: distances stay, and far keys look
+            like near ones.
 
     Raises:
         ValueError: if the model has no such table, or one of more rows.
@@ -30,7 +31,7 @@ def extend_positions(model: PreTrainedModel, positions: int, start: str) -> None
         raise ValueError(f"positions must not be fewer than the model's {old}; got {positions}")
     spare = table.num_embeddings - old  # rows that some families keep before those of positions
     with torch.no_grad():
-        rows = (interpolated if start == "interpolate" else repeated)(table.weight[spare:], positions)
+        rows = STARTS[start](table.weight[spare:], positions)
         table.weight = nn.Parameter(torch.cat([table.weight[:spare], rows]))
     table.num_embeddings = spare + positions
     model.config.max_position_embeddings = positions
@@ -41,12 +42,25 @@ def interpolated(rows: Tensor, count: int) -> Tensor:
     return F.interpolate(rows.t()[None], size=count, mode="linear", align_corners=True)[0].t().contiguous()
 
 
+def stretched(rows: Tensor, count: int) -> Tensor:
+    """(P, E) rows, the last `TAIL` of them `interpolated` so that there are `count`; those before stay."""
+    first = _tail(rows)
+    return torch.cat([rows[:first], interpolated(rows[first:], count - first)])
+
+
 def repeated(rows: Tensor, count: int) -> Tensor:
-    """(P, E) rows, and beyond them the last `KEPT` of them again and again, up to `count` rows."""
-    old = rows.shape[0]
-    first = old - max(1, round(KEPT * old))
+    """(P, E) rows, and beyond them the last `TAIL` of them again and again, up to `count` rows."""
+    old, first = rows.shape[0], _tail(rows)
     places = torch.arange(count, device=rows.device)
     return rows[torch.where(places < old, places, first + (places - first) % (old - first))]
+
+
+def _tail(rows: Tensor) -> int:
+    """Where the last `TAIL` of the rows begin."""
+    return rows.shape[0] - max(1, round(TAIL * rows.shape[0]))
+
+
+STARTS = {"interpolate": interpolated, "stretch": stretched, "repeat": repeated}
 
 
 def skipping_positions(input_ids: Tensor, positions: int) -> Tensor:

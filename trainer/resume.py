@@ -41,6 +41,7 @@ OPTIONS = {
         seed precision cpu eval.every eval.keep samples.prompts samples.length samples.temperature samples.every
         stages.steps stages.batch_size stages.final_context stages.final_fraction
         data.teacher_cache data.teacher_error stages.position_lr stages.skip_positions stages.beta
+        stages.short_context stages.short_share
         stages.lr stages.mechanism_lr stages.weight_decay stages.betas stages.clip stages.muon_lr stages.muon_momentum
         stages.schedule.warmup stages.schedule.constant stages.schedule.decay stages.schedule.final
         stages.output stages.weights stages.selection
@@ -52,7 +53,7 @@ OPTIONS = {
     Kind.MODEL: "base variant attention",
     Kind.STAGE: "stages.stage stages.train stages.layers stages.muon stages.context stages.prompt",
     Kind.FIGURE: "eval.tokens eval.context",
-    Kind.FIXED: "new.family new.config positions positions_start dry_run",
+    Kind.FIXED: "new.family new.config positions positions_start move dry_run",
 }
 KINDS = {option: kind for kind, options in OPTIONS.items() for option in options.split()}
 SECTIONS = ("new", "data", "eval", "samples", "checkpoint", "card", "schedule", "objective")  # the rest are values

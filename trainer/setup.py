@@ -27,8 +27,8 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrai
 import attention
 from attention.files import expanded, fingerprint, write_file
 from attention.mechanism import is_mechanism
-from attention.stored import without_copies
-from attention.variant import causal_models, fuse_activations, position_limit, position_table
+from attention.stored import spec_of, without_copies
+from attention.variant import causal_models, fuse_activations, position_limit, position_table, settle
 
 from . import resume
 from .checkpointing import restore_weights, whole
@@ -242,9 +242,45 @@ def load_models(
     base.requires_grad_(False)
     if config.variant is None:
         return attention.convert(base, attention.config_from_dict(config.attention)), base, tokenizer
-    variant, _ = attention.load(config.variant, base=base)
+    variant = moved(config.variant, base) if config.move else attention.load(config.variant, base=base)[0]
     options = variant.config.attention if config.attention is None else config.attention
     return with_options(variant, options), base, tokenizer
+
+
+def moved(spec: str, base: PreTrainedModel) -> attention.Variant:
+    """A variant's mechanisms on another base, and what its fit changed: base + (variant − its own base).
+
+    So a fit begins near where it was when the base was trained further (task arithmetic, arXiv 2212.04089).
+
+    Raises:
+        ValueError: if the variant has no base of its own, or tensors that the other base has no places for.
+    """
+    old, _ = attention.load(spec)
+    if not isinstance(old, attention.Variant) or old.config.base is None:
+        raise ValueError(f"move needs a variant that names its base; {spec} does not")
+    start = dict(attention.load(spec_of(old.config.base))[0].named_parameters())
+    new = attention.convert(base, attention.config_from_dict(old.config.attention))
+    places, problems = new.state_dict(), []
+    with torch.no_grad():
+        for name in old.new_parameters:
+            problems += _put(name, places, old.state_dict()[name])
+        for name, tensor in old.named_parameters():
+            if not is_mechanism(name) and not torch.equal(tensor, start[name]):
+                problems += _put(name, places, tensor - start[name], add=True)
+    if problems:
+        raise ValueError(f"{spec} cannot be moved to the base given, where other shapes or no places are: {problems}")
+    settle(new)
+    return new
+
+
+def _put(name: str, places: dict[str, torch.Tensor], tensor: torch.Tensor, *, add: bool = False) -> list[str]:
+    """Writes a tensor to its place, or adds it there; [name] if it has none."""
+    place = places.get(name)
+    if place is None or place.shape != tensor.shape:
+        return [name]
+    tensor = tensor.to(place)
+    place.copy_(place + tensor if add else tensor)
+    return []
 
 
 def with_options(variant: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:

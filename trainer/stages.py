@@ -33,6 +33,12 @@ class Losses:
     loss: Tensor
     terms: dict[str, Tensor]
 
+    def scaled(self, factor: float) -> Losses:
+        return Losses(self.loss * factor, {name: value * factor for name, value in self.terms.items()})
+
+    def plus(self, other: Losses) -> Losses:
+        return Losses(self.loss + other.loss, {name: value + other.terms[name] for name, value in self.terms.items()})
+
 
 class Learner(nn.Module):
     """A model with the loss that it learns from; everything trained is used inside `forward`, as DDP and FSDP ask.
@@ -68,8 +74,21 @@ class Pretrain(Learner):
     def __init__(self, model: PreTrainedModel, stage: PretrainConfig):
         super().__init__(model)
         self.skips = stage.skip_positions
+        self.short, self.short_share = stage.short_context, stage.short_share
 
     def forward(self, input_ids: Tensor) -> Losses:
+        if not self.short:
+            return self._read(input_ids)
+        count = int(self.short_share * len(input_ids) + torch.rand(()))
+        read = []
+        for part, length in zip(input_ids.tensor_split([count]), (self.short, input_ids.shape[1]), strict=True):
+            if len(part):  # no piece's first token is predicted, and yet all sequences weigh the same
+                scale = part[:, 1:].numel() / (part.numel() - part.numel() // length)
+                read.append(self._read(part.reshape(-1, length)).scaled(scale))
+        return read[0] if len(read) == 1 else read[0].plus(read[1])
+
+    def _read(self, input_ids: Tensor) -> Losses:
+        """Losses summed over the predicted tokens of (B, T) sequences."""
         inputs = {}
         if self.skips:
             # With a mask, as transformers takes positions that skip without one for several sequences side by side.

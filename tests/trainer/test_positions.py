@@ -2,6 +2,7 @@
 
 import json
 
+import pydantic
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -15,7 +16,7 @@ from trainer import train
 from trainer.config import PretrainConfig, load_config
 from trainer.loop import Loop
 from trainer.optim import build_optimizers
-from trainer.positions import extend_positions, interpolated, repeated, skipping_positions
+from trainer.positions import extend_positions, interpolated, repeated, skipping_positions, stretched
 from trainer.setup import check_sizes
 from trainer.stages import build_learner
 
@@ -44,11 +45,18 @@ def test_rows_beyond_repeat_the_last_half():
     assert repeated(rows, 4)[:, 0].tolist() == [0, 1, 2, 3]
 
 
-def test_with_its_old_rows_kept_a_base_reads_as_before(base):
-    ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(0))
+def test_the_last_half_is_stretched_and_the_first_stays():
+    rows = torch.tensor([7.0, 3.0, 1.0, 5.0])[:, None]
+    assert stretched(rows, 7)[:, 0].tolist() == [7, 3, 1, 2, 3, 4, 5]
+    assert stretched(rows, 4)[:, 0].tolist() == rows[:, 0].tolist()
+
+
+@pytest.mark.parametrize(("start", "kept"), [("repeat", 64), ("stretch", 32)])
+def test_with_its_old_rows_kept_a_base_reads_as_before(base, start, kept):
+    ids = torch.randint(0, 300, (1, kept), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = base(ids).logits
-        extend_positions(base, 200, "repeat")
+        extend_positions(base, 200, start)
         assert (base(ids).logits == before).all()
         assert base(ids.repeat(1, 3)).logits.isfinite().all()
     assert position_table(base).weight.shape == (200, 32)
@@ -122,13 +130,42 @@ def test_position_embeddings_have_a_rate_of_their_own(base):
     assert counted == len(list(base.parameters()))
 
 
+def test_some_sequences_are_read_in_pieces(base):
+    """Each piece is a text of its own, and a forward pass weighs the same whichever way it reads."""
+    ids = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+
+    def losses(**options: object) -> list[float]:
+        learner = build_learner(PretrainConfig(steps=1, context=48, **options), base, None).eval()
+        torch.manual_seed(0)
+        return [learner(ids).loss.item() for _ in range(40)]
+
+    with torch.no_grad():
+        logits = base(ids.view(6, 16)).logits[:, :-1]
+    pieces = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.view(6, 16)[:, 1:].flatten())
+    whole, short = losses()[0], 2 * 47 * float(pieces)
+    assert abs(whole - short) > 1e-3
+    assert losses(short_context=16, short_share=1.0) == pytest.approx([short] * 40)
+    with torch.no_grad():
+        first, last = (base(part).logits[:, :-1].flatten(0, 1) for part in (ids[:1].view(3, 16), ids[1:]))
+    each = [
+        47 * float(torch.nn.functional.cross_entropy(logits, labels.flatten()))
+        for logits, labels in ((first, ids[:1].view(3, 16)[:, 1:]), (last, ids[1:, 1:]))
+    ]
+    assert losses(short_context=16) == pytest.approx([sum(each)] * 40)  # half of two are one, and no chance
+    some = losses(short_context=16, short_share=0.25)
+    assert {round(loss, 2) for loss in some} == {round(whole, 2), round(sum(each), 2)}
+    assert 10 <= [round(loss, 2) for loss in some].count(round(whole, 2)) <= 30
+    with pytest.raises(pydantic.ValidationError, match=r"short_context must divide the contexts \[48, 60\]"):
+        PretrainConfig(steps=1, batch_size=5, context=48, final_context=60, short_context=16)
+
+
 class Killed(BaseException):
     """Ends a run where it stands."""
 
 
 def test_a_run_with_more_positions_died_and_ends_the_same(workplace, tmp_path, monkeypatch):
     short = {"stage": "pretrain", "steps": 4, "batch_size": 4, "context": 32, "skip_positions": True, "muon": True}
-    long = {"stage": "pretrain", "steps": 2, "batch_size": 1, "context": 128, "position_lr": 1e-2}
+    long = {"stage": "pretrain", "steps": 2, "batch_size": 1, "context": 128, "position_lr": 1e-2, "short_context": 32}
     options = recipe(workplace, stages=[short, long], attention=None, positions=128, output=str(tmp_path / "whole"))
     path = write_recipe(tmp_path, options)
     assert train.main(["--config", str(path)]) == 0

@@ -4,9 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+import attention
 from tests.trainer.conftest import recipe, write_recipe
+from trainer.config import load_config
+from trainer.positions import extend_positions
+from trainer.setup import moved
 from trainer.train import main
 
 
@@ -83,3 +88,45 @@ def test_a_run_does_not_write_over_what_it_starts_from(name: str, workplace: Pat
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"{name} would be replaced by the run's own result: choose another --output" in log
     assert {path.name: path.read_bytes() for path in start.iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["masks", "performer"])
+def test_a_variant_moves_to_a_base_that_was_trained_further(workplace, tmp_path, method):
+    """To its mechanisms, and to the base's weights with what its own fit changed added."""
+    base, _ = attention.load(workplace / "base")
+    options = {"method": "masks", "candidates": ["window(4)"]} if method == "masks" else {"method": "performer"}
+    old = attention.convert(base, attention.config_from_dict(options))
+    with torch.no_grad():
+        for parameter in old.mechanisms[0].parameters():
+            parameter.add_(torch.randn_like(parameter))
+        old.transformer.h[1].attn.c_attn.weight.mul_(1.5)
+    attention.save(old, tmp_path / "old", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1)
+    extend_positions(base, 96, "repeat")
+    new = moved(str(tmp_path / "old"), base)
+    before, now, given = old.state_dict(), new.state_dict(), base.state_dict()
+    own = set(new.new_parameters)
+    assert own == set(old.new_parameters)
+    assert all(torch.equal(now[name], before[name]) for name in own)
+    changed = {name for name in given if not torch.equal(now[name], given[name])}
+    assert changed == {"transformer.h.1.attn.c_attn.weight"}
+    name = changed.pop()
+    torch.testing.assert_close(now[name], given[name] + before[name] / 3)
+    assert not torch.equal(now["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_what_cannot_move_is_said(workplace, tmp_path):
+    base, _ = attention.load(workplace / "base")
+    with pytest.raises(ValueError, match="move needs a variant that names its base"):
+        moved(str(workplace / "base"), base)
+    old = attention.convert(base, attention.MasksConfig(candidates=["window(4)"]))
+    with torch.no_grad():
+        old.transformer.wpe.weight.mul_(2)
+    attention.save(old, tmp_path / "old", dtype=torch.float32)
+    extend_positions(base, 96, "repeat")
+    with pytest.raises(ValueError, match=r"cannot be moved to the base given.*transformer\.wpe\.weight"):
+        moved(str(tmp_path / "old"), base)
+    with pytest.raises(attention.ConfigError, match="move takes a variant over"):
+        load_config(write_recipe(tmp_path, recipe(workplace, move=True, output="o")))
