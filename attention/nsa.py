@@ -30,10 +30,11 @@ from .nsa_kernel import (
     compressed_branch,
     gather_blocks,
     masked_attention,
+    row_masks,
     selected_branch,
-    selected_mask,
     selection_scores,
     take,
+    take_from,
     token_masks,
     window_branch,
 )
@@ -52,6 +53,7 @@ SEGMENT = 2048  # queries whose branches exist at the same time, unless gradient
 CHUNK = 512  # queries whose weights in the compressed branch exist at the same time
 LEADERS = 64  # the same, of those whose weights are needed to choose blocks
 GROUP = 8  # spans that φ averages by one matrix product
+OF_ROWS = (-1, 0, 0, True)  # the layout of what is read where rows differ in position
 FORCED = 3  # blocks that are always read: the first one, the one before the query's, the query's own
 MOST = {"select_block": 4096, "num_selected": 1024, "window": FARTHEST, "mlp_width": 4096}
 LARGEST_NETWORK = 2**18  # l times the width of φ, whose first layer has D times as many weights a head
@@ -134,6 +136,11 @@ class NSAConfig(MechanismConfig):
         count = (position + 1 - self.compress_block) // self.compress_stride + 1
         return count.clamp(min=0) if isinstance(count, Tensor) else max(count, 0)
 
+    @property
+    def further_blocks(self) -> int:
+        """Blocks before a query's own and the one before that in which its window may begin."""
+        return max(0, blocks_for(self.window - 1, self.select_block) - 1)
+
     def whole_blocks(self, length: int) -> int:
         """`length` rounded up to a multiple of l'."""
         return blocks_for(length, self.select_block) * self.select_block
@@ -147,8 +154,7 @@ class NSAState(State):
         compressed_keys, compressed_values: (B, H_kv, capacity, D).
         selected: (B, H_kv, n), the blocks that the group of the next token reads, unless the token begins a group.
         read_keys, read_values: (B, H_kv, R, D), what the branches read for a single token, side by side: a zero, the
-            tokens of some blocks, the complete compressed blocks. While the rows agree on their position, and None
-            until the first single token.
+            tokens of some blocks, compressed blocks. None until the first single token.
         layout: how many blocks: selected ones, further ones of the window, and the latest two, which are both; and
             whether there are compressed ones.
         read_masks: `token_masks` for this layout.
@@ -249,6 +255,71 @@ class NSAState(State):
         layout = *(part.shape[2] for part in blocks), compressed[0].shape[2] > 0
         if layout != self.layout:
             self.layout, self.read_masks = layout, ()
+
+    # The same where rows differ in position: all in the layout of a long text, and what a row has not is hidden.
+
+    def append_compressed_of(self, rows: Tensor, numbers: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores the compressed blocks (R, H_kv, 1, D), whose numbers are (R,), that some rows complete."""
+        shape = len(self.keys), *k.shape[1:]
+        needed = self.config.visible(self.seen)
+        for name, new in (("compressed_keys", k), ("compressed_values", v)):
+            buffer, held = getattr(self, name), 0 if getattr(self, name) is None else getattr(self, name).shape[2]
+            if needed > held:  # room for more; nothing is written
+                buffer = store(buffer, new.new_empty(shape[0], shape[1], 0, shape[3]), held, needed)
+                setattr(self, name, buffer)
+                self.read_keys = None
+            buffer[rows, :, numbers] = new[:, :, 0]
+        if self.read_keys is not None and self.layout == OF_ROWS:
+            places = numbers + self._compressed_place
+            self.read_keys[rows, :, places], self.read_values[rows, :, places] = k[:, :, 0], v[:, :, 0]
+
+    @property
+    def _compressed_place(self) -> int:
+        """Where the compressed blocks begin among what is read."""
+        config = self.config
+        return 1 + (config.num_selected + config.further_blocks) * config.select_block
+
+    def read_of_rows(
+        self, k: Tensor, v: Tensor, positions: Tensor, begun: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a token (B, H_kv, 1, D) at `positions` (B,), stored already, reads: keys, values, and masks (B, 3, R).
+
+        Args:
+            begun: (R,) the rows in which it begins a group; None: there are none.
+        """
+        config, size = self.config, self.config.select_block
+        if self.read_keys is None or self.layout != OF_ROWS:
+            begun = torch.arange(len(k), device=k.device)
+            room = 0 if self.compressed_keys is None else self.compressed_keys.shape[2]
+            shape = *k.shape[:2], self._compressed_place + room, k.shape[3]
+            self.read_keys, self.read_values = k.new_zeros(shape), v.new_zeros(shape)
+            if room:
+                self.read_keys[:, :, -room:] = self.compressed_keys
+                self.read_values[:, :, -room:] = self.compressed_values
+            blocks = config.num_selected - 2, config.further_blocks, 2
+            compressed = config.compress_stride, config.compress_block
+            self.layout = OF_ROWS
+            self.read_masks = row_masks(blocks, size, config.window, room, compressed, k.device)
+        if begun is not None:
+            self._collect_rows(begun, positions[begun] // size)
+        own = self._compressed_place - size + positions % size
+        store(self.read_keys, k, own, 0)
+        store(self.read_values, v, own, 0)
+        by_place, first = self.read_masks
+        hidden = first > positions[:, None]
+        hidden[:, 0] = positions >= config.compress_block - 1  # the zero is read where no compressed block is
+        masks = by_place[positions % size].masked_fill_(hidden[:, None], -torch.inf)
+        return self.read_keys, self.read_values, masks
+
+    def _collect_rows(self, rows: Tensor, current: Tensor) -> None:
+        """Lays out what the tokens of a group read, in the rows (R,) that begin one, in blocks `current` (R,)."""
+        chosen = self.selected[rows]
+        further = current[:, None] - 1 + torch.arange(-self.config.further_blocks, 0, device=rows.device)
+        further = further.clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1)
+        blocks = torch.cat([chosen[:, :, :-2], further, chosen[:, :, -2:]], 2)
+        tokens = gather_blocks((self.keys, self.values), blocks, self.config.select_block, rows)
+        for whole, part in zip((self.read_keys, self.read_values), tokens, strict=True):
+            whole[:, :, 1 : self._compressed_place].index_copy_(0, rows, part)
 
 
 class Compression(nn.Module):
@@ -493,53 +564,62 @@ class NativeSparseAttention(Mechanism):
         """The output (B, H, 1, D) of one token that continues `state`."""
         start = state.position
         keys, values = state.append(k, v)
-        compressed = self._compress(keys, values, state, start, 1)
-        self._choose_for_token(queries[0], compressed[0], state, start)
+        if isinstance(start, int):
+            compressed = self._compress(keys, values, state, start, 1)
+            self._choose_for_token(queries[0], compressed[0], state, start)
+            read = state.read(k, v, compressed, start)
+        else:
+            numbers = state.numbers()
+            self._compress_rows(state, numbers)
+            read = state.read_of_rows(k, v, start, self._choose_in_rows(queries[0], state, numbers))
         state.note_choices(1, lengths, state.selected[:, :, None], 0)
         state.advance(1, lengths)
-        if isinstance(start, int):
-            return self._token_of_equal_rows(queries, *state.read(k, v, compressed, start), gates)
-        outputs = self._token_of_any_rows(queries, keys, values, compressed, state.selected, start)
-        return self._combine(*outputs, gates)
+        return self._mix_token(queries, *read, gates)
 
-    def _token_of_equal_rows(
+    def _mix_token(
         self, queries: tuple[Tensor, ...], keys: Tensor, values: Tensor, masks: Tensor, gates: Tensor
     ) -> Tensor:
-        """The output where all rows stand at one position: every branch reads the same keys, through a mask of its own.
+        """The output (B, H, 1, D) of one token, whose branches read the same keys through masks (3, R) or (B, 3, R).
 
         The gates weigh the branches' attention weights, so that one product with the values serves all.
         """
         (batch, heads, _, width), kv_heads, separate = queries[0].shape, keys.shape[1], self.config.separate_kv
         q = torch.cat(queries, 2) if separate else queries[0]
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        scores = torch.bmm(q.reshape(batch * kv_heads, -1, width), keys.mT).view(batch * heads, -1, keys.shape[1])
+        scores = torch.bmm(q.reshape(batch * kv_heads, -1, width), keys.mT).view(batch, heads, -1, keys.shape[1])
+        masks = masks if masks.ndim == 2 else masks[:, None]
         weights = F.dropout(torch.add(masks, scores, alpha=width**-0.5).softmax(-1), self._dropout)
         if not separate:
             by_head = gates.view(batch, len(BRANCHES), heads).mT.contiguous()
-            weights = torch.bmm(by_head.view(-1, 1, len(BRANCHES)), weights)
+            weights = torch.bmm(by_head.view(-1, 1, len(BRANCHES)), weights.flatten(0, 1))
         weights = weights.view(batch * kv_heads, -1, keys.shape[1]).to(values.dtype)
         mixed = torch.bmm(weights, values).view(batch, heads, -1, width)
         return self._combine(*mixed.split(1, 2), gates) if separate else mixed
 
-    def _token_of_any_rows(
-        self,
-        queries: tuple[Tensor, ...],
-        keys: Tensor,
-        values: Tensor,
-        compressed: tuple[Tensor, Tensor],
-        blocks: Tensor,
-        position: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The branches where every row has its own position (B,)."""
-        config, before, here = self.config, self.config.window - 1, position[:, None]
-        chosen = selected_mask(here[..., None], config.num_selected, config.select_block)
-        near = (here - before + torch.arange(config.window, device=here.device) >= 0)[:, None, None]
-        bounds = 0, compressed[0].shape[2]
-        return (
-            compressed_branch(queries[0], *compressed, config.visible(here), bounds, self._attend),
-            self._attend(queries[1], *gather_blocks((keys, values), blocks, config.select_block), chosen),
-            self._attend(queries[2], *(take(t, position - before, config.window) for t in (keys, values)), near),
-        )
+    def _compress_rows(self, state: NSAState, numbers: list[int]) -> None:
+        """Compresses the block that the new token completes, in the rows, at these positions, where it does."""
+        config, device = self.config, state.keys.device
+        complete = [row for row, at in enumerate(numbers) if config.visible(at) > config.visible(at - 1)]
+        if complete:
+            rows = torch.tensor(complete, device=device)
+            blocks = torch.tensor([config.visible(numbers[row]) - 1 for row in complete], device=device)
+            tokens = (
+                take_from(t, rows, blocks * config.compress_stride, config.compress_block)
+                for t in (state.keys, state.values)
+            )
+            state.append_compressed_of(rows, blocks, *self.compression(*tokens))
+
+    def _choose_in_rows(self, q: Tensor, state: NSAState, numbers: list[int]) -> Tensor | None:
+        """Renews `state.selected` in the rows, at these positions, where the new token begins a group; (R,) these."""
+        begun = [row for row, at in enumerate(numbers) if at % self.config.select_every == 0]
+        if not begun:
+            return None
+        rows = torch.tensor(begun, device=q.device)
+        compressed = state.keys[:, :, :0] if state.compressed_keys is None else state.compressed_keys
+        visible = compressed[:, :, : self.config.visible(max(numbers[row] for row in begun))]
+        chosen = self._choose(q[rows], visible[rows], state.lengths[rows], state.keys.shape[2])[:, :, 0]
+        state.selected = state.selected.index_copy(0, rows, chosen)
+        return rows
 
     def _compress(
         self, keys: Tensor, values: Tensor, state: NSAState | None, start: int | Tensor, length: int
@@ -584,17 +664,15 @@ class NativeSparseAttention(Mechanism):
             chosen.append(choose_blocks(scores, positions[:, part] // config.select_block, config.num_selected))
         return torch.cat(chosen, dim=2)
 
-    def _choose_for_token(self, q: Tensor, compressed_keys: Tensor, state: NSAState, position: int | Tensor) -> None:
-        """Renews `state.selected` in the rows where the token at `position` begins a group."""
+    def _choose_for_token(self, q: Tensor, compressed_keys: Tensor, state: NSAState, position: int) -> None:
+        """Renews `state.selected` where the token at `position` begins a group."""
         config = self.config
-        begins = position % config.select_every == 0
-        if begins is False:
+        if position % config.select_every:
             return
-        if begins is True and position // config.select_block >= config.num_selected - 1:
+        if position // config.select_block >= config.num_selected - 1:
             state.selected = self._choose_of_many(q, compressed_keys, position)
-            return
-        chosen = self._choose(q, compressed_keys, position, state.keys.shape[2])[:, :, 0]
-        state.selected = chosen if begins is True else torch.where(begins[:, None, None], chosen, state.selected)
+        else:
+            state.selected = self._choose(q, compressed_keys, position, state.keys.shape[2])[:, :, 0]
 
     def _choose_of_many(self, q: Tensor, compressed_keys: Tensor, position: int) -> Tensor:
         """What `_choose` gives (B, H_kv, n) for one query that has at least n blocks to choose from."""

@@ -120,13 +120,26 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: flo
     return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
-def gather_blocks(tensors: tuple[Tensor, Tensor], blocks: Tensor, size: int) -> list[Tensor]:
-    """(B, H_kv, n·size, D) each: blocks (B, H_kv, n) of `size` tokens, out of two tensors (B, H_kv, S, D)."""
+def take_from(x: Tensor, rows: Tensor, starts: Tensor, count: int) -> Tensor:
+    """(R, H, count, D): of some rows (R,) of x (B, H, S, D) what lies inside of x from `starts` (R,) on."""
+    places = (starts[:, None] + torch.arange(count, device=x.device))[:, None]
+    return x[rows[:, None, None], torch.arange(x.shape[1], device=x.device)[:, None], places]
+
+
+def gather_blocks(
+    tensors: tuple[Tensor, Tensor], blocks: Tensor, size: int, rows: Tensor | None = None
+) -> list[Tensor]:
+    """(R, H_kv, n·size, D) each: blocks (R, H_kv, n) of `size` tokens, out of two tensors (B, H_kv, S, D).
+
+    Args:
+        rows: (R,) of the batch; None: all.
+    """
     batch, heads, length, width = tensors[0].shape
     first = torch.arange(0, batch * heads * (length // size), length // size, device=blocks.device)
-    rows = (blocks + first.view(batch, heads, 1)).flatten()
+    first = first.view(batch, heads, 1)
+    chosen = (blocks + (first if rows is None else first[rows])).flatten()
     tables = (t.reshape(-1, size * width) for t in tensors)
-    return [table.index_select(0, rows).view(batch, heads, -1, width) for table in tables]
+    return [table.index_select(0, chosen).view(*blocks.shape[:2], -1, width) for table in tables]
 
 
 def selected_mask(positions: Tensor, number: int, size: int) -> Tensor:
@@ -164,6 +177,40 @@ def token_masks(
     )
     hidden = ~torch.stack(reads, 1)
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf).unbind()
+
+
+def row_masks(
+    blocks: tuple[int, int, int],
+    size: int,
+    window: int,
+    summaries: int,
+    compressed: tuple[int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`token_masks` for rows that stand at any positions, all in the layout of a long text.
+
+    Args:
+        blocks, size, window: as there.
+        summaries: compressed keys that there is room for.
+        compressed: d and l, tokens from one compressed block to the next, and of one.
+
+    Returns:
+        (size, 3, R) by the token's place in its block, and (R,) the position from which on a text has what lies there.
+    """
+    masks = token_masks(blocks, size, window, max(summaries, 1), device)
+    selected, further, both = blocks
+    back = (
+        [both + selected - 1 - i for i in range(selected)],
+        range(further + both - 1, both - 1, -1),
+        range(both)[::-1],
+    )
+    stride, block = compressed
+    begins = torch.tensor([size * number for kind in back for number in kind], device=device)
+    ends = stride * torch.arange(summaries, device=device) + block - 1
+    first = torch.cat([begins.new_zeros(1), begins.repeat_interleave(size), ends])
+    by_place = torch.stack(masks)[..., : len(first)].clone()
+    by_place[:, 0, 0] = 0
+    return by_place, first
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ class State(CacheLayerMixin):
         seen: columns seen so far, padding included; no row has more tokens than that.
         lengths: (B,) tokens seen in each row, or None while every row has `seen` of them.
         least: tokens that every row is known to have.
+        known: `lengths` as numbers, once they were asked for and until rows are moved about.
         record_past: whether a record is kept, from the next tokens on, so that `crop` can take them back. Nobody who
             does not ask for it pays for it.
         record: of the tokens since the last crop.
@@ -102,6 +103,7 @@ class State(CacheLayerMixin):
         self.seen = 0
         self.lengths: Tensor | None = None
         self.least = 0
+        self.known: list[int] | None = None
         self.record_past = False
         self.record: Record | None = None
 
@@ -116,12 +118,19 @@ class State(CacheLayerMixin):
             return torch.full((batch_size,), self.seen, device=device)
         return self.lengths
 
+    def numbers(self) -> list[int]:
+        """`lengths` as numbers, which need not be fetched from the device for every token."""
+        if self.known is None:
+            self.known = self.lengths.tolist()
+        return self.known
+
     def advance(self, columns: int, lengths: Tensor | None) -> None:
         """Counts `columns` new columns, of which `lengths` (B,) are real in each row (None: all)."""
         if lengths is not None and self.lengths is None:
             self.lengths = torch.full_like(lengths, self.seen)
         if self.lengths is not None:
             self.lengths = self.lengths + (columns if lengths is None else lengths)
+        self.known = None if self.known is None or lengths is not None else [n + columns for n in self.known]
         self.seen += columns
         self.least += columns if lengths is None else int(lengths.min())
 
@@ -143,6 +152,7 @@ class State(CacheLayerMixin):
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in self._tensors().items():
             setattr(self, name, function(tensor))
+        self.known = None
         if self.record is not None:
             self.record.map(function)
 
@@ -162,6 +172,7 @@ class State(CacheLayerMixin):
         """Puts the state back to the beginning of its record; what is to be taken in again."""
         for name, value in self.record.before.items():
             setattr(self, name, _copied(value))
+        self.known = None
         return self.record.blocks
 
     def can_remove(self, count: int) -> bool:
@@ -178,6 +189,7 @@ class State(CacheLayerMixin):
         self.least = max(0, self.least - count)
         if self.lengths is not None:
             self.lengths = (self.lengths - count).clamp(min=0)
+        self.known = None
 
     # What transformers asks of a cache layer.
 
@@ -200,7 +212,7 @@ class State(CacheLayerMixin):
     def reset(self) -> None:
         for name in self._tensors():
             setattr(self, name, None)
-        self.seen, self.least, self.record = 0, 0, None
+        self.seen, self.least, self.known, self.record = 0, 0, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

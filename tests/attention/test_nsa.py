@@ -384,3 +384,25 @@ def test_state_holds_the_keys_of_tokens_and_of_complete_blocks():
     assert state.keys.shape == (1, 2, 12, 4)
     assert state.compressed_keys.shape == (1, 2, 4, 4)
     assert state.selected.shape == (1, 2, 3)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_step_like_each_row_alone_without_asking_the_device():
+    """Past every block and window; where a row stands is fetched once, and again after rows were moved about."""
+    config = NSAConfig(**SMALL | {"window": 11, "num_selected": 4, "select_every": 2, "select_block": 8})
+    mechanism = perturb(config.build(layer(4, 2)).eval())
+    tensors = inputs(75, layer(4, 2), batch=3)
+    state, lengths, order = mechanism.new_state(), torch.tensor([2, 9, 0]), torch.tensor([1, 1, 2])
+    mechanism(*(t[:, :, :9] for t in tensors[:3]), tensors[3][:, :9], state, lengths)
+    fetched, fetch = [], Tensor.tolist
+    with patch.object(Tensor, "tolist", lambda tensor: fetched.append(tensor) or fetch(tensor)):
+        for step in range(65):
+            if step == 30:
+                state.reorder_cache(order)
+                tensors, lengths = tuple(t[order] for t in tensors), lengths[order]
+            rows = torch.arange(3)
+            token = [t[rows, :, lengths + step][:, :, None] for t in tensors[:3]]
+            out = mechanism(*token, tensors[3][rows, lengths + step][:, None], state)
+            alone = mechanism(*tensors)[rows, :, lengths + step][:, :, None]
+            torch.testing.assert_close(out, alone, **TOLERANCE)
+    assert len(fetched) == 2
