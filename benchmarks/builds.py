@@ -10,7 +10,6 @@ the first of a round changes places. Above 1 the other build is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -108,11 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     report["rows"] = [compare(builds, kind, name, args.rounds) for kind in ("token", "prefill") for name in names]
     for build in builds:
         build.close()
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(json.dumps(report["machine"]))
-        print(measure.table(report["rows"], list(report["rows"][0])))
+    measure.print_report(report, "rows", as_json=args.json)
 
 
 if __name__ == "__main__":

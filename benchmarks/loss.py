@@ -9,7 +9,6 @@ and output matrix.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -87,11 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         row["memory_over_plain"] = row["peak_mb"] / rows[0]["peak_mb"] if row["peak_mb"] else None
     report = {"machine": measure.machine(), "rows": rows, "largest_relative_difference": difference}
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(json.dumps(report["machine"]))
-        print(measure.table(rows, ["method", "ms", "time_over_plain", "peak_mb", "memory_over_plain"]))
+    measure.print_report(report, "rows", as_json=args.json)
+    if not args.json:
         print(f"largest relative difference of value and gradients: {difference:.1e}")
 
 

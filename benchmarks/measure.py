@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures.process
 import ctypes
+import json
 import math
 import multiprocessing
 import os
@@ -128,6 +129,16 @@ def _probe(make: Callable[..., Callable[[], Any]], *args: Any) -> float | None:
 def _status_kb(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def print_report(report: dict[str, Any], *parts: str, as_json: bool) -> None:
+    """Prints a report as one JSON object, or its machine and the tables of `parts`, each a list of rows."""
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    print(json.dumps(report["machine"]))
+    for part in parts:
+        print(table(report[part], list(report[part][0])))
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -11,7 +11,6 @@ same step of a student that has softmax attention, too, with a base of the bundl
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -144,11 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         rows = [measure_recipe(name, args.rounds) for name in args.recipes]
     report = {"machine": measure.machine(), "rows": rows}
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(json.dumps(report["machine"]))
-        print(measure.table(report["rows"], list(report["rows"][0])))
+    measure.print_report(report, "rows", as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ one event, of the bundled variants on the same text, beside the true one; and th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -125,12 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         "speed": [measure_recipe(name, args.text, args.error, args.rounds) for name in args.recipes],
         "error": [measure_error(name, args.text, args.error, args.blocks, 512) for name in VARIANTS],
     }
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(json.dumps(report["machine"]))
-        for part in ("speed", "error"):
-            print(measure.table(report[part], list(report[part][0])))
+    measure.print_report(report, "speed", "error", as_json=args.json)
 
 
 if __name__ == "__main__":
