@@ -222,7 +222,8 @@ def test_rows_of_different_lengths_equal_each_row_alone(method, data):
     """A prefill with padding behind the rows, another such block, then single tokens."""
     case = data.draw(cases(method, max_batch=3))
     batch, total = case.inputs[0].shape[0], case.length
-    blocks = [data.draw(st.integers(1, total)), data.draw(st.integers(1, 6)), 1, 1]
+    singles = data.draw(st.sampled_from([2, 2, 15]))
+    blocks = [data.draw(st.integers(1, total)), data.draw(st.integers(1, 6)), *[1] * singles]
     state, done = case.mechanism.new_state(), torch.zeros(batch, dtype=torch.long)
     outputs = [[] for _ in range(batch)]
     for number, block in enumerate(blocks):
