@@ -65,34 +65,47 @@ def at_lengths(family: str, lengths: list[int], names: list[str], seconds: float
         memory: also measure the peak of reading, in a process for each.
 
     Returns:
-        Rows with `read_ms` and `token_ms` (medians), `read_ratio` and `token_ratio` (how many times as fast as softmax,
-        median over rounds) with the quartiles over rounds in `..._spread`, `cache_mb`, `cache_ratio` (of softmax's) and
-        `peak_mb` beyond the model.
+        Rows of `at_length`, with `peak_mb`, the memory of reading beyond the model's, None where it was not measured.
     """
     models = build(family, max(lengths) + 4 * STEPS, names)
     rows = []
     for length in lengths:
-        ids = torch.randint(models[SOFTMAX].config.vocab_size, (1, length))
-        reads = {name: partial(_read, model, ids) for name, model in models.items()}
-        reading = measure.times_in_turn(reads, budget=seconds, min_rounds=3)
-        caches = {name: read()[cache_name(type(models[name]))] for name, read in reads.items()}
-        sizes = {name: cache_bytes(cache) / 2**20 for name, cache in caches.items()}
-        steps = {name: partial(_step, model, caches[name]) for name, model in models.items()}
-        writing = measure.times_in_turn(steps, budget=0, min_rounds=STEPS)
-        for name in models:
-            peak = measure.peak_memory_mb(_reader, family, length, name) if memory else None
-            rows.append(
-                {
-                    "method": name,
-                    "length": length,
-                    **_compared("read", reading, name),
-                    **_compared("token", writing, name),
-                    "cache_mb": sizes[name],
-                    "cache_ratio": sizes[name] / sizes[SOFTMAX],
-                    "peak_mb": peak,
-                }
-            )
+        for row in at_length(models, length, seconds):
+            peak = measure.peak_memory_mb(_reader, family, length, row["method"]) if memory else None
+            rows.append({**row, "peak_mb": peak})
     return rows
+
+
+@torch.no_grad()
+def at_length(models: dict[str, PreTrainedModel], length: int, seconds: float) -> list[dict[str, Any]]:
+    """A row for each model, one of which is `SOFTMAX`, the others' peer; all are timed in the same rounds.
+
+    Args:
+        length: tokens read at once, before the tokens that follow one by one.
+        seconds: time for the rounds of reading, after three.
+
+    Returns:
+        Rows with `read_ms` and `token_ms` (medians), `read_ratio` and `token_ratio` (how many times as fast as softmax,
+        median over rounds) with the quartiles over rounds in `..._spread`, `cache_mb` and `cache_ratio` (of softmax's).
+    """
+    ids = torch.randint(models[SOFTMAX].config.vocab_size, (1, length))
+    reads = {name: partial(_read, model, ids) for name, model in models.items()}
+    reading = measure.times_in_turn(reads, budget=seconds, min_rounds=3)
+    caches = {name: read()[cache_name(type(models[name]))] for name, read in reads.items()}
+    sizes = {name: cache_bytes(cache) / 2**20 for name, cache in caches.items()}
+    steps = {name: partial(_step, model, caches[name]) for name, model in models.items()}
+    writing = measure.times_in_turn(steps, budget=0, min_rounds=STEPS)
+    return [
+        {
+            "method": name,
+            "length": length,
+            **_compared("read", reading, name),
+            **_compared("token", writing, name),
+            "cache_mb": sizes[name],
+            "cache_ratio": sizes[name] / sizes[SOFTMAX],
+        }
+        for name in models
+    ]
 
 
 def _read(model: PreTrainedModel, ids: torch.Tensor) -> Any:

