@@ -59,10 +59,13 @@ class Session:
         blocks: the page, for what happens when it is opened: `session.blocks.load(...)`.
         runs: `list[Run]`, newest first.
         names: `list[str]`, the models that can be chosen; shared by all visitors, refreshed when a page loads.
+        costs: `Measured`, what the speed tab found, or None. Gradio takes the first event that leaves a state of a tab
+            that is not open as it is for a change of it; so it is the page's.
         address: puts what a tab shows into the page's address, from which its `blocks.load` restores it.
     """
 
     blocks: gr.Blocks
     runs: gr.State
     names: gr.State
+    costs: gr.State
     address: Address

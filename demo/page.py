@@ -60,7 +60,11 @@ def build(app: App) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\n## {SUBTITLE}", elem_id="title")
         notices = Notices(elem_id="notices")
         session = Session(
-            blocks, runs=gr.State([]), names=gr.State(app.store.names()), address=Address(elem_id="address")
+            blocks,
+            runs=gr.State([]),
+            names=gr.State(app.store.names()),
+            costs=gr.State(None),
+            address=Address(elem_id="address"),
         )
         with gr.Tabs(elem_id="tabs", **_known(gr.Tabs, overflow_behavior="wrap")):
             built = [build_tab(app, session) for build_tab in TABS]

@@ -90,11 +90,10 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
         counted_verdict = Notices(elem_id="speed-counted-verdict")
         gr.Markdown(f"### In one table\n{HELP}")
         table = TextTable(elem_id="speed-table", file="attention-costs")
-        results: gr.State = gr.State(None)
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         asked = [models, level, layer, longest]
-        outcome = [verdict, measured, results, session.address, start, stop]
+        outcome = [verdict, measured, session.costs, session.address, start, stop]
         accepted = start.click(handlers.accept, None, [meter, start, stop], queue=False, **quiet)
         running = accepted.then(handlers.measure, asked, [meter, *outcome], **quiet, **app.lane(MEASURE))
         running.failure(idle, None, [meter, start, stop], queue=False, **quiet)
@@ -102,9 +101,9 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
         stop.click(handlers.stop, asked, [meter, *outcome], cancels=[running], concurrency_limit=None, **quiet)
         shown = gr.State(None)  # what is counted on the page
         gr.on(  # one event for all that changes the table: of two, the one that began earlier might end later
-            [tab.select, models.change, level.change, layer.change, results.change],
+            [tab.select, models.change, level.change, layer.change, session.costs.change],
             handlers.count,
-            [models, level, layer, results, shown],
+            [models, level, layer, session.costs, shown],
             [layer, counted_verdict, counted, table, shown],
             trigger_mode="always_last",
             **quiet,
@@ -113,7 +112,9 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
         for field in asked:
             field.input(settings_in_address, asked, session.address, queue=False, **quiet)
         link.click(None, None, said, js=copy_link("The link is copied, with what was measured."), queue=False, **quiet)
-        session.blocks.load(handlers.open_link, None, [*asked, said, verdict, measured, results], queue=False, **quiet)
+        session.blocks.load(
+            handlers.open_link, None, [*asked, said, verdict, measured, session.costs], queue=False, **quiet
+        )
         session.names.change(handlers.offer, [session.names, models], models, queue=False, **quiet)
         gr.api(handlers.speed, api_name="speed", **app.lane(MEASURE))
     return tab
