@@ -46,7 +46,7 @@ from .reference import (
     nsa_window,
     visible_weights,
 )
-from .state import State, store
+from .state import State, store, with_room
 
 BRANCHES = ("compressed", "selected", "window")
 SEGMENT = 2048  # queries whose branches exist at the same time, unless gradients are kept
@@ -260,15 +260,13 @@ class NSAState(State):
 
     def append_compressed_of(self, rows: Tensor, numbers: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores the compressed blocks (R, H_kv, 1, D), whose numbers are (R,), that some rows complete."""
-        shape = len(self.keys), *k.shape[1:]
-        needed = self.config.visible(self.seen)
-        for name, new in (("compressed_keys", k), ("compressed_values", v)):
-            buffer, held = getattr(self, name), 0 if getattr(self, name) is None else getattr(self, name).shape[2]
-            if needed > held:  # room for more; nothing is written
-                buffer = store(buffer, new.new_empty(shape[0], shape[1], 0, shape[3]), held, needed)
-                setattr(self, name, buffer)
-                self.read_keys = None
-            buffer[rows, :, numbers] = new[:, :, 0]
+        needed, before = self.config.visible(self.seen), self.compressed_keys
+        self.compressed_keys = with_room(self.compressed_keys, self.keys, needed)
+        self.compressed_values = with_room(self.compressed_values, self.values, needed)
+        self.compressed_keys[rows, :, numbers] = k[:, :, 0]
+        self.compressed_values[rows, :, numbers] = v[:, :, 0]
+        if self.compressed_keys is not before:
+            self.read_keys = None  # it has no place for so many
         if self.read_keys is not None and self.layout == OF_ROWS:
             places = numbers + self._compressed_place
             self.read_keys[rows, :, places], self.read_values[rows, :, places] = k[:, :, 0], v[:, :, 0]

@@ -88,7 +88,7 @@ class State(CacheLayerMixin):
         seen: columns seen so far, padding included; no row has more tokens than that.
         lengths: (B,) tokens seen in each row, or None while every row has `seen` of them.
         least: tokens that every row is known to have.
-        known: `lengths` as numbers, once they were asked for and until rows are moved about.
+        known: a tensor that `lengths` was, and its numbers; those of `lengths` while it is that tensor.
         record_past: whether a record is kept, from the next tokens on, so that `crop` can take them back. Nobody who
             does not ask for it pays for it.
         record: of the tokens since the last crop.
@@ -103,7 +103,7 @@ class State(CacheLayerMixin):
         self.seen = 0
         self.lengths: Tensor | None = None
         self.least = 0
-        self.known: list[int] | None = None
+        self.known: tuple[Tensor | None, list[int]] = (None, [])
         self.record_past = False
         self.record: Record | None = None
 
@@ -120,17 +120,18 @@ class State(CacheLayerMixin):
 
     def numbers(self) -> list[int]:
         """`lengths` as numbers, which need not be fetched from the device for every token."""
-        if self.known is None:
-            self.known = self.lengths.tolist()
-        return self.known
+        if self.known[0] is not self.lengths:
+            self.known = self.lengths, self.lengths.tolist()
+        return self.known[1]
 
     def advance(self, columns: int, lengths: Tensor | None) -> None:
         """Counts `columns` new columns, of which `lengths` (B,) are real in each row (None: all)."""
         if lengths is not None and self.lengths is None:
             self.lengths = torch.full_like(lengths, self.seen)
         if self.lengths is not None:
-            self.lengths = self.lengths + (columns if lengths is None else lengths)
-        self.known = None if self.known is None or lengths is not None else [n + columns for n in self.known]
+            before, self.lengths = self.lengths, self.lengths + (columns if lengths is None else lengths)
+            if lengths is None and self.known[0] is before:
+                self.known = self.lengths, [number + columns for number in self.known[1]]
         self.seen += columns
         self.least += columns if lengths is None else int(lengths.min())
 
@@ -152,7 +153,6 @@ class State(CacheLayerMixin):
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in self._tensors().items():
             setattr(self, name, function(tensor))
-        self.known = None
         if self.record is not None:
             self.record.map(function)
 
@@ -172,7 +172,6 @@ class State(CacheLayerMixin):
         """Puts the state back to the beginning of its record; what is to be taken in again."""
         for name, value in self.record.before.items():
             setattr(self, name, _copied(value))
-        self.known = None
         return self.record.blocks
 
     def can_remove(self, count: int) -> bool:
@@ -189,7 +188,6 @@ class State(CacheLayerMixin):
         self.least = max(0, self.least - count)
         if self.lengths is not None:
             self.lengths = (self.lengths - count).clamp(min=0)
-        self.known = None
 
     # What transformers asks of a cache layer.
 
@@ -212,7 +210,7 @@ class State(CacheLayerMixin):
     def reset(self) -> None:
         for name in self._tensors():
             setattr(self, name, None)
-        self.seen, self.least, self.known, self.record = 0, 0, None, None
+        self.seen, self.least, self.record = 0, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -326,19 +324,30 @@ def store(buffer: Tensor | None, new: Tensor, start: int | Tensor, needed: int) 
     Returns:
         The buffer (B, H, ≥ needed, D); what lies past the last written token is arbitrary and finite.
     """
-    batch, heads, length, width = new.shape
-    capacity = 0 if buffer is None else buffer.shape[2]
-    if needed > capacity:
-        grown = new.new_zeros(batch, heads, max(needed, 2 * capacity), width)
-        if buffer is not None:
-            grown[:, :, :capacity] = buffer
-        buffer = grown
+    length = new.shape[2]
+    buffer = with_room(buffer, new, needed)
     if isinstance(start, int):
         buffer.narrow(2, start, length).copy_(new)
     else:
         index = (start[:, None] + torch.arange(length, device=new.device))[:, None, :, None]
         buffer.scatter_(2, index.expand_as(new), new)
     return buffer
+
+
+def with_room(buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
+    """A buffer (B, H, C, D), None for an empty one, or its copy with at least twice the room if C < `needed`.
+
+    Args:
+        like: (B, H, ·, D), of whose shape, dtype and device the first one is.
+    """
+    capacity = 0 if buffer is None else buffer.shape[2]
+    if needed <= capacity:
+        return buffer
+    batch, heads, _, width = like.shape
+    grown = like.new_zeros(batch, heads, max(needed, 2 * capacity), width)
+    if buffer is not None:
+        grown[:, :, :capacity] = buffer
+    return grown
 
 
 class KeyValueState(State):

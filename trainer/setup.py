@@ -260,10 +260,10 @@ def moved(spec: str, base: PreTrainedModel) -> attention.Variant:
         raise ValueError(f"move needs a variant that names its base; {spec} does not")
     start = dict(attention.load(spec_of(old.config.base))[0].named_parameters())
     new = attention.convert(base, attention.config_from_dict(old.config.attention))
-    places, problems = new.state_dict(), []
+    own, places, problems = old.state_dict(), new.state_dict(), []
     with torch.no_grad():
-        for name in old.new_parameters:
-            problems += _put(name, places, old.state_dict()[name])
+        for name in filter(is_mechanism, own):
+            problems += _put(name, places, own[name])
         for name, tensor in old.named_parameters():
             if not is_mechanism(name) and not torch.equal(tensor, start[name]):
                 problems += _put(name, places, tensor - start[name], add=True)
