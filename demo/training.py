@@ -31,6 +31,7 @@ HISTORY_BYTES = 50_000_000
 CURVE_POINTS = 400
 CARD_BYTES = 1_000_000
 MEASURES = {"kl": "KL", "perplexity": "Perplexity", "top1_agreement": "Same choice"}
+BEFORE = "Before it"  # begins what a card says of the runs that the last one goes on from
 LAUNCHERS = ("accelerate launch", "python", "torchrun")
 SLICES = ("tokens that are", "tokens at positions")  # what such tables of a card begin with
 NO_SLICES = "Its card has no such figures; trainer/evaluate.py --card writes them into it."
@@ -147,7 +148,7 @@ def recorded(rows: list[Row]) -> Spent:
 def own_and_before(card: ModelCard) -> tuple[Spent, Spent]:
     """What the last run took, and what those took that it went on from, as the card says it."""
     made = section(card, "How it was made")
-    own, _, before = made.partition("Before it")
+    own, _, before = made.partition(BEFORE)
     return _spent(own), _spent(before)
 
 
@@ -225,7 +226,8 @@ def commands(card: ModelCard) -> list[str]:
     own = next((line for line in made.splitlines() if line.startswith(LAUNCHERS)), "")
     if not own:
         return []
-    earlier = dict.fromkeys(re.findall(r"trainer/recipes/[\w.-]+\.yaml", made.partition("Before it")[2]))
+    parts = reversed(made.split(BEFORE)[1:])  # each goes on from the next
+    earlier = dict.fromkeys(recipe for part in parts for recipe in re.findall(r"trainer/recipes/[\w.-]+\.yaml", part))
     return [*(f"accelerate launch trainer/train.py --config {recipe}" for recipe in earlier), _for_a_clone(own)]
 
 

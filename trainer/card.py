@@ -25,6 +25,7 @@ from .fidelity import Fidelity
 from .recall import CANDIDATES, CHANCE
 
 FURTHER, USE, PAIRS_SECTION = "## Measured further", "## Use", "## Frequent pairs of tokens"
+MADE, BEFORE = "## How it was made", "Before it"
 RECALL_TABLE, POSITION_TABLE = "tokens that are", "tokens at positions"  # first words of these tables
 SLICE_COLUMNS = ["how many", "cross-entropy of the base", "above it", "KL"]
 TAGS = ["efficient-attention", "distillation"]
@@ -40,6 +41,7 @@ class Making:
         family: the base's `model_type`.
         environment: see `setup.environment`.
         tokens, steps, seconds: what the training took.
+        earlier: text of the card of the variant that it went on from, if that has one.
     """
 
     config: RunConfig
@@ -49,6 +51,7 @@ class Making:
     tokens: int
     steps: int
     seconds: float
+    earlier: str | None = None
 
     @property
     def base(self) -> str:
@@ -132,7 +135,7 @@ def _body(making: Making, measured: dict[str, Fidelity]) -> str:
             f"## What it measures\n\n{_figures(making, measured)}",
             "![curves](curves.png)",
             f"{USE}\n\n{_usage(making)}",
-            f"## How it was made\n\n{_how(making)}",
+            f"{MADE}\n\n{_how(making)}",
             f"## Limits\n\n{_limits(making)}",
             "",
         ]
@@ -219,7 +222,17 @@ def _how(making: Making) -> str:
         f"seed {config.seed}; {libraries}, Python {environment['python']}"
         + (f", code at {environment['commit']}" if environment["commit"] else "")
         + "."
+        + _before(making)
     )
+
+
+def _before(making: Making) -> str:
+    """How the variant was made that the run went on from, in its own card's words; empty where that says nothing."""
+    found = re.search(rf"^{MADE}$(.*?)(?=^## |\Z)", making.earlier or "", re.MULTILINE | re.DOTALL)
+    if not found:
+        return ""
+    where = ", on another base," if making.config.move else ""
+    return f"\n\n{BEFORE}, the variant that it goes on from was made{where} like this:\n\n{found[1].strip()}"
 
 
 def _stage(stage: Any) -> str:

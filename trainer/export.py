@@ -57,6 +57,7 @@ def save_variant(
         tokens=observer.tokens,
         steps=step,
         seconds=observer.seconds,
+        earlier=setup.earlier,
     )
     card = write_card(making, valid, test)
     history = observer.history

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import attention
-from attention.files import expanded, fingerprint, write_file
+from attention.files import CARD, expanded, fingerprint, write_file
 from attention.mechanism import is_mechanism
 from attention.stored import spec_of, without_copies
 from attention.variant import causal_models, fuse_activations, position_limit, position_table, settle
@@ -66,6 +66,7 @@ class Setup:
         test: name and tokens of a text to measure on once, at the end, if there is one.
         teacher_cache: what the base expects of the training text, if the config says that it is kept.
         record: what a run that goes on is compared with; see `resume.record`.
+        earlier: text of the card of the variant that the run begins with, if there is one.
     """
 
     config: RunConfig
@@ -78,6 +79,7 @@ class Setup:
     test: tuple[str, np.ndarray] | None
     record: resume.Record
     teacher_cache: TeacherCache | None = None
+    earlier: str | None = None
 
     @property
     def is_main(self) -> bool:
@@ -155,7 +157,8 @@ def build(config: RunConfig) -> Setup:
     record = resume.record(config, model, base, texts)
     if not accelerator.is_main_process:
         set_seed(config.seed + accelerator.process_index)  # or all would write, and drop, by the same random numbers
-    return Setup(config, accelerator, model, base, tokenizer, train, valid, test, record, cache)
+    earlier = _card_of(config.variant)
+    return Setup(config, accelerator, model, base, tokenizer, train, valid, test, record, cache, earlier)
 
 
 def _precision(config: RunConfig) -> str | None:
@@ -220,6 +223,12 @@ def check_processes(config: RunConfig, accelerator: Accelerator) -> None:
         )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _card_of(spec: str | None) -> str | None:
+    """The text of a checkpoint's card; None where there is none."""
+    path = spec and attention.locate(spec) / CARD
+    return path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else None
 
 
 def load_models(

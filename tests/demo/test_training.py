@@ -17,6 +17,7 @@ from demo.training import (
     facts,
     hits_excess,
     learned,
+    own_and_before,
     read_card,
     read_history,
     samples,
@@ -215,6 +216,18 @@ def test_commands_name_nothing_outside_a_clone_and_no_commit_that_nobody_has(ent
     assert "dirty" not in said["How it was made"]
     assert "Text: 175 books." in said["How it was made"]
     assert "a=(1, 2)" not in said["How it was made"]
+
+
+def test_commands_begin_with_the_oldest_of_runs_that_go_on_from_each_other(tmp_path):
+    made = "\n\nBefore it, from here:\n\n".join(
+        f"```\npython trainer/train.py --config trainer/recipes/{name}.yaml\n```\n\nIn all 2 steps, 3 tokens, 4 s on b."
+        for name in ("third", "second", "first")
+    )
+    (tmp_path / "README.md").write_text(f"# A card\n\n## How it was made\n\n{made}\n", encoding="utf-8")
+    card = read_card(tmp_path)
+    shown = [command.rpartition("/")[2] for command in commands(card)]
+    assert shown == ["first.yaml", "second.yaml", "third.yaml"]
+    assert [spent.tokens for spent in own_and_before(card)] == [3, 6]
 
 
 @pytest.mark.parametrize("name", ["masks", "nsa", "performer", "performer-window"])

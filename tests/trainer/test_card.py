@@ -2,13 +2,14 @@
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from attention import MasksConfig, config_from_dict
-from trainer.card import Making, hub_id, write_card
+from trainer.card import BEFORE, Making, hub_id, write_card
 from trainer.config import RunConfig
 from trainer.fidelity import Fidelity
 
@@ -116,3 +117,22 @@ def test_a_card_says_which_layers_have_which_method():
     making = Making(config, config_from_dict(method), "llama", environment, 1, 1, 1.0)
     text = write_card(making, Fidelity(1, 0.1, 2.0, 2.0, 0.9), None).text
     assert "Method options: `layers 0, 2: masks(candidates=('window(4)',)); layers 1: softmax()`." in text
+
+
+def test_a_card_says_how_the_variant_was_made_that_its_run_went_on_from():
+    first = card("gpt2").text
+    values = {"base": "b", "variant": "v", "move": True, "stages": [{"stage": "distil", "steps": 1}], "output": "o"}
+    config, environment = RunConfig.model_validate(values), {**ENVIRONMENT, "command": "python second", "commit": None}
+    making = Making(config, MasksConfig(), "llama", environment, 1, 1, 1.0, earlier=first)
+    measured = Fidelity(1, 0.1, 2.0, 2.0, 0.9)
+    second = write_card(making, measured, None).text
+    start = second.index(f"{BEFORE}, the variant that it goes on from was made, on another base, like this:")
+    earlier = re.search(r"## How it was made\n\n(.*?)\n\n## Limits", first, re.DOTALL)[1]
+    assert second.index("## How it was made") < start < second.index(earlier) < second.index("## Limits")
+    assert second.count("## How it was made") == 1
+
+    third = write_card(replace(making, earlier=second), measured, None).text
+    assert third.count(f"{BEFORE}, the variant") == 2
+    assert third.count(earlier) == 1
+    silent = write_card(replace(making, earlier="# A card of another kind\n"), measured, None).text
+    assert BEFORE not in silent
