@@ -488,6 +488,8 @@ def mix(
         query = query * factor
     if module.__dict__.get("reorder_and_upcast_attn"):  # of GPT-2
         query, key, value = query.float(), key.float(), value.float()
+    else:  # under autocast rotation leaves queries and keys in float32 beside values in bfloat16
+        query, key = query.to(dtype), key.to(dtype)
     rows, tokens, maps = variant_call
     first = variant_state is None or variant_state.seen == 0
     lengths = None if rows is None else rows.lengths

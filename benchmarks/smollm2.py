@@ -42,17 +42,20 @@ SPEED = (
     "softmax's."
 )
 PROMPTS = ["The old man looked at the sea and", "Once upon a time there was a"]
-CHEAP = {"method": "masks", "candidates": ["window(64)", "first(4)"]}
+FIT = {"train": "attention", "lr": 3e-4, "mechanism_lr": 0.005}
 KEPT = [3, 7, 11, 15, 18, 21, 25, 29]  # layers of the mix that keep softmax
 METHODS: dict[str, dict[str, Any]] = {
-    "masks": CHEAP,
-    "masks-512": {"method": "masks", "candidates": ["window(512)", "first(4)"]},
-    "performer-window": {"method": "performer", "feature_map": "learned", "window": 64},
-    "nsa": {"method": "nsa", "num_selected": 7, "window": 64},
+    "masks": {"method": "masks", "candidates": ["window(64)", "first(8)"]},
+    "performer-window": {"method": "performer", "feature_map": "learned", "window": 256},
+    "nsa": {"method": "nsa", "num_selected": 8, "window": 128},
     "mix": {
         "method": "layers",
         "layers": [
-            {"layers": [layer for layer in range(30) if layer not in KEPT], **CHEAP},
+            {
+                "layers": [layer for layer in range(30) if layer not in KEPT],
+                "method": "masks",
+                "candidates": ["window(256)", "first(4)"],
+            },
             {"layers": KEPT, "method": "softmax"},
         ],
     },
@@ -103,10 +106,11 @@ def fit(name: str, base: Path, options: argparse.Namespace) -> Path:
     recipe = {
         "base": str(base),
         "attention": METHODS[name],
+        "precision": options.precision,
         "data": {"train": str(options.text), "cache": str(options.work / "cache")},
         "stages": [
             {"stage": "transfer", "steps": max(1, options.steps // 4), "mechanism_lr": 0.01, **shared},
-            {"stage": "distil", "steps": options.steps, "train": "attention", "lr": 1e-3, **shared},
+            {"stage": "distil", "steps": options.steps, **FIT, **shared},
         ],
         "eval": {"every": None, "context": options.context, "tokens": 8192},
         "samples": {"every": None},
@@ -158,10 +162,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True, help="text to measure on, which nothing was fitted on")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "smollm2", help="folder of all that is made")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is converted to")
-    parser.add_argument("--steps", type=int, default=400, help="of distillation; a quarter as many of transfer before")
-    parser.add_argument("--batch", type=int, default=4, help="texts of a step")
+    parser.add_argument("--steps", type=int, default=100, help="of distillation; a quarter as many of transfer before")
+    parser.add_argument("--batch", type=int, default=2, help="texts of a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a text of a step")
-    parser.add_argument("--measured", type=int, default=32768, help="tokens of the test text that are measured")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the fits; bf16 where it is fast")
+    parser.add_argument("--measured", type=int, default=8192, help="tokens of the test text that are measured")
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="blocks measured, and tokens timed")
     parser.add_argument("--output", type=Path, help="a page of what is printed, such as docs/smollm2.md")
     options = parser.parse_args(argv)
@@ -194,8 +199,8 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     yield (
         "# SmolLM2-135M-Instruct, converted\n\n"
         f"Written by `python -m benchmarks.smollm2`, on {machine['device']} with {machine['threads']} threads and "
-        f"PyTorch {machine['torch']}: each method is fitted on {trained:,} tokens, in texts of {options.context:,}, "
-        f"and measured on {len(tokens):,} of books that it has not seen; KL(base ‖ variant) in nats per token."
+        f"PyTorch {machine['torch']}: each method is fitted on {trained:,} tokens, in texts of {options.context:,}"
+        f"{', in bfloat16' if options.precision == 'bf16' else ''}, and measured on {len(tokens):,} of books that it has not seen; KL(base ‖ variant) in nats per token."
     )
     converted = {f"{name}, as converted": convert(name, base) for name in options.methods}
     for models, lengths in ((converted, options.lengths[:1]), (variants, options.lengths)):

@@ -233,6 +233,26 @@ def test_half_precision_is_near_full(family, method, dtype):
 
 @every_family
 @every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision_is_near_full_and_has_gradients(family, method, dtype):
+    student, ids = variant(family, method).eval(), tokens(2, 20)
+    expected = student(ids, use_cache=False).logits
+    with torch.autocast("cpu", dtype):
+        found = student(ids, use_cache=False).logits
+        found.float().square().mean().backward()
+        with torch.no_grad():
+            cached = student(ids[:, :15], use_cache=True)
+            last = student(ids[:, 15:], past_key_values=cached.past_key_values, use_cache=True).logits
+    assert found.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+    assert all(p.grad is not None for mechanism in student.mechanisms for p in mechanism.parameters() if p.ndim < 2)
+    if method not in ("nsa", "layers", "masks"):  # their choices of keys may differ
+        assert (found.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+        assert (last.float() - expected[:, 15:]).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@every_family
+@every_method
 @torch.no_grad()
 def test_saved_and_loaded_in_every_way(family, method, tmp_path):
     base = tiny(family)
