@@ -196,11 +196,13 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     everything, machine = {SOFTMAX: base, **variants}, measure.machine()
     tokens = test_tokens(options.test, tokenizer, options.measured)
     trained = options.batch * options.context * (options.steps + max(1, options.steps // 4))
+    precision = ", in bfloat16" if options.precision == "bf16" else ""
     yield (
         "# SmolLM2-135M-Instruct, converted\n\n"
         f"Written by `python -m benchmarks.smollm2`, on {machine['device']} with {machine['threads']} threads and "
         f"PyTorch {machine['torch']}: each method is fitted on {trained:,} tokens, in texts of {options.context:,}"
-        f"{', in bfloat16' if options.precision == 'bf16' else ''}, and measured on {len(tokens):,} of books that it has not seen; KL(base ‖ variant) in nats per token."
+        f"{precision}, and measured on {len(tokens):,} of books that it has not seen; KL(base ‖ variant) in nats per "
+        "token."
     )
     converted = {f"{name}, as converted": convert(name, base) for name in options.methods}
     for models, lengths in ((converted, options.lengths[:1]), (variants, options.lengths)):

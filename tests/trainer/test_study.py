@@ -10,7 +10,7 @@ import pytest
 import attention
 from trainer.study import grid as study
 from trainer.study.grid import grid, main, parse, plan
-from trainer.study.report import UNANSWERED, conclusions, most_dropped
+from trainer.study.report import UNANSWERED, compared, conclusions, most_dropped, table
 from trainer.study.results import MEASURED, Cell, Result
 
 PLACES = {
@@ -27,7 +27,15 @@ TINY = {
 def arguments(workplace: Path, *more: str) -> list[str]:
     """The command line of a study of the tiny base."""
     options = {name: workplace / path for name, path in PLACES.items()} | TINY
-    return ["--methods", "masks", "nsa", *(f"--{name}={value}" for name, value in options.items()), *more]
+    return [
+        "--methods",
+        "masks",
+        "nsa",
+        "--seeds",
+        "1",
+        *(f"--{name}={value}" for name, value in options.items()),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +45,15 @@ def page(workplace: Path) -> Path:
 
 
 def test_the_grid_has_every_cell_once_and_l1_for_masks_alone():
-    cells = grid(study.METHODS)
-    assert len(cells) == len(set(cells)) == 4 * 2 * 2 + 2
+    cells = grid(study.METHODS, 3)
+    assert len(cells) == len({cell.name for cell in cells}) == 3 * (6 * 2 * 2 + 2)
     assert {cell.method for cell in cells if cell.objective == "kl+l1"} == {"masks"}
-    assert cells[0] == Cell("masks", "kl", "corpus")
+    assert cells[0] == Cell("masks", "kl", "corpus", 0)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
 
 
 def test_cells_have_equal_budgets_and_differ_in_what_they_should(workplace: Path):
-    configs = plan(parse(arguments(workplace, "--l1", "0.25", "--runs", str(workplace / "none"))))
+    configs = plan(parse(arguments(workplace, "--l1", "0.25", "--seeds", "2", "--runs", str(workplace / "none"))))
     assert {sum(stage.steps * stage.batch_size * stage.context for stage in c.stages) for c in configs.values()} == {
         512
     }
@@ -59,6 +68,7 @@ def test_cells_have_equal_budgets_and_differ_in_what_they_should(workplace: Path
         )
         assert (config.data.train is None) == (cell.text == "sampled")
         assert config.attention["method"] == cell.method
+        assert config.seed == cell.seed
     assert len({config.output for config in configs.values()}) == len(configs)
 
 
@@ -78,7 +88,7 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture, tmp_path: Path)
 
 def test_every_cell_is_a_variant_that_loads(page: Path, workplace: Path):
     base = attention.load(workplace / "base")[0]
-    for cell in grid(["masks", "nsa"]):
+    for cell in grid(["masks", "nsa"], 1):
         variant, _ = attention.load(workplace / "study-runs" / cell.name / "variant", base=base)
         assert variant.config.attention["method"] == cell.method
 
@@ -94,16 +104,17 @@ def test_the_page_has_a_row_a_cell_and_its_figures(page: Path):
     figures = re.findall(r"\]\((study/[\w-]+\.png)\)", text)
     assert len(figures) == 4
     assert all((page.parent / figure).stat().st_size > 1000 for figure in figures)
-    for cell in grid(["masks", "nsa"]):
+    for cell in grid(["masks", "nsa"], 1):
         measured = json.loads((page.parent.parent / "study-runs" / cell.name / MEASURED).read_text())
-        assert f"| {cell.objective} | {cell.text} | {measured['row']['kl']:.4f} |" in text
+        row = measured["row"]
+        assert f"| {cell.method} | {cell.objective} | {cell.text} | {row['kl']:.4f} | {row['perplexity']:.2f} |" in text
     assert UNANSWERED not in text
     assert not re.search(r"[{}]", text.partition("## What they write")[0])
     assert str(page.parent.parent) not in text
 
 
 def test_dropping_all_light_masks_reads_less(page: Path, workplace: Path):
-    pruning = json.loads((workplace / "study-runs" / "masks-kl-corpus" / MEASURED).read_text())["pruning"]
+    pruning = json.loads((workplace / "study-runs" / "masks-kl-corpus-seed0" / MEASURED).read_text())["pruning"]
     assert [row["threshold"] for row in pruning] == list(study.PRUNE)
     dropped, keys = ([row[name] for row in pruning] for name in ("dropped", "keys_read"))
     assert dropped[0] == 0
@@ -114,32 +125,32 @@ def test_dropping_all_light_masks_reads_less(page: Path, workplace: Path):
 
 def test_a_study_goes_on_where_it_stopped(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
     runs = workplace / "study-runs"
-    shutil.rmtree(runs / "nsa-kl-corpus" / "variant")
-    (runs / "nsa-kl-corpus" / MEASURED).unlink()
+    shutil.rmtree(runs / "nsa-kl-corpus-seed0" / "variant")
+    (runs / "nsa-kl-corpus-seed0" / MEASURED).unlink()
     ran, read = [], []
     monkeypatch.setattr(study, "run", lambda config, run=study.run: ran.append(config.output) or run(config))
     each = study.evaluate.evaluate
     monkeypatch.setattr(study.evaluate, "evaluate", lambda options: read.extend(options.variant) or each(options))
     before = page.read_text()
     assert main(arguments(workplace)) == 0
-    assert ran == [str(runs / "nsa-kl-corpus")]
-    assert read == [str(runs / "nsa-kl-corpus" / "variant")]
+    assert ran == [str(runs / "nsa-kl-corpus-seed0")]
+    assert read == [str(runs / "nsa-kl-corpus-seed0" / "variant")]
     assert re.sub(r"0\.\d \|$", "", page.read_text(), flags=re.M) == re.sub(r"0\.\d \|$", "", before, flags=re.M)
 
 
 def test_a_run_with_other_options_is_not_taken_for_this_one(page: Path, workplace: Path, capsys: pytest.CaptureFixture):
-    assert main(arguments(workplace, "--seed", "1")) == 2
+    assert main(arguments(workplace, "--data.sample_batch", "4")) == 2
     assert capsys.readouterr().err.count("holds a run with other options") == 10
 
 
 def test_a_stopped_cell_stops_the_study(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(study, "run", lambda config: 75)
     assert main(arguments(workplace, "--runs", str(workplace / "stopped"))) == 75
-    assert "masks-kl-corpus did not finish" in capsys.readouterr().err
+    assert "masks-kl-corpus-seed0 did not finish" in capsys.readouterr().err
 
 
 def test_the_page_alone_needs_no_text_and_takes_what_there_is(page: Path, workplace: Path, tmp_path: Path):
-    for name in ("masks-kl-corpus", "nsa-kl-corpus"):
+    for name in ("masks-kl-corpus-seed0", "nsa-kl-corpus-seed0"):
         shutil.copytree(workplace / "study-runs" / name, tmp_path / "runs" / name)
     assert main(["--report-only", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]) == 0
     text = (tmp_path / "study.md").read_text()
@@ -147,10 +158,21 @@ def test_the_page_alone_needs_no_text_and_takes_what_there_is(page: Path, workpl
     assert "Is the simplest method the best?" in text
 
 
+class Told(Result):
+    """A result without a run."""
+
+    def rows(self, kind: str) -> list[dict]:
+        return [{"seconds": 60.0}]
+
+
 def result(method: str, objective: str, text: str, kl: float, perplexity: float = 50.0, samples: float = 0.0, **more):
-    row = {"kl": kl, "perplexity": perplexity, "keys_read": 7}
-    row["samples"] = {"sample_perplexity": {"difference": samples}}
-    return Result(Cell(method, objective, text), Path("nowhere"), row, more.get("pruning", []))
+    row = {"kl": kl, "perplexity": perplexity, "base_perplexity": 40.0, "top1_agreement": 0.9, "keys_read": 7}
+    row["samples"] = {
+        "sample_perplexity": {"difference": samples, "error": 0.01},
+        "new_names": {"difference": more.get("names", 0.1), "error": 0.1},
+    }
+    row["slices"] = {"hits, over 256 back": {"ce_excess": more.get("hits", 0.0), "ce_excess_error": 0.01}}
+    return Told(Cell(method, objective, text, more.get("seed", 0)), Path("nowhere"), row, more.get("pruning", []))
 
 
 def sweep(*steps: tuple[float, float]) -> list[dict[str, float]]:
@@ -245,4 +267,46 @@ def test_most_dropped_is_bound_by_cost():
 
 
 def test_without_results_nothing_is_concluded():
-    assert [one.verdict for one in conclusions([result("nsa", "kl", "corpus", 0.1)])] == [UNANSWERED] * 4
+    assert [one.verdict for one in conclusions([result("nsa", "kl", "corpus", 0.1)])] == [UNANSWERED] * 5
+
+
+@pytest.mark.parametrize(
+    ("ones", "others", "expected"),
+    [
+        ([0.10, 0.11, 0.12], [0.13, 0.14, 0.15], "lower"),
+        ([0.16, 0.17], [0.13, 0.14, 0.15], "higher"),
+        ([0.10, 0.11, 0.135], [0.13, 0.14, 0.15], "equal"),  # a seed of the one among those of the other
+        ([0.100, 0.101], [0.102, 0.103], "equal"),  # apart, by less than 5 %
+        ([0.10], [0.12], "lower"),
+    ],
+)
+def test_a_difference_counts_only_beyond_what_seeds_differ_by(ones, others, expected):
+    assert compared("kl", ones, others) == expected
+
+
+def test_what_seeds_say_is_one_line_with_its_spread():
+    results = [result("masks", "kl", "corpus", kl, seed=seed) for seed, kl in enumerate((0.10, 0.12, 0.14))]
+    head, _, *lines = table([*results, result("nsa", "kl", "corpus", 0.05)]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    assert [row[0] for row in cells[1:]] == ["masks", "nsa"]
+    assert [row[cells[0].index("KL, nats/token")] for row in cells[1:]] == ["0.1200 ± 0.0200", "0.0500"]
+    assert all(len(row) == len(cells[0]) for row in cells)
+
+
+@pytest.mark.parametrize(
+    ("far_hits", "names", "verdict"),
+    [
+        ([0.02, 0.03], 0.1, "Not by itself: nsa is nearer than masks, and worse at hits, over 256 back."),
+        ([0.02, 0.30], 0.1, "As far as these measures tell"),  # one seed of masks loses as much
+        ([0.26, 0.27], 0.1, "As far as these measures tell"),  # within two standard errors
+        ([0.02, 0.03], 0.5, "Not by itself: nsa is nearer than masks, and worse at hits, over 256 back and new names."),
+    ],
+)
+def test_whether_nearness_is_quality_follows_from_what_it_hides(far_hits, names, verdict):
+    results = [
+        *(result("masks", "kl", "corpus", 0.05, hits=hits, seed=seed) for seed, hits in enumerate(far_hits)),
+        *(result("nsa", "kl", "corpus", 0.03, hits=0.28, names=names, seed=seed) for seed in range(2)),
+    ]
+    found = conclusions(results)[4]
+    assert found.verdict.startswith(verdict)
+    assert found.evidence.index("nsa (KL 0.0300") < found.evidence.index("masks (KL 0.0500")

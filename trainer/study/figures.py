@@ -37,7 +37,7 @@ def drawn(path: Path, rows: int, columns: int, size: tuple[float, float], **opti
 
 
 def draw_curves(results: Sequence[Result], path: Path) -> None:
-    """KL on the validation text over tokens trained on, a panel a method; faint, the KL in training."""
+    """KL on the validation text over tokens trained on, a panel a method, a line a seed; faint, the KL in training."""
     methods = list(dict.fromkeys(result.cell.method for result in results))
     with drawn(path, 1, len(methods), (3.1 * len(methods) + 0.6, 3.2), sharex=True) as axes:
         for panel, method in zip(axes[0], methods, strict=True):
@@ -54,7 +54,7 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
 def _draw_curve(panel: Any, result: Result) -> None:
     colour, line = COLOURS[result.cell.objective], LINES[result.cell.text]
     measured, trained = result.rows("eval"), [row for row in result.rows("train") if "kl" in row]
-    label = f"{result.cell.objective}, {result.cell.text}"
+    label = None if result.cell.seed else f"{result.cell.objective}, {result.cell.text}"
     panel.plot(*_over_tokens(measured), color=colour, linestyle=line, label=label)
     panel.plot(*_over_tokens(trained), color=colour, linestyle=line, linewidth=0.6, alpha=0.4)
 
@@ -134,7 +134,7 @@ def draw_pruning(results: Sequence[Result], path: Path) -> None:
     with drawn(path, 1, 2, (7.6, 3.0), sharey=True) as axes:
         for result in results:
             style = {"color": COLOURS[result.cell.objective], "linestyle": LINES[result.cell.text], "marker": "."}
-            label = f"{result.cell.objective}, {result.cell.text}"
+            label = None if result.cell.seed else f"{result.cell.objective}, {result.cell.text}"
             kl = [row["kl"] for row in result.pruning]
             axes[0, 0].plot([100 * row["dropped"] for row in result.pruning], kl, label=label, **style)
             axes[0, 1].plot([row["keys_read"] for row in result.pruning], kl, label=label, **style)

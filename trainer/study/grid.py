@@ -1,10 +1,10 @@
 """Redoes the study that this project began with, and writes it up: `python -m trainer.study --data.train FILE ...`.
 
-Every method is fitted with every objective on every kind of text, with equal budgets of tokens; then all variants are
-measured on one text that none saw, and `docs/study.md` says what came out, with figures and conclusions that are
-computed from the table. A cell of the grid is an ordinary run of the recipe of its method, in a folder of its own under
-`--runs`: finished cells are kept, interrupted ones resumed. Options that are not listed below go to every recipe, as
-with `trainer/train.py`, for example `--base USER/MODEL`.
+Every method is fitted with every objective on every kind of text, with equal budgets of tokens and several seeds; then
+all variants are measured on one text that none saw, and `docs/study.md` says what came out, with figures and
+conclusions that are computed from the table. A cell of the grid is an ordinary run of the recipe of its method, in a
+folder of its own under `--runs`: finished cells are kept, interrupted ones resumed. Options that are not listed below
+go to every recipe, as with `trainer/train.py`, for example `--base USER/MODEL`.
 
 Exit codes are those of `trainer/train.py`.
 """
@@ -30,7 +30,7 @@ from .report import write_report
 from .results import MEASURED, Cell, Result
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-METHODS = ("masks", "performer", "performer-window", "nsa")
+METHODS = ("masks", "masks-content", "performer", "performer-window", "nsa", "hybrid")
 OBJECTIVES = ("kl", "kl+ce", "kl+l1")
 TEXTS = ("corpus", "sampled")
 TRANSFER = 0.2  # share of a cell's steps; in long recipes it is less, too little for a short run
@@ -63,6 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eval.text", dest="text", metavar="FILE", help="text to measure the finished variants on")
     add("--tokens", type=int, default=250_000, help="tokens that a cell trains on (default: %(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
+    add("--seeds", type=int, default=3, help="fits of each kind, which differ in the seed (default: %(default)s)")
     add("--l1", type=float, default=1e-3, help="weight of the masks' weights in kl+l1 (default: %(default)s)")
     add("--samples", type=int, default=64, help="texts that each variant writes to be measured (default: %(default)s)")
     add("--length", type=int, default=200, help="tokens of such a text (default: %(default)s)")
@@ -75,13 +76,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"give {', '.join(missing)}: a fair comparison validates and measures every cell on one text")
     if options.samples < 1:
         parser.error("--samples must be at least 1: the page tells how the variants write")
+    if options.seeds < 1:
+        parser.error("--seeds must be at least 1")
     return options
 
 
-def grid(methods: Sequence[str]) -> list[Cell]:
-    """The cells, those that answer most first."""
+def grid(methods: Sequence[str], seeds: int) -> list[Cell]:
+    """The cells, those that answer most first, and all of one seed before the next."""
     return [
-        Cell(method, objective, text)
+        Cell(method, objective, text, seed)
+        for seed in range(seeds)
         for objective in OBJECTIVES
         for text in TEXTS
         for method in methods
@@ -121,6 +125,7 @@ def _own_options(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         "data.train": options.train if cell.text == "corpus" else None,
         "data.valid": options.valid,
         "data.sampled_tokens": max(1024, options.tokens),
+        "seed": cell.seed,
         "output": str(options.runs / cell.name),
         "resume": True,
     }
@@ -150,7 +155,7 @@ def plan(options: argparse.Namespace) -> dict[Cell, RunConfig]:
     Raises:
         ConfigError: if budgets are not equal, or a folder holds a run with other options.
     """
-    configs = {cell: cell_config(cell, options) for cell in grid(options.methods)}
+    configs = {cell: cell_config(cell, options) for cell in grid(options.methods, options.seeds)}
     problems = []
     if len(sizes := set().union(*map(_tokens_per_step, configs.values()))) > 1:
         problems.append(
@@ -244,7 +249,7 @@ def _keys_read(variant: Any, context: int) -> float:
 
 def collect(options: argparse.Namespace) -> list[Result]:
     """The cells that are finished and measured."""
-    found = {cell: _measured(options.runs / cell.name) for cell in grid(options.methods)}
+    found = {cell: _measured(options.runs / cell.name) for cell in grid(options.methods, options.seeds)}
     return [
         Result(cell, options.runs / cell.name, content["row"], content["pruning"])
         for cell, content in found.items()

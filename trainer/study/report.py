@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import hypot
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .figures import draw_curves, draw_masks, draw_pruning, draw_weights
-from .results import Result
+from .results import Group, Result, grouped, spread
 
 SAME = {"kl": 0.05, "perplexity": 0.005}  # a difference of less than this share of the larger figure is called none
 COHERENT = 0.10  # texts are called as coherent as the base's if their perplexity under it differs by less than this
 CHEAP = 0.10  # dropping masks is called free if it raises the KL by less than this share
 FOLDER = "study"
+
+Row = dict[str, Any]
+Figure = Callable[[Row], float | None]
 
 # The words of the page. What is in braces is filled in from the results.
 
@@ -33,7 +39,7 @@ grid have the same budget. One command does all of it, from the runs to this pag
 
 **Setting.** Base: `{base}`. Each cell: {tokens:,} tokens, a fifth of them in a transfer stage (each layer imitates \
 the base's attention) and the rest in distillation, at context {context}, with the recipe of its method shortened to \
-the budget; seed {seed}. *kl* is KL(base ‖ variant) of the next-token distributions, *ce* the cross-entropy of the \
+the budget; {seeds}. *kl* is KL(base ‖ variant) of the next-token distributions, *ce* the cross-entropy of the \
 text, *l1* the sum of the masks' weights (times {l1:g}). *corpus* is the training text given; *sampled* is text that \
 the base itself wrote at temperature 1, which by its making cannot mismatch the base. {cells} runs, {hours:.1f} h in \
 all on {device}.
@@ -43,10 +49,13 @@ all on {device}.
 {table}
 
 Measured on a text that no cell saw ({test_tokens:,} predicted tokens, blocks of {context}), where the base has a \
-perplexity of {base_perplexity:.2f}. *Samples*: {samples} texts of {length} tokens, continuations of the same passages \
-with the same random numbers as the base's own; their perplexity under the base, distinct pairs of tokens, and share \
-of 4-grams repeated inside a text, each relative to the base's own ({base_samples}). *Keys*: the most that a query at \
-the end of the context reads in any layer, or what takes as long.
+perplexity of {base_perplexity:.2f}{spread}. *Hits* are tokens that end a pair of tokens which the block has had \
+before and which is rare in general, so that they must be looked up; a pair is rare if {rare}. By how many tokens back \
+that was, the cross-entropy above the base's, nats per token; and the same for all *other* tokens. *Samples*: \
+{samples} texts of {length} tokens, continuations of the same passages with the same random numbers as the base's own; \
+their perplexity under the base, distinct pairs of tokens, share of 4-grams repeated inside a text, and names that are \
+new after 50 tokens, each relative to the base's own ({base_samples}). *Keys*: the most that a query at the end of the \
+context reads in any layer, or what takes as long.
 
 ![KL through training](study/curves.png)
 
@@ -54,8 +63,7 @@ the end of the context reads in any layer, or what takes as long.
 
 ## Conclusions
 
-These are single runs of one seed, so small differences are called none: less than {same[kl]:.0%} of a KL, less than \
-{same[perplexity]:.1%} of a perplexity.
+{small}
 
 {conclusions}
 {masks}## What they write
@@ -129,6 +137,27 @@ CE = {
     "evidence": "Perplexity on the test text, kl → kl+ce: {figures}. KL: {kls}.",
 }
 
+SEEDS = """\
+A difference counts only if the figures of all seeds of the one lie on one side of all those of the other, and small \
+ones are called none:"""
+
+ONE_SEED = """\
+These are single runs of one seed, so small differences are called none:"""
+
+SMALL = """ \
+less than {kl:.0%} of a KL, less than {perplexity:.1%} of a perplexity, less than two standard errors of a figure on \
+hits or samples."""
+
+NEARNESS = {
+    "question": "Is nearness in KL quality?",
+    "claim": "variants near the base in KL wrote incoherent text, so that the distance did not tell the quality.",
+    "no": "Not by itself: {inversions}.",
+    "inversion": "{near} is nearer than {far}, and worse at {measures}",
+    "yes": "As far as these measures tell: of two methods that differ in KL, the nearer one is worse at none of them.",
+    "evidence": "With kl on the corpus, by KL: {figures}.",
+    "figures": "{method} (KL {kl:.4f}; {measures})",
+}
+
 PRUNED = {
     "question": "Can unimportant masks go?",
     "claim": "masks with small weights are unimportant and can be pruned.",
@@ -146,6 +175,60 @@ PRUNED = {
     "bears_nothing": "{name}: nothing (without the lightest {dropped:.0%} the KL goes {before:.4f} → {after:.4f})",
     "has_nothing": "{name}: nothing falls below a threshold of {threshold:g}",
 }
+
+
+def _slice(name: str, figure: str = "ce_excess") -> Figure:
+    return lambda row: row.get("slices", {}).get(name, {}).get(figure)
+
+
+def _sample(name: str, figure: str = "difference") -> Figure:
+    return lambda row: row["samples"].get(name, {}).get(figure)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of quality, higher where a variant is worse.
+
+    Attributes:
+        name: in words.
+        figure: of a row.
+        error: its standard error over the text, the same for all seeds.
+        share: shown as a share, else in nats.
+    """
+
+    name: str
+    figure: Figure
+    error: Figure
+    share: bool = False
+
+    @classmethod
+    def of_slice(cls, name: str) -> Measure:
+        return cls(name, _slice(name), _slice(name, "ce_excess_error"))
+
+    @classmethod
+    def of_samples(cls, key: str, name: str) -> Measure:
+        return cls(name, _sample(key), _sample(key, "error"), share=True)
+
+    def shown(self, group: Group) -> str:
+        if not (values := group.values(self.figure)):
+            return "–"
+        return f"{_spread(values, 100, '+.1f')} %" if self.share else _spread(values, 1, "+.3f")
+
+    def worse(self, one: Group, other: Group) -> bool:
+        """Whether one is, by more than chance."""
+        ones, others = one.values(self.figure), other.values(self.figure)
+        if not ones or not others or min(ones) <= max(others):
+            return False
+        errors = [max(group.values(self.error), default=0.0) for group in (one, other)]
+        return statistics.fmean(ones) - statistics.fmean(others) >= 2 * hypot(*errors)
+
+
+HITS = ("hits, 65 to 256 back", "hits, over 256 back")
+MEASURES = [
+    *map(Measure.of_slice, HITS),
+    Measure.of_samples("sample_perplexity", "samples' perplexity"),
+    Measure.of_samples("new_names", "new names"),
+]
 
 
 @dataclass(frozen=True)
@@ -178,13 +261,13 @@ def compose(results: Sequence[Result], masks: str) -> str:
     """
     first = results[0]
     config, row = first.config, first.row
-    shown = _comparable(results)
+    shown, several = _comparable(results), len({one.cell.seed for one in results}) > 1
     return PAGE.format(
         command=_command(first, results),
         base=_base(config.base),
         tokens=first.tokens,
         context=row["context"],
-        seed=config.seed,
+        seeds=_seeds(results),
         l1=max(result.config.stages[-1].objective.l1 for result in results),
         cells=len(results),
         hours=sum(map(_seconds, results)) / 3600,
@@ -192,10 +275,12 @@ def compose(results: Sequence[Result], masks: str) -> str:
         table=table(results),
         test_tokens=row["tokens"],
         base_perplexity=row["base_perplexity"],
+        spread="; means over seeds ± their standard deviation" if several else "",
+        rare=row.get("rare", ""),
         samples=row["samples"]["samples"],
         length=row["samples"]["length"],
         base_samples=_base_samples(row["samples"]),
-        same=SAME,
+        small=(SEEDS if several else ONE_SEED) + SMALL.format(**SAME),
         conclusions="\n".join(CONCLUSION.format(**vars(one)).rstrip() + "\n" for one in conclusions(results)),
         masks=masks,
         sample_objective=shown[0].cell.objective,
@@ -204,12 +289,18 @@ def compose(results: Sequence[Result], masks: str) -> str:
     )
 
 
+def _seeds(results: Sequence[Result]) -> str:
+    seeds = sorted({one.cell.seed for one in results})
+    return f"seeds {', '.join(map(str, seeds[:-1]))} and {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
 def _command(first: Result, results: Sequence[Result]) -> str:
     methods = list(dict.fromkeys(result.cell.method for result in results))
+    seeds = len({one.cell.seed for one in results})
     base = "" if first.config.base == "checkpoints/base" else f" --base {shlex.quote(_base(first.config.base))}"
     return (
         "python -m trainer.study --data.train TRAIN.txt --data.valid VALID.txt --eval.text TEST.txt \\\n"
-        f"  --tokens {first.tokens}{base} --methods {' '.join(methods)}"
+        f"  --tokens {first.tokens}{base} --methods {' '.join(methods)} --seeds {seeds}"
     )
 
 
@@ -221,7 +312,8 @@ def _base(spec: str) -> str:
 def _comparable(results: Sequence[Result]) -> list[Result]:
     """One result of each method, alike in the rest."""
     first = results[0].cell
-    return [one for one in results if (one.cell.objective, one.cell.text) == (first.objective, first.text)]
+    alike = (first.objective, first.text, first.seed)
+    return [one for one in results if (one.cell.objective, one.cell.text, one.cell.seed) == alike]
 
 
 def _seconds(result: Result) -> float:
@@ -229,32 +321,54 @@ def _seconds(result: Result) -> float:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as a table, sorted by method and KL."""
-    lines = [
-        "| method | objective | text | KL, nats/token | perplexity | over the base's | same top token "
-        "| samples: perplexity | distinct-2 | repetition | keys | minutes |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """The results as a table, a line for all seeds of a cell, sorted by method and KL."""
+    names = ["method", "objective", "text", *COLUMNS, "keys", "minutes"]
+    lines = [f"| {' | '.join(names)} |", f"|---|---|---|{'---:|' * (len(names) - 3)}"]
     methods = list(dict.fromkeys(result.cell.method for result in results))
-    for result in sorted(results, key=lambda one: (methods.index(one.cell.method), one.row["kl"])):
-        cell, row, samples = result.cell, result.row, result.row["samples"]
-        differences = [
-            _percent(samples[name]["difference"]) for name in ("sample_perplexity", "distinct_2", "repetition")
-        ]
-        lines.append(
-            f"| {cell.method} | {cell.objective} | {cell.text} | {row['kl']:.4f} | {row['perplexity']:.2f} | "
-            f"{_percent(_over_base(row))} | {row['top1_agreement']:.1%} | {' | '.join(differences)} | "
-            f"{row['keys_read']} | {_seconds(result) / 60:.1f} |"
-        )
+    for group in sorted(grouped(results), key=lambda one: (methods.index(one.cell.method), one.mean(_kl))):
+        figures = [_spread(group.values(figure), scale, form) for figure, scale, form in COLUMNS.values()]
+        keys = max(result.row["keys_read"] for result in group.results)
+        minutes = statistics.fmean(map(_seconds, group.results)) / 60
+        lines.append(f"| {' | '.join([*group.cell.setting, *figures, str(keys), f'{minutes:.1f}'])} |")
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], scale: float, form: str) -> str:
+    """The mean of a figure over seeds, and where there are several its standard deviation."""
+    if not values:
+        return "–"
+    mean, deviation = scale * statistics.fmean(values), spread(values)
+    return f"{mean:{form}}" + ("" if deviation is None else f" ± {scale * deviation:{form.lstrip('+')}}")
 
 
 def _over_base(row: dict[str, Any]) -> float:
     return row["perplexity"] / row["base_perplexity"] - 1
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.1f} %"
+def _kl(row: Row) -> float:
+    return row["kl"]
+
+
+def _perplexity(row: Row) -> float:
+    return row["perplexity"]
+
+
+def _written(row: Row) -> float | None:
+    return row["samples"]["sample_perplexity"]["difference"]
+
+
+# The table's columns: of a row, times what, in which form.
+COLUMNS: dict[str, tuple[Figure, float, str]] = {
+    "KL, nats/token": (_kl, 1, ".4f"),
+    "perplexity": (_perplexity, 1, ".2f"),
+    "over the base's, %": (_over_base, 100, "+.1f"),
+    "same top token, %": (lambda row: row["top1_agreement"], 100, ".1f"),
+    **{name: (_slice(name), 1, "+.3f") for name in (*HITS, "other")},
+    "samples: perplexity, %": (_written, 100, "+.1f"),
+    "distinct-2, %": (_sample("distinct_2"), 100, "+.1f"),
+    "repetition, %": (_sample("repetition"), 100, "+.0f"),
+    "new names, %": (_sample("new_names"), 100, "+.0f"),
+}
 
 
 def _base_samples(samples: dict[str, Any]) -> str:
@@ -271,8 +385,8 @@ def _masks_section(results: Sequence[Result], folder: Path) -> str:
     pruned = [result for result in results if result.pruning]
     if not pruned:
         return ""
-    text = pruned[0].cell.text
-    learned = [one for one in pruned if one.cell.text == text]
+    text, seed = pruned[0].cell.text, pruned[0].cell.seed
+    learned = [one for one in pruned if (one.cell.text, one.cell.seed) == (text, seed)]
     draw_weights(learned, folder / "mask-weights.png")
     shown = draw_masks(learned, folder / "final-masks.png")
     draw_pruning(pruned, folder / "pruning.png")
@@ -303,99 +417,137 @@ def _text(name: str, text: str) -> str:
 
 def conclusions(results: Sequence[Result]) -> list[Conclusion]:
     """What the results say to each of the study's questions."""
-    return [_simplest(results), _data(results), _cross_entropy(results), _pruned(results)]
+    groups = grouped(results)
+    return [_simplest(groups), _data(groups), _cross_entropy(groups), _pruned(groups), _nearness(groups)]
 
 
-def compared(figure: str, one: float, other: float) -> str:
-    """Whether a figure of that name is "lower" or "higher" than another, or "equal"."""
-    if abs(one - other) <= SAME[figure] * max(abs(one), abs(other)):
+def compared(figure: str, ones: Sequence[float], others: Sequence[float]) -> Literal["lower", "equal", "higher"]:
+    """Where a figure's values with some seeds lie, seen from those of something else.
+
+    "equal" unless all of one lie on one side of all of the other and the means are further apart than `SAME` of the
+    larger.
+    """
+    one, other = statistics.fmean(ones), statistics.fmean(others)
+    apart = max(ones) < min(others) or min(ones) > max(others)
+    if not apart or abs(one - other) <= SAME[figure] * max(abs(one), abs(other)):
         return "equal"
     return "lower" if one < other else "higher"
 
 
-def _by_method(results: Sequence[Result], objective: str, text: str) -> dict[str, dict[str, Any]]:
+def _compared(figure: Literal["kl", "perplexity"], one: Group, other: Group) -> str:
+    values = {"kl": _kl, "perplexity": _perplexity}[figure]
+    return compared(figure, one.values(values), other.values(values))
+
+
+def _by_method(groups: Sequence[Group], objective: str, text: str) -> dict[str, Group]:
     """What was measured of each method, with an objective on a text."""
-    return {one.cell.method: one.row for one in results if (one.cell.objective, one.cell.text) == (objective, text)}
+    return {one.cell.method: one for one in groups if (one.cell.objective, one.cell.text) == (objective, text)}
 
 
 def _conclusion(words: dict[str, str], verdict: str | None, evidence: str = "") -> Conclusion:
     return Conclusion(words["question"], words["claim"], verdict or UNANSWERED, evidence)
 
 
-def _simplest(results: Sequence[Result]) -> Conclusion:
-    rows = _by_method(results, "kl", "corpus")
-    if "masks" not in rows or len(rows) < 2:
+def _simplest(groups: Sequence[Group]) -> Conclusion:
+    found = _by_method(groups, "kl", "corpus")
+    if "masks" not in found or len(found) < 2:
         return _conclusion(SIMPLEST, None)
-    kl = {method: row["kl"] for method, row in rows.items()}
+    kl = {method: group.mean(_kl) for method, group in found.items()}
     best = min((method for method in kl if method != "masks"), key=kl.__getitem__)
-    verdict = SIMPLEST[compared("kl", kl["masks"], kl[best])].format(best=best, ratio=kl["masks"] / kl[best])
-    figures = _listed({method: f"{value:.4f}" for method, value in sorted(kl.items(), key=lambda item: item[1])})
-    keys = _listed({method: rows[method]["keys_read"] for method in rows})
+    case = _compared("kl", found["masks"], found[best])
+    verdict = SIMPLEST[case].format(best=best, ratio=kl["masks"] / kl[best])
+    figures = _listed(
+        {method: _spread(found[method].values(_kl), 1, ".4f") for method in sorted(kl, key=kl.__getitem__)}
+    )
+    keys = _listed({method: group.first.row["keys_read"] for method, group in found.items()})
     return _conclusion(SIMPLEST, verdict, SIMPLEST["evidence"].format(figures=figures, keys=keys))
 
 
-def _data(results: Sequence[Result]) -> Conclusion:
-    corpus, sampled = (_by_method(results, "kl", text) for text in ("corpus", "sampled"))
-    pairs = {method: (corpus[method]["kl"], sampled[method]["kl"]) for method in corpus if method in sampled}
+def _data(groups: Sequence[Group]) -> Conclusion:
+    corpus, sampled = (_by_method(groups, "kl", text) for text in ("corpus", "sampled"))
+    pairs = {method: (corpus[method], sampled[method]) for method in corpus if method in sampled}
     if not pairs:
         return _conclusion(DATA, None)
-    texts = {method: row["samples"]["sample_perplexity"]["difference"] for method, row in corpus.items()}
-    incoherent = [method for method, difference in texts.items() if difference >= COHERENT]
-    helped = [
-        method for method, (on_corpus, on_sampled) in pairs.items() if compared("kl", on_sampled, on_corpus) == "lower"
-    ]
+    incoherent = [method for method, group in corpus.items() if group.mean(_written) >= COHERENT]
+    helped = [method for method, (one, other) in pairs.items() if _compared("kl", other, one) == "lower"]
     case = ("blame" if helped else "other") if incoherent else ("helps" if helped else "no")
     verdict = DATA[case].format(incoherent=_joined(incoherent), helped=_joined(helped))
-    samples = _listed({method: _percent(difference) for method, difference in texts.items()})
-    figures = _listed({method: f"{one:.4f} → {other:.4f}" for method, (one, other) in pairs.items()})
+    samples = _listed({method: f"{_spread(group.values(_written), 100, '+.1f')} %" for method, group in corpus.items()})
+    figures = _listed({method: _arrow(one, other, _kl, ".4f") for method, (one, other) in pairs.items()})
     return _conclusion(DATA, verdict, DATA["evidence"].format(coherent=COHERENT, samples=samples, figures=figures))
 
 
-def _cross_entropy(results: Sequence[Result]) -> Conclusion:
+def _arrow(one: Group, other: Group, figure: Figure, form: str) -> str:
+    return " → ".join(_spread(group.values(figure), 1, form) for group in (one, other))
+
+
+def _cross_entropy(groups: Sequence[Group]) -> Conclusion:
     pairs = {
-        f"{method} on {text}": (row, with_ce[method])
+        f"{method} on {text}": (group, with_ce[method])
         for text in ("corpus", "sampled")
-        for with_ce in [_by_method(results, "kl+ce", text)]
-        for method, row in _by_method(results, "kl", text).items()
+        for with_ce in [_by_method(groups, "kl+ce", text)]
+        for method, group in _by_method(groups, "kl", text).items()
         if method in with_ce
     }
     if not pairs:
         return _conclusion(CE, None)
     signs, kl_signs = (
-        [compared(key, with_ce[key], without[key]) for without, with_ce in pairs.values()]
-        for key in ("perplexity", "kl")
+        [_compared(figure, with_ce, without) for without, with_ce in pairs.values()] for figure in ("perplexity", "kl")
     )
     lower = signs.count("lower")
     case = "all" if lower == len(pairs) else "some" if lower else "none"
     counts = {"lower": lower, "higher": signs.count("higher"), "pairs": len(pairs)}
     verdict = (CE[case] + CE["cost"]).format(**counts, kl_higher=kl_signs.count("higher"))
     figures, kls = (
-        _listed({name: f"{one[key]:{form}} → {other[key]:{form}}" for name, (one, other) in pairs.items()})
-        for key, form in (("perplexity", ".2f"), ("kl", ".4f"))
+        _listed({name: _arrow(*pair, figure, form) for name, pair in pairs.items()})
+        for figure, form in ((_perplexity, ".2f"), (_kl, ".4f"))
     )
     return _conclusion(CE, verdict, CE["evidence"].format(figures=figures, kls=kls))
 
 
-def _pruned(results: Sequence[Result]) -> Conclusion:
-    swept = {one.cell.objective: one for one in results if one.pruning and one.cell.text == "corpus"}
+def _pruned(groups: Sequence[Group]) -> Conclusion:
+    swept = {one.cell.objective: one for one in groups if one.pruning and one.cell.text == "corpus"}
     if not swept:
         return _conclusion(PRUNED, None)
-    borne = {objective: most_dropped(result.pruning) for objective, result in swept.items()}
+    sweeps = {objective: group.pruning for objective, group in swept.items()}
+    borne = {objective: most_dropped(sweep) for objective, sweep in sweeps.items()}
     best = max(borne, key=lambda objective: borne[objective]["dropped"])
     dropped = borne[best]["dropped"]
     case = "most" if dropped >= 0.5 else "some" if dropped else "none"
-    if not any(row["dropped"] for result in swept.values() for row in result.pruning):
+    if not any(row["dropped"] for sweep in sweeps.values() for row in sweep):
         case = "unknown"
-    figures = "; ".join(_bears(objective, swept[objective].pruning, row) for objective, row in borne.items())
+    figures = "; ".join(_bears(objective, sweeps[objective], row) for objective, row in borne.items())
     evidence = PRUNED["evidence"].format(figures=figures)
     if set(swept) >= {"kl", "kl+l1"}:
-        plain, penalised = (swept[objective].row["kl"] for objective in ("kl", "kl+l1"))
+        plain, penalised = (swept[objective].mean(_kl) for objective in ("kl", "kl+l1"))
         evidence += PRUNED["penalty"].format(plain=plain, penalised=penalised)
     verdict = PRUNED[case].format(dropped=dropped, cheap=CHEAP)
     if dropped:
-        fewer = 1 - borne[best]["keys_read"] / swept[best].pruning[0]["keys_read"]
+        fewer = 1 - borne[best]["keys_read"] / sweeps[best][0]["keys_read"]
         verdict += PRUNED["fewer" if fewer >= 0.005 else "as_many"].format(fewer=fewer)
     return _conclusion(PRUNED, verdict, evidence)
+
+
+def _nearness(groups: Sequence[Group]) -> Conclusion:
+    found = sorted(_by_method(groups, "kl", "corpus").values(), key=lambda group: group.mean(_kl))
+    pairs = [(near, far) for near, far in combinations(found, 2) if _compared("kl", near, far) == "lower"]
+    if not pairs:
+        return _conclusion(NEARNESS, None)
+    inversions = "; ".join(
+        NEARNESS["inversion"].format(near=near.cell.method, far=far.cell.method, measures=_joined(names))
+        for near, far in pairs
+        if (names := [measure.name for measure in MEASURES if measure.worse(near, far)])
+    )
+    verdict = NEARNESS["no" if inversions else "yes"].format(inversions=inversions)
+    figures = "; ".join(
+        NEARNESS["figures"].format(
+            method=group.cell.method,
+            kl=group.mean(_kl),
+            measures=_listed({measure.name: measure.shown(group) for measure in MEASURES}),
+        )
+        for group in found
+    )
+    return _conclusion(NEARNESS, verdict, NEARNESS["evidence"].format(figures=figures))
 
 
 def most_dropped(pruning: list[dict[str, float]]) -> dict[str, float]:

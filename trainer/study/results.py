@@ -1,8 +1,10 @@
-"""A cell of the study's grid, and what came out of it."""
+"""A cell of the study's grid, what came out of it, and what came out of those that differ in the seed alone."""
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +23,22 @@ class Cell:
         method: name of a recipe.
         objective: terms of the loss; "kl+l1", which masks alone have, also weighs the masks' weights.
         text: what is trained on: the corpus, or text sampled from the base itself.
+        seed: of the fit, and of the sampled text.
     """
 
     method: str
     objective: str
     text: str
+    seed: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.objective}-{self.text}"
+        return f"{self.method}-{self.objective}-{self.text}-seed{self.seed}"
+
+    @property
+    def setting(self) -> tuple[str, str, str]:
+        """All but the seed."""
+        return self.method, self.objective, self.text
 
 
 @dataclass(frozen=True)
@@ -69,3 +78,48 @@ class Result:
     def tokens(self) -> int:
         """Tokens trained on."""
         return self.rows("train")[-1]["tokens"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Results that differ in the seed alone; at least one."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def first(self) -> Result:
+        return self.results[0]
+
+    @property
+    def cell(self) -> Cell:
+        return self.first.cell
+
+    def values(self, figure: Callable[[dict[str, Any]], float | None]) -> list[float]:
+        """A figure of each seed's row, of those that have it."""
+        found = (figure(result.row) for result in self.results)
+        return [value for value in found if value is not None]
+
+    def mean(self, figure: Callable[[dict[str, Any]], float | None]) -> float:
+        return statistics.fmean(self.values(figure))
+
+    @property
+    def pruning(self) -> list[dict[str, float]]:
+        """The sweeps of all seeds, row by row their mean."""
+        sweeps = [result.pruning for result in self.results if result.pruning]
+        return [
+            {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+            for rows in zip(*sweeps, strict=True)
+        ]
+
+
+def grouped(results: Sequence[Result]) -> list[Group]:
+    """The results by all but the seed, in the order of the first of each."""
+    found: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        found.setdefault(result.cell.setting, []).append(result)
+    return [Group(tuple(members)) for members in found.values()]
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The standard deviation over seeds; None for one."""
+    return statistics.stdev(values) if len(values) > 1 else None
