@@ -42,7 +42,6 @@ SPEED = (
     "softmax's."
 )
 PROMPTS = ["The old man looked at the sea and", "Once upon a time there was a"]
-FIT = {"train": "attention", "lr": 3e-4, "mechanism_lr": 0.005}
 KEPT = [3, 7, 11, 15, 18, 21, 25, 29]  # layers of the mix that keep softmax
 METHODS: dict[str, dict[str, Any]] = {
     "masks": {"method": "masks", "candidates": ["window(64)", "first(8)"]},
@@ -110,7 +109,7 @@ def fit(name: str, base: Path, options: argparse.Namespace) -> Path:
         "data": {"train": str(options.text), "cache": str(options.work / "cache")},
         "stages": [
             {"stage": "transfer", "steps": max(1, options.steps // 4), "mechanism_lr": 0.01, **shared},
-            {"stage": "distil", "steps": options.steps, **FIT, **shared},
+            {"stage": "distil", "steps": options.steps, "train": "attention", "lr": 3e-4, **shared},
         ],
         "eval": {"every": None, "context": options.context, "tokens": 8192},
         "samples": {"every": None},

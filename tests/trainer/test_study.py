@@ -19,7 +19,7 @@ PLACES = {
 }
 TINY = {
     **{"tokens": 512, "samples": 4, "length": 8, "samples.length": 8, "data.sample_batch": 8, "cpu": "true"},
-    **{"eval.context": 16, "eval.every": 100, "stages.transfer.context": 32, "stages.distil.context": 32},
+    **{"seeds": 1, "eval.context": 16, "eval.every": 100, "stages.transfer.context": 32, "stages.distil.context": 32},
     **{"stages.transfer.batch_size": 4, "stages.distil.batch_size": 4},
 }
 
@@ -27,15 +27,7 @@ TINY = {
 def arguments(workplace: Path, *more: str) -> list[str]:
     """The command line of a study of the tiny base."""
     options = {name: workplace / path for name, path in PLACES.items()} | TINY
-    return [
-        "--methods",
-        "masks",
-        "nsa",
-        "--seeds",
-        "1",
-        *(f"--{name}={value}" for name, value in options.items()),
-        *more,
-    ]
+    return ["--methods", "masks", "nsa", *(f"--{name}={value}" for name, value in options.items()), *more]
 
 
 @pytest.fixture(scope="module")

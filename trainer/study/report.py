@@ -5,23 +5,21 @@ from __future__ import annotations
 import shlex
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import hypot
 from pathlib import Path
 from typing import Any, Literal
 
+from ..card import with_error
 from .figures import draw_curves, draw_masks, draw_pruning, draw_weights
-from .results import Group, Result, grouped, spread
+from .results import Figure, Group, Result, Row, grouped
 
 SAME = {"kl": 0.05, "perplexity": 0.005}  # a difference of less than this share of the larger figure is called none
 COHERENT = 0.10  # texts are called as coherent as the base's if their perplexity under it differs by less than this
 CHEAP = 0.10  # dropping masks is called free if it raises the KL by less than this share
 FOLDER = "study"
-
-Row = dict[str, Any]
-Figure = Callable[[Row], float | None]
 
 # The words of the page. What is in braces is filled in from the results.
 
@@ -224,11 +222,8 @@ class Measure:
 
 
 HITS = ("hits, 65 to 256 back", "hits, over 256 back")
-MEASURES = [
-    *map(Measure.of_slice, HITS),
-    Measure.of_samples("sample_perplexity", "samples' perplexity"),
-    Measure.of_samples("new_names", "new names"),
-]
+WRITTEN = Measure.of_samples("sample_perplexity", "samples' perplexity")
+MEASURES = [*map(Measure.of_slice, HITS), WRITTEN, Measure.of_samples("new_names", "new names")]
 
 
 @dataclass(frozen=True)
@@ -337,11 +332,11 @@ def _spread(values: Sequence[float], scale: float, form: str) -> str:
     """The mean of a figure over seeds, and where there are several its standard deviation."""
     if not values:
         return "–"
-    mean, deviation = scale * statistics.fmean(values), spread(values)
-    return f"{mean:{form}}" + ("" if deviation is None else f" ± {scale * deviation:{form.lstrip('+')}}")
+    deviation = scale * statistics.stdev(values) if len(values) > 1 else None
+    return with_error(scale * statistics.fmean(values), deviation, form)
 
 
-def _over_base(row: dict[str, Any]) -> float:
+def _over_base(row: Row) -> float:
     return row["perplexity"] / row["base_perplexity"] - 1
 
 
@@ -353,10 +348,6 @@ def _perplexity(row: Row) -> float:
     return row["perplexity"]
 
 
-def _written(row: Row) -> float | None:
-    return row["samples"]["sample_perplexity"]["difference"]
-
-
 # The table's columns: of a row, times what, in which form.
 COLUMNS: dict[str, tuple[Figure, float, str]] = {
     "KL, nats/token": (_kl, 1, ".4f"),
@@ -364,7 +355,7 @@ COLUMNS: dict[str, tuple[Figure, float, str]] = {
     "over the base's, %": (_over_base, 100, "+.1f"),
     "same top token, %": (lambda row: row["top1_agreement"], 100, ".1f"),
     **{name: (_slice(name), 1, "+.3f") for name in (*HITS, "other")},
-    "samples: perplexity, %": (_written, 100, "+.1f"),
+    "samples: perplexity, %": (WRITTEN.figure, 100, "+.1f"),
     "distinct-2, %": (_sample("distinct_2"), 100, "+.1f"),
     "repetition, %": (_sample("repetition"), 100, "+.0f"),
     "new names, %": (_sample("new_names"), 100, "+.0f"),
@@ -468,11 +459,11 @@ def _data(groups: Sequence[Group]) -> Conclusion:
     pairs = {method: (corpus[method], sampled[method]) for method in corpus if method in sampled}
     if not pairs:
         return _conclusion(DATA, None)
-    incoherent = [method for method, group in corpus.items() if group.mean(_written) >= COHERENT]
+    incoherent = [method for method, group in corpus.items() if group.mean(WRITTEN.figure) >= COHERENT]
     helped = [method for method, (one, other) in pairs.items() if _compared("kl", other, one) == "lower"]
     case = ("blame" if helped else "other") if incoherent else ("helps" if helped else "no")
     verdict = DATA[case].format(incoherent=_joined(incoherent), helped=_joined(helped))
-    samples = _listed({method: f"{_spread(group.values(_written), 100, '+.1f')} %" for method, group in corpus.items()})
+    samples = _listed({method: WRITTEN.shown(group) for method, group in corpus.items()})
     figures = _listed({method: _arrow(one, other, _kl, ".4f") for method, (one, other) in pairs.items()})
     return _conclusion(DATA, verdict, DATA["evidence"].format(coherent=COHERENT, samples=samples, figures=figures))
 

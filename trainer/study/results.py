@@ -13,6 +13,8 @@ from typing import Any
 from ..config import RunConfig, load_config
 
 MEASURED = "measured.json"
+Row = dict[str, Any]
+Figure = Callable[[Row], float | None]  # of what was measured of a cell
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,12 @@ class Group:
     def cell(self) -> Cell:
         return self.first.cell
 
-    def values(self, figure: Callable[[dict[str, Any]], float | None]) -> list[float]:
+    def values(self, figure: Figure) -> list[float]:
         """A figure of each seed's row, of those that have it."""
         found = (figure(result.row) for result in self.results)
         return [value for value in found if value is not None]
 
-    def mean(self, figure: Callable[[dict[str, Any]], float | None]) -> float:
+    def mean(self, figure: Figure) -> float:
         return statistics.fmean(self.values(figure))
 
     @property
@@ -118,8 +120,3 @@ def grouped(results: Sequence[Result]) -> list[Group]:
     for result in results:
         found.setdefault(result.cell.setting, []).append(result)
     return [Group(tuple(members)) for members in found.values()]
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """The standard deviation over seeds; None for one."""
-    return statistics.stdev(values) if len(values) > 1 else None
