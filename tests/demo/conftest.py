@@ -17,14 +17,12 @@ CONTEXT = 128
 OPTIONS = {"masks": {"candidates": ["last(0)", "window(6)", "first(2)"]}}
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory) -> Path:
-    """A folder with base/ and masks/."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+def make_checkpoints(folder: Path, context: int) -> Path:
+    """Writes base/ and masks/ of so many positions."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "base")
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=2,
+        vocab_size=len(tokenizer), n_positions=context, n_embd=16, n_layer=2, n_head=2,
         bos_token_id=0, eos_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     base = GPT2LMHeadModel(config).eval()
@@ -35,6 +33,12 @@ def checkpoints(tmp_path_factory) -> Path:
         variant = attention.convert(base, attention.config_from_dict({"method": method, **options}))
         attention.save(variant, folder / method, dtype=None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Path:
+    """A folder with base/ and masks/."""
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"), CONTEXT)
 
 
 @pytest.fixture

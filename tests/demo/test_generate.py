@@ -3,9 +3,10 @@
 import pytest
 
 from demo.example import FirstRun
+from demo.models import Access, ModelStore
 from demo.tabs.generate import Handlers
 
-from .conftest import Visit
+from .conftest import Visit, make_checkpoints
 
 FIELDS = ("The old house", ["base", "masks"], 0.8, 40, 0.95, 1.1, 12, 0)
 
@@ -37,3 +38,16 @@ def test_a_link_shows_the_columns_of_its_own_run_while_that_waits(handlers):
     assert [column["title"] for column in handlers.open_link(Visit("prompt=x"))[-2]] == ["base", "masks"]
     for query in ("tab=speed", "prompt=x&models=gone"):
         assert all(part == {"__type__": "update"} for part in handlers.open_link(Visit(query))[-4:])
+
+
+def test_a_prompt_of_6000_tokens_is_read_whole_where_the_models_hold_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(FirstRun, "__init__", lambda self, store: None)
+    folder = make_checkpoints(tmp_path, context=8192)
+    store = ModelStore([folder / "base", folder / "masks"], access=Access(None, (tmp_path,)))
+    prompt = "\n".join(f"The lighthouse stood on rock {number}." for number in range(700))
+    *_, end = Handlers(store, FirstRun(store)).stream(prompt, *FIELDS[1:], [])
+    said, columns = end[0], end[2]
+    assert said == []
+    for column in columns:
+        assert column["prompt_tokens"] > 6000
+        assert column["lines"].count("\n") == 12
