@@ -19,8 +19,7 @@ PLACES = {
 }
 TINY = {
     **{"tokens": 512, "samples": 4, "length": 8, "samples.length": 8, "data.sample_batch": 8, "cpu": "true"},
-    **{"seeds": 1, "eval.context": 16, "eval.every": 100, "stages.transfer.context": 32, "stages.distil.context": 32},
-    **{"stages.transfer.batch_size": 4, "stages.distil.batch_size": 4},
+    **{"seeds": 1, "context": 16, "batch": 8, "eval.every": 100},
 }
 
 
@@ -64,16 +63,21 @@ def test_cells_have_equal_budgets_and_differ_in_what_they_should(workplace: Path
     assert len({config.output for config in configs.values()}) == len(configs)
 
 
-def test_budgets_that_are_not_equal_are_refused(workplace: Path, capsys: pytest.CaptureFixture):
-    runs = ["--runs", str(workplace / "none")]
-    assert main([*arguments(workplace), "--stages.distil.context", "16", *runs]) == 2
-    assert "unequal budgets" in capsys.readouterr().err
+def test_budgets_are_equal_whatever_the_recipes_have(workplace: Path):
+    own = ["--runs", str(workplace / "none"), "--precision", "bf16", "--methods", *study.METHODS]
+    configs = plan(parse([*arguments(workplace), *own])).values()
+    assert {(c.precision, c.eval.context) for c in configs} == {("bf16", 16)}
+    assert {(s.batch_size, s.micro_batch_size, s.context) for c in configs for s in c.stages} == {(8, None, 16)}
+    assert len({tuple(stage.steps for stage in config.stages) for config in configs}) == 1
 
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture, tmp_path: Path):
     with pytest.raises(SystemExit):
         main(["--data.train", "a.txt"])
     assert "--data.valid, --eval.text" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--report-only", "--seeds", "0", "--batch", "0"])
+    assert "--seeds and --batch must be at least 1" in capsys.readouterr().err
     assert main(["--report-only", "--runs", str(tmp_path)]) == 2
     assert "is finished and measured" in capsys.readouterr().err
 

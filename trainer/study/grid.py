@@ -64,6 +64,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=250_000, help="tokens that a cell trains on (default: %(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
     add("--seeds", type=int, default=3, help="fits of each kind, which differ in the seed (default: %(default)s)")
+    add("--context", type=int, default=512, help="tokens of a block, trained on and measured (default: %(default)s)")
+    add("--batch", type=int, default=4, help="blocks of a step (default: %(default)s)")
+    add("--precision", choices=("no", "bf16", "fp16"), default="no", help="of the fits (default: %(default)s)")
     add("--l1", type=float, default=1e-3, help="weight of the masks' weights in kl+l1 (default: %(default)s)")
     add("--samples", type=int, default=64, help="texts that each variant writes to be measured (default: %(default)s)")
     add("--length", type=int, default=200, help="tokens of such a text (default: %(default)s)")
@@ -74,10 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     needed = {"--data.train": options.train, "--data.valid": options.valid, "--eval.text": options.text}
     if not options.report_only and (missing := [name for name, value in needed.items() if value is None]):
         parser.error(f"give {', '.join(missing)}: a fair comparison validates and measures every cell on one text")
-    if options.samples < 1:
-        parser.error("--samples must be at least 1: the page tells how the variants write")
-    if options.seeds < 1:
-        parser.error("--seeds must be at least 1")
+    if wrong := [name for name in ("seeds", "context", "batch", "samples") if getattr(options, name) < 1]:
+        parser.error(f"--{' and --'.join(wrong)} must be at least 1")
     return options
 
 
@@ -125,6 +126,8 @@ def _own_options(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         "data.train": options.train if cell.text == "corpus" else None,
         "data.valid": options.valid,
         "data.sampled_tokens": max(1024, options.tokens),
+        "eval.context": options.context,
+        "precision": options.precision,
         "seed": cell.seed,
         "output": str(options.runs / cell.name),
         "resume": True,
@@ -132,35 +135,26 @@ def _own_options(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stages(cell: Cell, whole: RunConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A cell's stages: the recipe's first of each kind, at the context that is measured, with the cell's objective."""
+    """A cell's stages: the recipe's first of each kind, with the steps of all cells and the cell's objective."""
     l1 = options.l1 if "l1" in cell.objective else 0.0
     firsts = {stage.stage: stage for stage in reversed(whole.stages)}
     transfer, distil = (firsts[kind].model_dump(mode="json") for kind in ("transfer", "distil"))
     distil["objective"] = {"kl": 1.0, "ce": float("ce" in cell.objective), "l1": l1}
-    context = whole.eval.context
     for stage in (transfer, distil):
-        stage |= {"context": context, "batch_size": max(1, stage["batch_size"] * stage["context"] // context)}
-    steps = max(2, options.tokens // (distil["batch_size"] * context))
+        stage |= {"context": options.context, "batch_size": options.batch, "micro_batch_size": None}
+    steps = max(2, options.tokens // (options.batch * options.context))
     transfer["steps"], distil["steps"] = share_steps([TRANSFER, 1 - TRANSFER], steps)
     return [transfer, distil]
-
-
-def _tokens_per_step(config: RunConfig) -> set[int]:
-    return {stage.batch_size * stage.context for stage in config.stages}
 
 
 def plan(options: argparse.Namespace) -> dict[Cell, RunConfig]:
     """The runs of all cells, checked before the first one starts.
 
     Raises:
-        ConfigError: if budgets are not equal, or a folder holds a run with other options.
+        ConfigError: if a folder holds a run with other options.
     """
     configs = {cell: cell_config(cell, options) for cell in grid(options.methods, options.seeds)}
     problems = []
-    if len(sizes := set().union(*map(_tokens_per_step, configs.values()))) > 1:
-        problems.append(
-            f"steps of {sorted(sizes)} tokens make unequal budgets; give all stages of all recipes one size"
-        )
     for config in configs.values():
         record = Path(config.output) / "config.yaml"
         if record.is_file() and load_config(record) != config:
@@ -186,8 +180,7 @@ def train(configs: dict[Cell, RunConfig]) -> None:
 
 def measure(configs: dict[Cell, RunConfig], options: argparse.Namespace) -> None:
     """Measures what was not yet measured like this, all together, and leaves the figures with the runs."""
-    context = next(iter(configs.values())).eval.context
-    setting = {"text": options.text, "context": context, "samples": options.samples, "length": options.length}
+    setting = {"text": options.text, "context": options.context, "samples": options.samples, "length": options.length}
     places = {str(Path(config.output) / "variant"): cell for cell, config in configs.items()}
     missing = [place for place in places if _measured(Path(place).parent).get("setting") != setting]
     if not missing:

@@ -293,9 +293,11 @@ def _command(first: Result, results: Sequence[Result]) -> str:
     methods = list(dict.fromkeys(result.cell.method for result in results))
     seeds = len({one.cell.seed for one in results})
     base = "" if first.config.base == "checkpoints/base" else f" --base {shlex.quote(_base(first.config.base))}"
+    precision = "" if first.config.precision == "no" else f" --precision {first.config.precision}"
+    budget = f"--tokens {first.tokens} --context {first.row['context']}{precision}"
     return (
         "python -m trainer.study --data.train TRAIN.txt --data.valid VALID.txt --eval.text TEST.txt \\\n"
-        f"  --tokens {first.tokens}{base} --methods {' '.join(methods)} --seeds {seeds}"
+        f"  {budget}{base} --methods {' '.join(methods)} --seeds {seeds}"
     )
 
 
