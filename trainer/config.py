@@ -203,7 +203,27 @@ class StageConfig(Section):
         return context - 1
 
 
-class PretrainConfig(StageConfig):
+class TextConfig(StageConfig):
+    """What the stages have that learn next tokens from a text.
+
+    Attributes:
+        short_context: read some sequences in pieces of this many tokens, each as a text of its own, so that a model
+            that learns long texts keeps to short ones; None: none.
+        short_share: share of the sequences of a forward pass that are read so; what is left of a whole one, by chance.
+    """
+
+    short_context: Annotated[int, Field(ge=2)] | None = None
+    short_share: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _whole_pieces(self) -> TextConfig:
+        contexts = [self.context, self.final_context or self.context]
+        if self.short_context and any(context % self.short_context for context in contexts):
+            raise ValueError(f"short_context must divide the contexts {sorted(set(contexts))}")
+        return self
+
+
+class PretrainConfig(TextConfig):
     """Cross-entropy on text.
 
     Attributes:
@@ -211,9 +231,6 @@ class PretrainConfig(StageConfig):
         position_lr: learning rate of the learned position embeddings; None: `lr`.
         skip_positions: let positions skip inside each sequence, up to the model's last; see
             `positions.skipping_positions`. Needs a learned table of positions.
-        short_context: read some sequences in pieces of this many tokens, each as a text of its own, so that a model
-            that learns long texts keeps to short ones; None: none.
-        short_share: share of the sequences of a forward pass that are read so; what is left of a whole one, by chance.
     """
 
     stage: Literal["pretrain"] = "pretrain"
@@ -222,15 +239,6 @@ class PretrainConfig(StageConfig):
     muon_momentum: Fraction = 0.95
     position_lr: Annotated[float, Field(gt=0)] | None = None
     skip_positions: bool = False
-    short_context: Annotated[int, Field(ge=2)] | None = None
-    short_share: Fraction = 0.5
-
-    @model_validator(mode="after")
-    def _whole_pieces(self) -> PretrainConfig:
-        contexts = [self.context, self.final_context or self.context]
-        if self.short_context and any(context % self.short_context for context in contexts):
-            raise ValueError(f"short_context must divide the contexts {sorted(set(contexts))}")
-        return self
 
 
 class FitConfig(StageConfig):
@@ -298,7 +306,7 @@ class Objective(Section):
         return self
 
 
-class DistilConfig(FitConfig):
+class DistilConfig(FitConfig, TextConfig):
     """The variant learns the base's next-token distributions.
 
     Attributes:
@@ -620,6 +628,8 @@ def _teacher_cache_problems(stages: list[Any]) -> list[str]:
     distils = [stage for stage in stages if isinstance(stage, Mapping) and stage.get("stage") == "distil"]
     if not distils:
         return ["data.teacher_cache keeps what the base expects for a stage distil, and there is none"]
+    if any(stage.get("short_context") for stage in distils):
+        return ["data.teacher_cache keeps what the base expects in whole sequences; leave out short_context"]
     objectives = [stage.get("objective") for stage in distils]
     whole = {
         name for goal in objectives if isinstance(goal, Mapping) for name in ("reverse_kl", "jsd") if goal.get(name)

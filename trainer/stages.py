@@ -16,7 +16,7 @@ from attention.mechanism import is_mechanism, repeat_heads
 from attention.recording import Call, recorded
 from attention.variant import attention_modules, mechanisms_of
 
-from .config import DistilConfig, OnPolicyConfig, PretrainConfig, StageConfig, TransferConfig
+from .config import DistilConfig, OnPolicyConfig, PretrainConfig, StageConfig, TextConfig, TransferConfig
 from .losses import last_hidden, output_matrix, vocabulary_loss
 from .optim import repeated_layers
 from .positions import skipping_positions
@@ -68,12 +68,11 @@ def name_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> Non
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in repeated_layers(model)})
 
 
-class Pretrain(Learner):
-    """Cross-entropy of the next token."""
+class TextLearner(Learner):
+    """Learns from whole sequences, and from pieces of others (`TextConfig.short_context`)."""
 
-    def __init__(self, model: PreTrainedModel, stage: PretrainConfig):
+    def __init__(self, model: PreTrainedModel, stage: TextConfig):
         super().__init__(model)
-        self.skips = stage.skip_positions
         self.short, self.short_share = stage.short_context, stage.short_share
 
     def forward(self, input_ids: Tensor) -> Losses:
@@ -89,6 +88,17 @@ class Pretrain(Learner):
 
     def _read(self, input_ids: Tensor) -> Losses:
         """Losses summed over the predicted tokens of (B, T) sequences."""
+        raise NotImplementedError
+
+
+class Pretrain(TextLearner):
+    """Cross-entropy of the next token."""
+
+    def __init__(self, model: PreTrainedModel, stage: PretrainConfig):
+        super().__init__(model, stage)
+        self.skips = stage.skip_positions
+
+    def _read(self, input_ids: Tensor) -> Losses:
         inputs = {}
         if self.skips:
             # With a mask, as transformers takes positions that skip without one for several sequences side by side.
@@ -98,7 +108,7 @@ class Pretrain(Learner):
         return Losses(*vocabulary_loss(hidden, output_matrix(self.model), {"ce": 1.0}, labels=_labels(input_ids)))
 
 
-class Distil(Learner):
+class Distil(TextLearner):
     """The base's distributions of the next token, and what else the objective asks for."""
 
     def __init__(
@@ -108,7 +118,7 @@ class Distil(Learner):
         stage: DistilConfig,
         cache: TeacherCache | None = None,
     ):
-        super().__init__(model)
+        super().__init__(model, stage)
         self.objective = stage.objective
         self.base = (base,)  # in a tuple, so that it is neither trained, nor saved, nor moved
         self.cache = cache
@@ -136,7 +146,7 @@ class Distil(Learner):
             hidden = last_hidden(base, input_ids)[:, :-1].flatten(0, 1)
         return {"teacher_hidden": hidden, "teacher_weight": output_matrix(base)}
 
-    def forward(self, input_ids: Tensor) -> Losses:
+    def _read(self, input_ids: Tensor) -> Losses:
         terms = self.objective.model_dump(exclude={"l1"})
         self.penalties.clear()
         hidden = last_hidden(self.model, input_ids)[:, :-1].flatten(0, 1)

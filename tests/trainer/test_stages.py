@@ -68,6 +68,26 @@ def test_distillation_compares_the_same_positions(base, ids):
         torch.testing.assert_close(losses.terms[name], value.detach(), rtol=1e-4, atol=1e-3)
 
 
+def test_distillation_reads_pieces_as_texts_of_their_own(base, ids):
+    """Base and variant alike, and a sequence in pieces weighs what a whole one weighs."""
+    variant = attention.convert(base, MASKS)
+    objective = Objective(kl=2, ce=0.5, l1=0.1)
+    whole = DistilConfig(steps=1, context=20, objective=objective)
+    pieces = DistilConfig(steps=1, context=20, objective=objective, short_context=5, short_share=1.0)
+    read = build_learner(pieces, variant, base).train()(ids)
+    alone = build_learner(whole, variant, base).train()(ids.reshape(12, 5)).scaled(3 * 19 / (12 * 4))
+    torch.testing.assert_close(read.loss, alone.loss)
+    assert read.terms.keys() == alone.terms.keys()
+    for name, value in alone.terms.items():
+        torch.testing.assert_close(read.terms[name], value)
+    mixed = DistilConfig(steps=1, context=20, objective=objective, short_context=5, short_share=1 / 3)
+    torch.manual_seed(0)
+    both = build_learner(mixed, variant, base).train()(ids)
+    last = build_learner(whole, variant, base).train()(ids[1:])
+    first = build_learner(pieces, variant, base).train()(ids[:1])
+    torch.testing.assert_close(both.loss, first.loss + last.loss)
+
+
 def test_a_student_that_is_its_base_has_no_loss_though_the_base_has_dropout(base, ids):
     assert base.config.resid_pdrop > 0
     variant = attention.convert(base, attention.SoftmaxConfig())

@@ -162,6 +162,7 @@ def test_a_run_that_died_ends_the_same_whatever_it_had_stored(buffered, workplac
     [
         ([{"stage": "transfer", "steps": 1}], "for a stage distil, and there is none"),
         ([{"stage": "distil", "steps": 1, "objective": {"jsd": 1.0}}], "and jsd need all: leave one out"),
+        ([{"stage": "distil", "steps": 1, "short_context": 64}], "leave out short_context"),
     ],
 )
 def test_what_a_cache_cannot_serve_is_refused(stages, message, workplace, tmp_path):
