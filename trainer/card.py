@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Making:
         environment: see `setup.environment`.
         tokens, steps, seconds: what the training took.
         earlier: text of the card of the variant that it went on from, if that has one.
+        changes: what was learnt or measured otherwise from a step on, after a restart with other options.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Making:
     steps: int
     seconds: float
     earlier: str | None = None
+    changes: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -222,6 +225,7 @@ def _how(making: Making) -> str:
         f"seed {config.seed}; {libraries}, Python {environment['python']}"
         + (f", code at {environment['commit']}" if environment["commit"] else "")
         + "."
+        + "".join(f" Changed from step {step:,} on: {'; '.join(what)}." for step, what in making.changes.items())
         + _before(making)
     )
 
@@ -242,8 +246,14 @@ def _stage(stage: Any) -> str:
     terms = " + ".join(f"{weight:g} {name}" for name, weight in stage.terms.items() if weight)
     if stage.stage == "on_policy":
         terms += f" (β {stage.beta:g}) in what the variant writes after {stage.prompt} tokens"
+    sizes = f"{stage.batch_size} × {stage.context} tokens"
+    if stage.final_context:
+        last = stage.batch_size * stage.context // stage.final_context
+        sizes += f", the last {stage.final_fraction:.0%} of {last} × {stage.final_context}"
+    if getattr(stage, "short_context", None):
+        sizes += f", {stage.short_share:.0%} of the sequences in pieces of {stage.short_context}"
     return (
-        f"**{stage.stage}**: {stage.steps:,} steps of {stage.batch_size} × {stage.context} tokens, objective {terms}, "
+        f"**{stage.stage}**: {stage.steps:,} steps of {sizes}, objective {terms}, "
         f"training {trained}, learning rates {stage.lr:g} (base's weights) and {stage.mechanism_lr:g} (mechanism's)"
     )
 

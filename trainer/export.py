@@ -58,6 +58,7 @@ def save_variant(
         steps=step,
         seconds=observer.seconds,
         earlier=setup.earlier,
+        changes={row["step"]: row["changes"] for row in observer.history.rows if row["kind"] == "change"},
     )
     card = write_card(making, valid, test)
     history = observer.history

@@ -119,6 +119,32 @@ def test_a_card_says_which_layers_have_which_method():
     assert "Method options: `layers 0, 2: masks(candidates=('window(4)',)); layers 1: softmax()`." in text
 
 
+def test_a_card_says_what_was_changed_on_the_way_and_how_its_sequences_were_read():
+    first = {
+        "stage": "distil",
+        "steps": 3,
+        "batch_size": 8,
+        "context": 512,
+        "final_context": 1024,
+        "final_fraction": 0.2,
+    }
+    second = {
+        "stage": "distil",
+        "steps": 2,
+        "batch_size": 2,
+        "context": 4096,
+        "short_context": 512,
+        "short_share": 0.25,
+    }
+    config = RunConfig.model_validate({"base": "b", "variant": "v", "stages": [first, second], "output": "o"})
+    changes = {2: ["stages.0.lr 0.1 -> 0.2", "seed 0 -> 1"], 1000: ["precision no -> bf16"]}
+    making = Making(config, MasksConfig(), "llama", {**ENVIRONMENT, "commit": None}, 1, 1, 1.0, changes=changes)
+    text = write_card(making, Fidelity(1, 0.1, 2.0, 2.0, 0.9), None).text
+    assert "3 steps of 8 × 512 tokens, the last 20% of 4 × 1024, objective 1 kl" in text
+    assert "2 steps of 2 × 4096 tokens, 25% of the sequences in pieces of 512, objective 1 kl" in text
+    assert "Changed from step 2 on: stages.0.lr 0.1 -> 0.2; seed 0 -> 1. Changed from step 1,000 on: precision" in text
+
+
 def test_a_card_says_how_the_variant_was_made_that_its_run_went_on_from():
     first = card("gpt2").text
     values = {"base": "b", "variant": "v", "move": True, "stages": [{"stage": "distil", "steps": 1}], "output": "o"}
