@@ -92,7 +92,7 @@ def test_bundled_models_keep_the_contract(capsys, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["masks", "performer", "performer-window"])
+@pytest.mark.parametrize("name", ["hybrid", "masks", "performer", "performer-window"])
 def test_other_bundled_models_keep_the_contract(name):
     assert contract.main([f"checkpoints/{name}"]) == 0
 

@@ -230,7 +230,7 @@ def test_commands_begin_with_the_oldest_of_runs_that_go_on_from_each_other(tmp_p
     assert [spent.tokens for spent in own_and_before(card)] == [3, 6]
 
 
-@pytest.mark.parametrize("name", ["masks", "nsa", "performer", "performer-window"])
+@pytest.mark.parametrize("name", ["hybrid", "masks", "nsa", "performer", "performer-window"])
 def test_commands_of_the_bundled_checkpoints_run_on_a_clone(name):
     made = set()
     for command in commands(read_card(BUNDLED / name)):
