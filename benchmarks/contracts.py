@@ -49,7 +49,7 @@ CAUSES = {  # what the code of a version does, found by reading it; printed besi
     "MoshiForCausalLM 5.24.0": "the cache keeps `sliding_window` tokens; the mask of a forward lets all be read",
     "MiniMaxForCausalLM 5.24.0": "its cache reorders the layers of softmax attention alone",
     "MiniMaxM3VLForCausalLM 5.24.0": "blocks lie at places in the cache, so that padding before a row shifts them",
-    "RecurrentGemmaForCausalLM 5.24.0": "the convolution before the recurrence reads padding; its state is kept in the layers, out of reach",
+    "RecurrentGemmaForCausalLM 5.24.0": "its convolution reads padding; its state is kept in the layers, out of reach",
     "RwkvForCausalLM 5.24.0": "`attention_mask` is not read, and the state cannot be reordered",
     "xLSTMForCausalLM 5.24.0": "it takes no `attention_mask`, and the state cannot be reordered",
     "ReformerModelWithLMHead 5.24.0": "its hashes are drawn anew at every call unless `hash_seed` is set",
