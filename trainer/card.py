@@ -381,7 +381,7 @@ def _measurement(row: dict[str, Any]) -> str:
             for name, one in parts.items()
         ]
         paragraphs += [
-            "With a part switched off in every layer:",
+            f"With a part switched off in every layer, on {row['ablated_tokens']:,} tokens of that text:",
             _table(["without", "KL, nats/token", "change", ""], cells),
         ]
     return "\n\n".join(paragraphs)

@@ -18,9 +18,11 @@ With `--samples N`, variant and base each continue the same N passages of the te
 temperature 1; the base judges both, and sequences of tokens and new names are counted (see `trainer/samples.py`). A
 difference comes with its standard error over the passages, which tells whether N is large enough. After the first 64 of
 the passages the variant also drafts for the base, greedily: how many tokens a round of speculative decoding would give
-(see `trainer/drafting.py`). With `--ablate`, each
-part of the mechanism is switched off in turn, in all layers: a part without which the KL changes by less than
-`--tolerance` does nothing. With `--card`, the figures go into the cards of the variants, one section a context.
+(see `trainer/drafting.py`).
+
+With `--ablate`, each part of the mechanism is switched off in turn, in all layers, on the text's first
+`--ablate_tokens`: a part without which the KL changes by less than `--tolerance` does nothing. With `--card`, the
+figures go into the cards of the variants, one section a context.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from attention.files import CARD, expanded, write_file
 from trainer.card import USE, with_measurement
 from trainer.data import DataError, check_vocabulary, read_files
 from trainer.drafting import DRAFT, measure_drafting
-from trainer.fidelity import Fidelity, Reader, predicted, read_each
+from trainer.fidelity import Fidelity, Reader, measure_each, predicted, read_each
 from trainer.hits import distances_in
 from trainer.recall import measure_recall
 from trainer.samples import Writing, draw_prompts, measure_writing
@@ -76,6 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="blocks of a forward pass (default: %(default)s)")
     add("--device", default="cpu", help="(default: %(default)s)")
     add("--ablate", action="store_true", help="also measure with each part switched off")
+    add("--ablate_tokens", type=int, default=32_768, metavar="N", help="of the text, for that (default: %(default)s)")
     add("--tolerance", type=float, default=1e-3, help="change in KL that is nothing, nats/token (default: %(default)s)")
     add("--pairs", type=Path, metavar="FILE", help="table of frequent pairs, if not the one that lies with the base")
     add("--recall", type=count, default=0, metavar="N", help="also ask about N texts for each task and distance")
@@ -102,6 +105,7 @@ def check(options: argparse.Namespace) -> None:
         "length": DRAFT + 1,
         "seed": 0,
         "tolerance": 0,
+        "ablate_tokens": 2,
     }
     problems = [
         f"--{name} must be at least {value}, not {getattr(options, name)}"
@@ -191,6 +195,9 @@ def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
     check_vocabulary(family.tokenizer, family.base)
     tokens = read_files(options.text, family.tokenizer)
     rows = _fidelity(family, tokens, options)
+    if options.ablate:
+        for row, figures in zip(rows, _ablations(family, tokens, options), strict=True):
+            row |= figures
     if options.recall:
         for row, figures in zip(rows, _recall(family, tokens, options), strict=True):
             row["recall"] = figures
@@ -201,26 +208,18 @@ def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
 
 
 def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
-    """A row for each subject, with its ablations if they are asked for."""
-    parts = [subject.parts if options.ablate else () for subject in family.subjects]
-    readers = [
-        Reader(subject.model, without)
-        for subject, names in zip(family.subjects, parts, strict=True)
-        for without in ((), *((name,) for name in names))
-    ]
+    """A row for each subject."""
+    readers = [Reader(subject.model) for subject in family.subjects]
     distances, rare = distances_in(tokens, family.spec, family.tokenizer, options.context, options.pairs)
-    found = iter(read_each(readers, family.base, tokens, options.context, options.batch_size, description="reading"))
+    readings = read_each(readers, family.base, tokens, options.context, options.batch_size, description="reading")
     places = predicted(len(tokens), options.context)
     blocks = places // options.context
     recall = by_recall(distances[places], options.context)
     positions = by_position(places % options.context, options.context)
-    rows = []
-    for subject, names in zip(family.subjects, parts, strict=True):
-        reading = next(found)
-        figures = reading.means
-        row: Row = {
+    return [
+        {
             "method": subject.method,
-            **figures.to_dict(),
+            **reading.means.to_dict(),
             "context": options.context,
             "keys_read": subject.keys_read(options.context),
             "text": options.text,
@@ -229,11 +228,24 @@ def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -
             "slices": _to_dicts(slice_by(reading, recall, blocks)),
             "positions": _to_dicts(slice_by(reading, positions, blocks)),
         }
-        if options.ablate:
-            row["tolerance"] = options.tolerance
-            row["ablations"] = {name: _ablation(next(found).means, figures.kl, options.tolerance) for name in names}
-        rows.append(row)
-    return rows
+        for subject, reading in zip(family.subjects, readings, strict=True)
+    ]
+
+
+def _ablations(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
+    """For each subject, what is measured without each of its parts, beside the whole on the same tokens."""
+    off = [((), *((name,) for name in subject.parts)) for subject in family.subjects]
+    readers = [
+        Reader(subject.model, without) for subject, names in zip(family.subjects, off, strict=True) for without in names
+    ]
+    size = (options.context, options.batch_size)
+    means = iter(measure_each(readers, family.base, tokens[: options.ablate_tokens], *size, description="ablating"))
+    found = []
+    for subject in family.subjects:
+        whole = next(means)
+        parts = {name: _ablation(next(means), whole.kl, options.tolerance) for name in subject.parts}
+        found.append({"tolerance": options.tolerance, "ablated_tokens": whole.tokens, "ablations": parts})
+    return found
 
 
 def _to_dicts(slices: dict[str, Slice]) -> dict[str, Row]:

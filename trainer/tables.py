@@ -14,7 +14,18 @@ NOTHING, HARM = "does nothing", "better without"
 
 def tables(rows: list[Row]) -> str:
     """Rows as aligned tables: fidelity, its slices, then answers, texts written and ablations, as far as measured."""
-    aside = ("samples", "drafting", "ablations", "tolerance", "text", "rare", "slices", "positions", "recall")
+    aside = (
+        "samples",
+        "drafting",
+        "ablations",
+        "ablated_tokens",
+        "tolerance",
+        "text",
+        "rare",
+        "slices",
+        "positions",
+        "recall",
+    )
     parts = [
         [{name: value for name, value in row.items() if name not in aside} for row in rows],
         *(lines for group in _by_base(rows) for lines in _slice_tables(group)),

@@ -129,9 +129,14 @@ def test_ablations_name_every_part_and_what_does_nothing(variants, valid):
     assert list(masks["ablations"]) == ["window(3)", "first(1)", "last(2)"]
     assert list(performer["ablations"]) == ["linear", "window"]
     for row in (masks, performer):
+        assert row["ablated_tokens"] == row["tokens"]
         for figures in row["ablations"].values():
             assert figures["kl_change"] == pytest.approx(figures["kl"] - row["kl"])
             assert not figures["does_nothing"]
+    (start,) = evaluate(parse(["--variant", variants["masks"], *options, "--ablate_tokens", "64"]))
+    assert (start["ablated_tokens"], start["kl"]) == (62, masks["kl"])
+    for name, figures in start["ablations"].items():
+        assert figures["kl"] != masks["ablations"][name]["kl"]
     (tolerant,) = evaluate(parse(["--variant", variants["masks"], *options, "--tolerance", "100"]))
     assert all(figures["does_nothing"] for figures in tolerant["ablations"].values())
 
