@@ -213,8 +213,11 @@ def distinction(entry: Entry, entries: Sequence[Entry]) -> str:
 
 
 def _said(option: str, value: Any) -> str:
-    word = WORDS.get(option, option.replace("_", " "))
-    return f"no {word}" if value in (0, False, None) else f"{word} {option_text(value)}"
+    return f"no {_word(option)}" if value in (0, False, None) else f"{_word(option)} {option_text(value)}"
+
+
+def _word(option: str) -> str:
+    return WORDS.get(option, option.replace("_", " "))
 
 
 def option_text(value: Any) -> str:
@@ -224,10 +227,23 @@ def option_text(value: Any) -> str:
     if not isinstance(value, list | tuple):
         return str(value)
     if value and all(isinstance(each, Mapping) for each in value):
-        return ", ".join(f"{each['method']} in {_layers(each['layers'])}" for each in value)
+        methods = dict.fromkeys(each["method"] for each in value)
+        return ", ".join(_layers_of(method, [each for each in value if each["method"] == method]) for method in methods)
     if len(value) > 1 and all(isinstance(each, int | float) for each in value):
         return _by_layer(value)
     return ", ".join(map(option_text, value))
+
+
+def _layers_of(method: str, choices: Sequence[Mapping[str, Any]]) -> str:
+    """A method's layers in a mix, and the options in which they differ."""
+    said = f"{method} in {_layers([number for each in choices for number in each['layers']])}"
+    names = [name for name in choices[0] if name not in ("method", "layers")]
+    differ = [name for name in names if any(each.get(name) != choices[0][name] for each in choices)]
+    options = [
+        f"{_word(name)} " + ", ".join(f"{option_text(each.get(name))} in {_layers(each['layers'])}" for each in choices)
+        for name in differ
+    ]
+    return f"{said} ({'; '.join(options[:MOST_OPTIONS])})" if options else said
 
 
 def _layers(numbers: Sequence[int]) -> str:

@@ -120,4 +120,10 @@ def test_options_by_layer_are_said_by_the_layers_that_share_them():
     assert option_text((8, 8)) == "8"
     mix = [{"layers": [0, 4, 1], "method": "masks"}, {"layers": [2], "method": "nsa"}, {"layers": [3], "method": "a"}]
     assert option_text(mix) == "masks in layers 0–1, 4, nsa in layer 2, a in layer 3"
+    several = [
+        {"layers": [0], "method": "masks"},
+        {"layers": [1, 2], "method": "nsa", "num_selected": 8, "window": 32},
+        {"layers": [3], "method": "nsa", "num_selected": 16, "window": 32},
+    ]
+    assert option_text(several) == "masks in layer 0, nsa in layers 1–3 (blocks 8 in layers 1–2, 16 in layer 3)"
     assert option_text([True, "a"]) == "yes, a"
