@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -101,18 +102,29 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
 
         lane = app.lane(VIEW)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        offered = gr.State("")  # the model whose parts stand among the controls of what is switched off
+        # The model whose parts stand among the controls of what is switched off. No state: that is the server's, and a
+        # request on its way would come with the sizes of one model and the name of the next.
+        offered = gr.Textbox("", visible=False)
+        is_open = gr.Checkbox(True, visible=False)  # `IS_OPEN` answers for it
         inputs = [model, text, start, count, beside, offered, *what_if, session.runs, chosen]
         outputs = [meter, grid, maps, chosen, session.address]
         off, off_in, silent, window, blocks = what_if
-        gr.on([show.click, text.submit], handlers.show, inputs, outputs, **quiet, **lane)
         controls = [offered, beside, *what_if]
-        # A model is loaded for its parts only once they can be seen.
-        gr.on([tab.select, model.change], handlers.offer_parts, [model, offered], controls, queue=False, **quiet)
+
+        def offering(after: Any, **when: Any) -> Any:
+            """Has the controls offer the model's parts; what is shown waits for that, as a model's sizes bound them."""
+            return after(handlers.offer_parts, [model, offered, is_open], controls, queue=False, **when, **quiet)
+
+        def following(after: Any) -> None:
+            after(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
+
+        # A model is loaded for its parts and maps only once they can be seen.
+        following(offering(tab.select).then)
+        following(offering(model.change, js=IS_OPEN).then)
+        asked = offering(partial(gr.on, [show.click, text.submit]))
+        asked.then(handlers.show, inputs, outputs, **quiet, **lane)
         gr.on(
             [
-                tab.select,
-                model.input,
                 beside.input,
                 start.change,
                 count.release,
@@ -138,12 +150,11 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
         taken = session.runs.change(
             handlers.take_text, [session.runs, model], [text, model, start], queue=False, **quiet
         )
-        is_open = gr.Checkbox(visible=False)
-        taken.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
+        following(offering(taken.then, js=IS_OPEN).then)
         link = session.blocks.load(
             handlers.open_link, None, [model, text, start, count, chosen, *controls, said], **quiet, **lane
         )
-        link.then(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
+        following(link.then)
         session.names.change(handlers.offer, [session.names, model], model, queue=False, **quiet)
         gr.api(handlers.attention, api_name="attention", **lane)
     return tab
@@ -224,9 +235,9 @@ class Handlers:
         window, blocks = max(window, 1), max(blocks, FEWEST_BLOCKS)
         return list(branches), list(range(len(mechanisms))), places, window, blocks
 
-    def offer_parts(self, model: str | None, offered: str = "") -> tuple[Any, ...]:
-        """The parts of a model, none of them switched off; nothing new if they are those offered already."""
-        if model == offered:
+    def offer_parts(self, model: str | None, offered: str = "", is_open: bool = True) -> tuple[Any, ...]:
+        """The parts of a model, none of them switched off; nothing new if they are offered already or not seen."""
+        if model == offered or not is_open:
             return (gr.skip(),) * 7
         *_, window, blocks = self.parts_of(model)
         return model, *self._controls(model, NONE, [], [], [], window, blocks)

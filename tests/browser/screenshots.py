@@ -29,11 +29,12 @@ def generate(page: Page) -> None:
 def attention(page: Page) -> None:
     """The maps of nsa on the same text, one cell kept."""
     page.get_by_role("tab", name="Attention").click()
+    page.get_by_role("heading", name="masks · layer 0").wait_for()
     page.locator("#attention-model input").click()
     page.get_by_role("option", name="nsa", exact=True).click()
-    page.get_by_text("nsa · layer 0").wait_for()
+    page.get_by_role("heading", name="nsa · layer 0").wait_for()
     page.get_by_role("radio", name="Layer 4, head 1").click()
-    page.get_by_text("nsa · layer 4 · head 1").wait_for()
+    page.get_by_role("heading", name="nsa · layer 4 · head 1").wait_for()
     page.locator("#attention-maps .tokens .token").nth(45).click()
     page.mouse.move(0, 0)
     page.set_viewport_size({"width": 1280, "height": 1220})

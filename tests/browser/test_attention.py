@@ -4,6 +4,8 @@ import json
 import re
 import struct
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlencode
 from xml.etree import ElementTree
 
@@ -13,8 +15,13 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 import attention
 from demo.attention import Look
+from demo.context import App
 from demo.engine import Decoder
-from tests.demo.conftest import CONTEXT
+from demo.limits import Limits
+from demo.models import ModelStore
+from demo.page import launch
+from tests.demo.conftest import CONTEXT, free_port
+from tests.demo.zoo import SMALL
 
 from .conftest import Watched
 
@@ -339,6 +346,46 @@ def test_it_shows_that_it_works(tab: Page, monkeypatch: pytest.MonkeyPatch, gate
     gate.set()
     expect(text(tab)).to_contain_text("Something new")
     expect(tab.locator("#attention-meter")).to_have_text("")
+
+
+@pytest.fixture
+def sized(browser: BrowserContext, checkpoints: Path, tmp_path: Path) -> Iterator[Page]:
+    """The tab of an app of its own, whose variant, nsa, has a window and blocks that can be made smaller."""
+    base, _ = attention.load(checkpoints / "base")
+    config = attention.config_from_dict({"method": "nsa", **SMALL["nsa"], "num_selected": 6})
+    attention.save(attention.convert(base, config), tmp_path / "nsa", dtype=None)
+    store = ModelStore([checkpoints / "base", tmp_path / "nsa"], Limits(new_tokens=20, seconds=3600))
+    app, url, _ = launch(App(store), port=free_port(), prevent_thread_lock=True, quiet=True)
+    watched = Watched(browser.new_page())
+    watched.page.goto(url)
+    expect(watched.page.locator("#generate-columns .token.scored").first).to_be_visible()
+    watched.page.get_by_role("tab", name="Attention").click()
+    expect(title(watched.page)).to_have_text("nsa · layer 0 · head 0")
+    yield watched.page
+    watched.close()
+    app.blocks.close()
+
+
+def test_a_model_is_not_shown_with_the_sizes_of_another(sized: Page, monkeypatch: pytest.MonkeyPatch, gate):
+    rows = Look.rows
+
+    def held(look: Look, layer: int) -> torch.Tensor:
+        gate.wait()
+        return rows(look, layer)
+
+    monkeypatch.setattr(Look, "rows", held)
+    for name, passage in (("base", "A text that takes its time."), ("nsa", "And one more that takes as long.")):
+        gate.clear()
+        sized.locator("#attention-text textarea").fill(passage)
+        sized.get_by_role("button", name="Show attention").click()
+        expect(sized.locator("#attention-meter progress")).to_be_visible()
+        sized.locator("#attention-model input").click()
+        sized.get_by_role("option", name=name, exact=True).click()
+        sized.wait_for_timeout(500)  # what the choice asks for has come to the server, and waits there
+        gate.set()
+        expect(text(sized)).to_contain_text(passage[:10])
+        expect(title(sized)).to_have_text(f"{name} · layer 0 · head 0")
+    expect(sized.locator("#attention-meter")).to_have_text("")
 
 
 def test_what_is_shown_survives_a_reload(browser: BrowserContext, url: str):
