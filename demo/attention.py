@@ -294,7 +294,7 @@ class AttentionViews:
             "total": part.total,
             "says": _says(look, part, layer, head),
             "steps": reading_steps(_reading(look, parts, layer, head)),
-            "maps": _main_maps(subject, head_rows),
+            "maps": _main_maps(subject, layer, head_rows),
             "parts": parts.maps,
             "rows": [
                 _share_read(subject, look, layer),
@@ -513,12 +513,17 @@ def _range(part: Passage) -> str:
     return f" · tokens {part.start:,} to {part.stop - 1:,} of {part.total:,}"
 
 
-def _main_maps(subject: Subject, head_rows: dict[str, Tensor]) -> list[MapView]:
+def _method_of(loaded: LoadedModel, layer: int) -> str:
+    """The method of a layer in one line: in a mix it is not that of the model."""
+    return as_variant(loaded).mechanisms[layer].config.description
+
+
+def _main_maps(subject: Subject, layer: int, head_rows: dict[str, Tensor]) -> list[MapView]:
     shown, name = subject.part.shown, subject.name
     notes = {
-        "model": subject.loaded.entry.description,
+        "model": _method_of(subject.loaded, layer),
         "unchanged": "The same head with nothing switched off.",
-        "beside": subject.beside.entry.description if subject.beside else "",
+        "beside": _method_of(subject.beside, layer) if subject.beside else "",
         "base": "The same layer and head of the base, on the same text.",
     }
     titles = {key: f"{name(key)} (softmax)" if key == "base" else name(key) for key in head_rows}

@@ -289,7 +289,7 @@ class ModelStore:
                 source=source,
                 folder=found.folder,
                 method=found.method,
-                description=attention.CONFIGS[found.method].description,
+                description=_in_one_line(found),
                 size=sum(file.stat().st_size for file in found.folder.glob("*.safetensors")),
                 is_base=not found.is_variant,
                 base=base and base.name,
@@ -368,6 +368,12 @@ class ModelStore:
                 return
             if name not in {loaded.entry.base for loaded in self._loaded.values()}:
                 del self._loaded[name]
+
+
+def _in_one_line(found: attention.Checkpoint) -> str:
+    """The method; of layers that all have the same one, though with other options, that one."""
+    methods = {choice["method"] for choice in found.options.get("layers", ())}
+    return attention.CONFIGS[methods.pop() if len(methods) == 1 else found.method].description
 
 
 def short_name(folder: Path) -> str:

@@ -325,6 +325,12 @@ def test_two_variants_stand_beside_the_base(zoo, views):
     assert [model["name"] for model in view["next"]["models"]] == ["nsa", "masks", "base"]
 
 
+def test_a_map_names_the_method_of_its_layer(zoo, views):
+    loaded = zoo["layers"]
+    notes = [by_key(views.maps(loaded, read(loaded), layer, 0)["maps"])["model"]["note"] for layer in range(2)]
+    assert notes == [attention.PerformerConfig.description, attention.NSAConfig.description]
+
+
 def test_a_prediction_reaches_what_changes_it(zoo):
     loaded = zoo["masks"]
     ids = tuple(encode_text(loaded, TEXT, 10_000)[:40])

@@ -142,9 +142,19 @@ def test_a_model_whose_layers_differ_is_one_like_others(checkpoints, tmp_path):
     store = ModelStore([checkpoints / "base", tmp_path / "mixed"], Limits(), Access(None, (checkpoints, tmp_path)))
     assert store.problems == {}
     assert what_it_reads("mixed", store) == "softmax in layer 1, masks in layer 0"
+    assert store.entry("mixed").description == attention.LayersConfig.description
     generation = Generation(store, Settings("The old man", ("base", "mixed"), max_new_tokens=4))
     list(generation.stream())
     assert [column.generated for column in generation.run.columns] == [4, 4]
+
+
+def test_layers_of_one_method_are_described_as_that_method(checkpoints, tmp_path):
+    base, _ = attention.load(checkpoints / "base")
+    choices = [{"layers": [i], "method": "masks", "candidates": [f"window({6 + i})"]} for i in range(2)]
+    variant = attention.convert(base, attention.config_from_dict({"method": "layers", "layers": choices}))
+    attention.save(variant, tmp_path / "masks", dtype=None)
+    store = ModelStore([checkpoints / "base", tmp_path / "masks"], Limits(), Access(None, (checkpoints, tmp_path)))
+    assert store.entry("masks").description == attention.MasksConfig.description
 
 
 def test_bundled_folders_come_base_first(checkpoints):
