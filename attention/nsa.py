@@ -207,9 +207,9 @@ class NSAState(State):
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new tokens (B, H_kv, T, D), not counting them yet; returns the buffers."""
-        needed = self.config.whole_blocks(self.seen + k.shape[2])
-        self.keys = store(self.keys, k, self.position, needed)
-        self.values = store(self.values, v, self.position, needed)
+        needed, step = self.seen + k.shape[2], self.config.select_block
+        self.keys = store(self.keys, k, self.position, needed, step)
+        self.values = store(self.values, v, self.position, needed, step)
         return self.keys, self.values
 
     def append_compressed(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:

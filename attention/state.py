@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 LONG = 1 << 30  # tokens that a resumed state says it has seen: more than any state asks for
+LEAST_GROWTH = 64  # tokens
 
 
 class Block(NamedTuple):
@@ -312,20 +313,21 @@ class StateCache(Cache):
         self.fixed = min(self.fixed, left)
 
 
-def store(buffer: Tensor | None, new: Tensor, start: int | Tensor, needed: int) -> Tensor:
-    """Writes tokens into a buffer that grows by doubling.
+def store(buffer: Tensor | None, new: Tensor, start: int | Tensor, needed: int, step: int = 1) -> Tensor:
+    """Writes tokens into a buffer, which grows as in `with_room`.
 
     Args:
         buffer: (B, H, C, D), or None for an empty one; written in place where it is large enough.
         new: (B, H, T, D).
         start: the position of the first new token, one for all rows or (B,) one for each.
         needed: the capacity needed, at least the largest start + T.
+        step: the capacity is a multiple of it.
 
     Returns:
         The buffer (B, H, ≥ needed, D); what lies past the last written token is arbitrary and finite.
     """
     length = new.shape[2]
-    buffer = with_room(buffer, new, needed)
+    buffer = with_room(buffer, new, needed, step)
     if isinstance(start, int):
         buffer.narrow(2, start, length).copy_(new)
     else:
@@ -334,17 +336,22 @@ def store(buffer: Tensor | None, new: Tensor, start: int | Tensor, needed: int) 
     return buffer
 
 
-def with_room(buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
-    """A buffer (B, H, C, D), None for an empty one, or its copy with at least twice the room if C < `needed`.
+def with_room(buffer: Tensor | None, like: Tensor, needed: int, step: int = 1) -> Tensor:
+    """A buffer (B, H, C, D), None for an empty one, or a larger copy if C < `needed`.
+
+    It grows by an eighth, but by 64 at the least: each token is then copied some eight times on average, where a cache
+    that is concatenated copies it once for each token after it; doubled, half of a long text's memory could be empty.
 
     Args:
         like: (B, H, ·, D), of whose shape, dtype and device the first one is.
+        step: the capacity is a multiple of it.
     """
     capacity = 0 if buffer is None else buffer.shape[2]
     if needed <= capacity:
         return buffer
     batch, heads, _, width = like.shape
-    grown = like.new_zeros(batch, heads, max(needed, 2 * capacity), width)
+    room = capacity and capacity + max(LEAST_GROWTH, capacity // 8)
+    grown = like.new_zeros(batch, heads, -(-max(needed, room) // step) * step, width)
     if buffer is not None:
         grown[:, :, :capacity] = buffer
     return grown

@@ -341,6 +341,23 @@ def test_keys_read_are_those_the_maps_show(config, position):
     assert config.build(shape).keys_read(position) == seen
 
 
+@torch.no_grad()
+def test_a_state_has_little_room_that_is_empty():
+    """However a text came in, at once or a token at a time."""
+    mechanism = build(select_block=12, compress_block=12, compress_stride=12)
+    q, k, v, x = inputs(700)
+    at_once, stepwise = mechanism.new_state(), mechanism.new_state()
+    mechanism(*(t[:, :, :699] for t in (q, k, v)), x[:, :699], at_once)
+    mechanism(*(t[:, :, 699:] for t in (q, k, v)), x[:, 699:], at_once)
+    for i in range(700):
+        mechanism(*(t[:, :, i : i + 1] for t in (q, k, v)), x[:, i : i + 1], stepwise)
+    for state in (at_once, stepwise):
+        capacity = state.keys.shape[2]
+        assert 700 <= capacity <= 700 * 9 / 8 + 12
+        assert capacity % 12 == 0
+        assert state.nbytes() < 2 * 1.5 * k.nbytes
+
+
 @given(config=nsa_configs(), length=st.integers(0, 90))
 def test_keys_of_a_whole_text_are_summed_without_going_through_it(config, length):
     mechanism = config.build(layer())
