@@ -12,6 +12,7 @@ so many tokens and writing one more takes; `--output` makes a page of it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -186,6 +187,11 @@ def samples(models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBa
     return "\n\n".join(parts)
 
 
+def described(names: Sequence[str]) -> str:
+    """What the methods are, as `attention` in a recipe, as Markdown."""
+    return "\n".join(f"- {name}: `{json.dumps(METHODS[name])}`" for name in names)
+
+
 def report(options: argparse.Namespace) -> Iterator[str]:
     """Fits what is not fitted yet, measures it, and gives the parts of the page one by one."""
     place = fetch_base(options.work)
@@ -203,6 +209,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
         f"{precision}, and measured on {len(tokens):,} of books that it has not seen; KL(base ‖ variant) in nats per "
         "token."
     )
+    yield f"The methods, as a recipe has them:\n\n{described(options.methods)}"
     converted = {f"{name}, as converted": convert(name, base) for name in options.methods}
     for models, lengths in ((converted, options.lengths[:1]), (variants, options.lengths)):
         if rows := fidelity(models, base, tokens, lengths) if lengths else []:
