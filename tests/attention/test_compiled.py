@@ -156,13 +156,12 @@ def test_a_variant_with_a_graph_is_saved_as_without(tmp_path):
     assert torch.equal(again.generate(tokens(1, 4), **GREEDY), plain.generate(tokens(1, 4), **GREEDY))
 
 
-def test_without_a_compiler_a_warning_says_so_and_the_text_is_the_same(monkeypatch):
+def test_without_a_compiler_a_warning_says_so_and_the_text_is_the_same():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
     plain, compiled = pair("masks", backend="inductor")
-    with pytest.warns(RuntimeWarning, match="not compiled, and goes on without: .*C\\+\\+ compiler"):
+    without = config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    with without, pytest.warns(RuntimeWarning, match="not compiled, and goes on without: .*C\\+\\+ compiler"):
         found = compiled.generate(tokens(1, 9), **GREEDY)
     assert torch.equal(found, plain.generate(tokens(1, 9), **GREEDY))
     assert compiled.forward.steps == 0
