@@ -24,6 +24,7 @@ from ..runs import Run
 SHORTEST = 8
 FEWEST_BLOCKS = 3  # native sparse attention always reads as many
 NONE = "none"
+LOADING = "Loading the models"
 LONGEST_LISTS = 400  # layers, heads and parts that one request may name
 # Tells as the last value whether the tab is the one that is seen.
 IS_OPEN = """(...values) => [...values.slice(0, -1), Boolean(document.getElementById("attention-tab")?.offsetParent)]"""
@@ -113,7 +114,9 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
 
         def offering(after: Any, **when: Any) -> Any:
             """Has the controls offer the model's parts; what is shown waits for that, as a model's sizes bound them."""
-            return after(handlers.offer_parts, [model, offered, is_open], controls, queue=False, **when, **quiet)
+            asked = [model, offered, is_open]
+            begun = after(handlers.begin_to_offer, asked, meter, queue=False, **when, **quiet)
+            return begun.then(handlers.offer_parts, asked, [*controls, meter], queue=False, **when, **quiet)
 
         def following(after: Any) -> None:
             after(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
@@ -141,7 +144,7 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
             **quiet,
             **lane,
         )
-        took_back = reset.click(handlers.offer_parts, model, controls, queue=False, **quiet)
+        took_back = reset.click(handlers.offer_parts, model, [*controls, meter], queue=False, **quiet)
         took_back.then(handlers.show_if_any, inputs, outputs, **quiet, **lane)
         # Not "always_last": Gradio would repeat the data of the first click in place of the last one's.
         opened = [maps, chosen, session.address]
@@ -235,12 +238,16 @@ class Handlers:
         window, blocks = max(window, 1), max(blocks, FEWEST_BLOCKS)
         return list(branches), list(range(len(mechanisms))), places, window, blocks
 
+    def begin_to_offer(self, model: str | None, offered: str, is_open: bool) -> Any:
+        """Says that a model is loaded, if its parts are to be offered."""
+        return gr.skip() if model == offered or not is_open else _meter(0, LOADING)
+
     def offer_parts(self, model: str | None, offered: str = "", is_open: bool = True) -> tuple[Any, ...]:
         """The parts of a model, none of them switched off; nothing new if they are offered already or not seen."""
         if model == offered or not is_open:
-            return (gr.skip(),) * 7
+            return (gr.skip(),) * 8
         *_, window, blocks = self.parts_of(model)
-        return model, *self._controls(model, NONE, [], [], [], window, blocks)
+        return model, *self._controls(model, NONE, [], [], [], window, blocks), None
 
     def _controls(
         self, model: str | None, beside: str, off: list, off_in: list, silent: list, window: int, blocks: int
@@ -345,7 +352,7 @@ class Handlers:
     def show(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Thumbnails and maps of a text, and until they are there how far they have come."""
         *asked, runs, chosen = values
-        yield _meter(0, "Loading the models"), *(gr.skip(),) * 4
+        yield _meter(0, LOADING), *(gr.skip(),) * 4
         try:
             wanted = self._wanted(*asked, layer=chosen.layer, head=chosen.head)
             subject = self._subject(wanted, runs)
@@ -354,6 +361,7 @@ class Handlers:
             heads = self.views.heads(subject, chosen.layer, chosen.head)
             maps = self.views.maps(subject, heads["layer"], heads["head"])
         except (ViewError, LoadError, ConfigError) as error:
+            yield None, *(gr.skip(),) * 4  # nothing is on its way any more
             raise gr.Error(str(error), print_exception=False) from None
         shown = replace(wanted, layer=heads["layer"], head=heads["head"])
         yield _elsewhere(wanted, shown), heads, maps, shown, self.in_address(shown, runs)
@@ -399,6 +407,7 @@ class Handlers:
                     yield _meter(share, "Changing one token after another"), gr.skip(), gr.skip()
             maps = self.views.maps(subject, chosen.layer, chosen.head)
         except (ViewError, LoadError) as error:
+            yield None, gr.skip(), gr.skip()
             raise gr.Error(str(error), print_exception=False) from None
         yield None, {**maps, "reach": found}, gr.skip()
 

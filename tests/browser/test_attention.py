@@ -435,6 +435,7 @@ def test_bad_input_is_said(tab: Page):
     tab.locator("#attention-text textarea").fill("x" * 5001)
     tab.get_by_role("button", name="Show attention").click()
     expect(tab.get_by_text("5,001 characters").first).to_be_visible()
+    expect(tab.locator("#attention-meter")).not_to_contain_text("Loading")
 
 
 def test_colours_follow_the_theme(tab: Page):

@@ -4,6 +4,7 @@ from base64 import b64decode
 from dataclasses import replace
 from urllib.parse import urlencode
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -611,6 +612,14 @@ def test_controls_that_are_not_the_models_yet_switch_nothing_off(handlers):
     assert not chosen.change
     assert maps["title"].startswith("masks · layer 0 · head 0 · tokens 0 to 49")
     assert handlers.offer_parts("masks", "")[0] == "masks"
+
+
+def test_a_model_that_is_loaded_for_its_parts_is_waited_for_in_sight(handlers):
+    assert handlers.begin_to_offer("masks", "base", True)["text"] == "Loading the models"
+    *_, meter = handlers.offer_parts("masks", "base")
+    assert meter is None
+    for shown in (("masks", "masks", True), ("masks", "base", False)):
+        assert handlers.begin_to_offer(*shown) == gr.skip()
 
 
 def test_what_is_shown_comes_back_from_the_address(handlers):
