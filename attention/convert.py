@@ -30,7 +30,10 @@ def convert(base: PreTrainedModel, config: MechanismConfig, *, share: bool = Fal
     Raises:
         UnsupportedModelError: saying what in the base stands in the way.
         ConfigError: if the layers that the config names are not the base's.
+        TypeError: if `base` is no model of transformers.
     """
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"convert takes a causal language model of transformers, and got {type(base).__name__}")
     if not is_variant(base):
         check_convertible(base)
     if found := misfits(base):

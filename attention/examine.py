@@ -84,6 +84,11 @@ def is_size(name: str) -> bool:
     return bool(SIZES.search(name) or LAYERS.search(name))
 
 
+def other_sizes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The sizes in which two configs differ, by name."""
+    return sorted(name for name in one.keys() & other.keys() if is_size(name) and one[name] != other[name])
+
+
 def _numbers(value: Any, place: str, key: str = "") -> Iterator[tuple[str, str, int | float]]:
     """Every number in plain data, with where it stands and the name that it stands under."""
     if isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BrokenCheckpointError, NotAModelError, WrongBaseError
-from .examine import bounded, is_size, refuse_numbers, refusing, shape_problems
+from .examine import bounded, other_sizes, refuse_numbers, refusing, shape_problems
 from .files import HISTORY, expanded, read_json
 from .hub import HUB, HubOptions, HubSpec, Progress, download_size, pull_file
 from .mechanism import is_mechanism
@@ -180,11 +180,10 @@ def _put_on(stored: Stored, base: PreTrainedModel) -> Variant:
     own, given = stored.plain_config().to_dict(), base.config.to_dict()
     problems = [
         f"{CONFIG} says {name} {own[name]!r:.100}, and the base {given[name]!r:.100}"
-        for name in own.keys() & given.keys()
-        if is_size(name) and own[name] != given[name]
+        for name in other_sizes(own, given)
     ]
     if problems:
-        raise BrokenCheckpointError(stored.folder, sorted(problems))
+        raise BrokenCheckpointError(stored.folder, problems)
     weights = {name: tensor for name, tensor in stored.weights.items() if stored.base or is_mechanism(name)}
     refuse_numbers(stored.folder, {name: stored.magnitudes[name] for name in weights}, base.dtype)
     with bounded({**base.state_dict(), **weights}):

@@ -353,9 +353,11 @@ class MasksAttention(Mechanism):
     ) -> Tensor:
         plan = self.plan()
         self._check(state, plan)
+        # What a step keeps of the weights for the steps after it has no gradient.
+        single = q.shape[2] == 1 and lengths is None and not torch.is_grad_enabled()
         if plan.by_content:
             self._check_tokens(plan, tokens)
-            if q.shape[2] == 1 and lengths is None and state is not None and state.seen:
+            if single and state is not None and state.seen:
                 return self._content_step(plan, q, k, v, x, state, tokens)
             return self._by_content(plan, q, k, v, x, state, lengths, tokens)
         if plan.softmax:
@@ -368,7 +370,7 @@ class MasksAttention(Mechanism):
             return self._from_start(plan, q, k, v)
         complete = state.least >= plan.depth
         alike = plan.reads_at_once and (state.lengths is None or state.least >= plan.sinks)
-        if q.shape[2] == 1 and lengths is None and (complete or alike):
+        if single and (complete or alike):
             return self._step(plan, q, k, v, state)
         return self._continue(plan, q, k, v, state, lengths)
 

@@ -115,12 +115,14 @@ class Mechanism(nn.Module, ABC):
 
     Attributes:
         branches: names of the parts that can be switched off, for ablation.
+        takes_float32: whether queries, keys and values may be in float32 where the model is not.
         choosing: names of the parameters that do nothing but choose keys, see `choosing_parameters`.
         disabled: the branches that are off; see `disable`.
         dropout: probability with which an attention weight is dropped in training.
     """
 
     branches: tuple[str, ...] = ()
+    takes_float32: ClassVar[bool] = True
     choosing: tuple[str, ...] = ()
 
     def __init__(self, config: MechanismConfig, layer: LayerShape):

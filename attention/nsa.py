@@ -46,7 +46,7 @@ from .reference import (
     nsa_window,
     visible_weights,
 )
-from .state import State, store, with_room
+from .state import State, store, with_room, writable
 
 BRANCHES = ("compressed", "selected", "window")
 SEGMENT = 2048  # queries whose branches exist at the same time, unless gradients are kept
@@ -235,8 +235,8 @@ class NSAState(State):
             self._collect(compressed, position)
         else:
             own = 1 + (sum(self.layout[:3]) - 1) * size + position % size
-            self.read_keys.narrow(2, own, 1).copy_(k)
-            self.read_values.narrow(2, own, 1).copy_(v)
+            self.read_keys = store(self.read_keys, k, own, 0)
+            self.read_values = store(self.read_values, v, own, 0)
         whole = self.read_keys.shape[2]
         if not self.read_masks or self.read_masks[0].shape[1] < whole:
             self.read_masks = token_masks(self.layout[:3], size, self.config.window, compressed[0].shape[2], k.device)
@@ -261,14 +261,15 @@ class NSAState(State):
     def append_compressed_of(self, rows: Tensor, numbers: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores the compressed blocks (R, H_kv, 1, D), whose numbers are (R,), that some rows complete."""
         needed, before = self.config.visible(self.seen), self.compressed_keys
-        self.compressed_keys = with_room(self.compressed_keys, self.keys, needed)
-        self.compressed_values = with_room(self.compressed_values, self.values, needed)
+        self.compressed_keys = writable(with_room(self.compressed_keys, self.keys, needed), k)
+        self.compressed_values = writable(with_room(self.compressed_values, self.values, needed), v)
         self.compressed_keys[rows, :, numbers] = k[:, :, 0]
         self.compressed_values[rows, :, numbers] = v[:, :, 0]
         if self.compressed_keys is not before:
             self.read_keys = None  # it has no place for so many
         if self.read_keys is not None and self.layout == OF_ROWS:
             places = numbers + self._compressed_place
+            self.read_keys, self.read_values = writable(self.read_keys, k), writable(self.read_values, v)
             self.read_keys[rows, :, places], self.read_values[rows, :, places] = k[:, :, 0], v[:, :, 0]
 
     @property
@@ -301,8 +302,8 @@ class NSAState(State):
         if begun is not None:
             self._collect_rows(begun, positions[begun] // size)
         own = self._compressed_place - size + positions % size
-        store(self.read_keys, k, own, 0)
-        store(self.read_values, v, own, 0)
+        self.read_keys = store(self.read_keys, k, own, 0)
+        self.read_values = store(self.read_values, v, own, 0)
         by_place, first = self.read_masks
         hidden = first > positions[:, None]
         hidden[:, 0] = positions >= config.compress_block - 1  # the zero is read where no compressed block is
@@ -316,6 +317,9 @@ class NSAState(State):
         further = further.clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1)
         blocks = torch.cat([chosen[:, :, :-2], further, chosen[:, :, -2:]], 2)
         tokens = gather_blocks((self.keys, self.values), blocks, self.config.select_block, rows)
+        self.read_keys, self.read_values = (
+            writable(whole, part) for whole, part in zip((self.read_keys, self.read_values), tokens, strict=True)
+        )
         for whole, part in zip((self.read_keys, self.read_values), tokens, strict=True):
             whole[:, :, 1 : self._compressed_place].index_copy_(0, rows, part)
 
@@ -412,6 +416,7 @@ class NativeSparseAttention(Mechanism):
     """
 
     branches = BRANCHES
+    takes_float32: ClassVar[bool] = False  # its own weights are of the model's dtype
     config: NSAConfig
 
     def __init__(self, config: NSAConfig, layer: LayerShape):
@@ -439,8 +444,9 @@ class NativeSparseAttention(Mechanism):
         return mix(self._queries(q), k, v, self.gates(x), state, lengths).to(v.dtype)
 
     def gates(self, x: Tensor) -> Tensor:
-        """(B, 3·H, T, 1) in float32, by branch and head; 0 for a branch that is off."""
-        gates = F.linear(x, self.gate_weight, self.gate_bias).float().sigmoid().transpose(1, 2)[..., None]
+        """(B, 3·H, T, 1) in float32 at the least, by branch and head; 0 for a branch that is off."""
+        gates = F.linear(x, self.gate_weight, self.gate_bias)
+        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)).sigmoid().transpose(1, 2)[..., None]
         if not self.disabled:
             return gates
         off = [name in self.disabled for name in BRANCHES]

@@ -48,15 +48,14 @@ class LayersConfig(MechanismConfig):
                 _choice(choice)
             except ConfigError as error:
                 problems += [f"layers.{place}: {problem}" for problem in error.problems]
-        if not problems:
-            counts = Counter(number for choice in self.layers for number in choice["layers"])
-            twice = sorted(number for number, count in counts.items() if count > 1)
-            problems += [f"layers {twice} are named more than once"] if twice else []
         return problems
 
     def by_layer(self, count: int) -> list[MechanismConfig]:
         found = {number: _choice(choice) for choice in self.layers for number in choice["layers"]}
+        counts = Counter(number for choice in self.layers for number in choice["layers"])
         problems = []
+        if twice := sorted(number for number, times in counts.items() if times > 1):
+            problems.append(f"layers {twice} are named more than once")
         if missing := sorted(set(range(count)) - found.keys()):
             problems.append(f"layers {missing} are not named; the model has layers 0 to {count - 1}")
         if outside := sorted(found.keys() - set(range(count))):

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CheckpointError
+from .examine import other_sizes
 from .files import (
     CARD,
     HISTORY,
@@ -140,6 +141,9 @@ def write_model(
     config.tie_word_embeddings = is_tied(variant)
     if not variant.is_remote_code():
         config.__dict__.pop("auto_map", None)  # names code that `push` adds
+    if source is not None and (others := other_sizes(config.to_dict(), source.plain_config().to_dict())):
+        logger.warning("the variant has other sizes than its base, so all weights are saved: %s", ", ".join(others))
+        source = None
     if source is not None:
         config.base = {**_base_name(source.folder, home), "sha256": source.fingerprint}
         weights = difference(weights, source.plain(variant.dtype).state_dict())

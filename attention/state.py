@@ -157,6 +157,11 @@ class State(CacheLayerMixin):
         if self.record is not None:
             self.record.map(function)
 
+    def leave_inference_mode(self) -> None:
+        """Copies what was made in inference mode, as it cannot be written outside of it."""
+        if any((t := getattr(self, name)) is not None and t.is_inference() for name in (*self.batched, "lengths")):
+            self._map(torch.clone)
+
     # Taking tokens back.
 
     def note(self, columns: int, lengths: Tensor | None, *tensors: Tensor) -> None:
@@ -317,7 +322,7 @@ def store(buffer: Tensor | None, new: Tensor, start: int | Tensor, needed: int, 
     """Writes tokens into a buffer, which grows as in `with_room`.
 
     Args:
-        buffer: (B, H, C, D), or None for an empty one; written in place where it is large enough.
+        buffer: (B, H, C, D), or None for an empty one; written in place where it is large enough and `writable`.
         new: (B, H, T, D).
         start: the position of the first new token, one for all rows or (B,) one for each.
         needed: the capacity needed, at least the largest start + T.
@@ -327,13 +332,19 @@ def store(buffer: Tensor | None, new: Tensor, start: int | Tensor, needed: int, 
         The buffer (B, H, ≥ needed, D); what lies past the last written token is arbitrary and finite.
     """
     length = new.shape[2]
-    buffer = with_room(buffer, new, needed, step)
+    buffer = writable(with_room(buffer, new, needed, step), new)
     if isinstance(start, int):
         buffer.narrow(2, start, length).copy_(new)
     else:
         index = (start[:, None] + torch.arange(length, device=new.device))[:, None, :, None]
         buffer.scatter_(2, index.expand_as(new), new)
     return buffer
+
+
+def writable(buffer: Tensor, new: Tensor) -> Tensor:
+    """A buffer that `new` may be written into: a copy where gradients need it as it is."""
+    kept = torch.is_grad_enabled() and (buffer.requires_grad or new.requires_grad)
+    return buffer.clone() if kept else buffer
 
 
 def with_room(buffer: Tensor | None, like: Tensor, needed: int, step: int = 1) -> Tensor:

@@ -486,13 +486,15 @@ def mix(
     mechanism, dtype = module.mechanism, value.dtype
     if scaling is not None and not isclose(factor := scaling * query.shape[-1] ** 0.5, 1.0):
         query = query * factor
-    if module.__dict__.get("reorder_and_upcast_attn"):  # of GPT-2
+    if module.__dict__.get("reorder_and_upcast_attn") and mechanism.takes_float32:  # of GPT-2
         query, key, value = query.float(), key.float(), value.float()
     else:  # under autocast rotation leaves queries and keys in float32 beside values in bfloat16
         query, key = query.to(dtype), key.to(dtype)
     rows, tokens, maps = variant_call
     first = variant_state is None or variant_state.seen == 0
     lengths = None if rows is None else rows.lengths
+    if not (variant_state is None or torch.is_inference_mode_enabled() or traced()):
+        variant_state.leave_inference_mode()
     mixed = mechanism(query, key, value, variant_input, variant_state, lengths, tokens).to(dtype)
     weights = mechanism.attention_map(query, key, variant_input, tokens) if maps and first else None
     mixed = mixed.transpose(1, 2).contiguous()  # some families take a view of it
@@ -701,6 +703,7 @@ def assemble(
     for name, buffer in base.named_buffers():
         if name not in weights and not is_mechanism(name):
             _set_buffer(variant, name, buffer if share else buffer.clone())
+    _copy_reach(base, variant)
     variant.generation_config = copy.deepcopy(base.generation_config)
     return variant.eval()
 
@@ -733,8 +736,21 @@ def load_weights(variant: Variant, weights: dict[str, Tensor]) -> None:
 
 
 def _clone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    clones: dict[int, Tensor] = {}  # tied weights stay tied
-    return {name: clones.setdefault(tensor.data_ptr(), tensor.clone()) for name, tensor in weights.items()}
+    clones: dict[Any, Tensor] = {}  # tied weights stay tied
+    # On the meta device nothing has an address; there `load_weights` ties what is tied.
+    keys = ((tensor.data_ptr(), tensor.shape) if tensor.data_ptr() else name for name, tensor in weights.items())
+    return {
+        name: clones.setdefault(key, tensor.clone()) for key, (name, tensor) in zip(keys, weights.items(), strict=True)
+    }
+
+
+def _copy_reach(base: nn.Module, variant: nn.Module) -> None:
+    """How far a text has reached so far, by which rotations that grow with it know that they have grown."""
+    places = dict(variant.named_modules())
+    for name, module in base.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute.endswith("max_seq_len_cached") and name in places:
+                setattr(places[name], attribute, value)
 
 
 def _set_buffer(model: nn.Module, name: str, buffer: Tensor) -> None:

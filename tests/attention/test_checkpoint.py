@@ -899,3 +899,16 @@ def test_a_vocabulary_that_outweighs_all_else_is_loaded_around_a_base_in_memory(
     for options in ({"base": base}, {}):
         loaded, _ = attention.load(tmp_path / "variant", **options)
         assert_same(loaded, student)
+
+
+@pytest.mark.parametrize("size", [53, 71])
+@pytest.mark.parametrize("own", [False, True], ids=["attention.save", "save_pretrained"])
+def test_a_variant_of_another_vocabulary_than_its_base_carries_all_weights(tmp_path, caplog, size, own):
+    variant = make_variant(save_base(tmp_path / "base"))
+    variant.resize_token_embeddings(size)
+    variant.save_pretrained(tmp_path / "variant") if own else attention.save(variant, tmp_path / "variant", dtype=None)
+    assert "other sizes than its base" in caplog.text
+    again, _ = attention.load(tmp_path / "variant")
+    ids = torch.arange(1, 20)[None]
+    assert torch.equal(again(ids).logits, variant(ids).logits)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "variant").config.vocab_size == size

@@ -396,3 +396,22 @@ def test_models_are_built_in_two_threads_at_once():
     torch.nn.init.ones_(layer)
     assert (layer == 1).all()
     assert torch.nn.Linear(4, 4).weight.abs().sum() > 0
+
+
+def test_a_base_that_has_read_far_gives_a_variant_that_reads_short_texts():
+    """Rotation by dynamic NTK has grown in the base, and shrinks in both."""
+    base = tiny("llama", max_position_embeddings=32, rope_parameters=SCALED["dynamic"])
+    ids = torch.randint(3, 61, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = base(ids[:, :20]).logits
+        base(ids)
+        student = attention.convert(base, attention.SoftmaxConfig())
+        torch.testing.assert_close(student(ids[:, :20]).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_mistake_of_a_mix_is_listed():
+    choices = [{"layers": [0, 0, 9], "method": "softmax"}, {"layers": [0], "method": "masks"}]
+    with pytest.raises(attention.ConfigError) as caught:
+        attention.convert(tiny("llama"), attention.config_from_dict({"method": "layers", "layers": choices}))
+    for words in ("[0] are named more than once", "[1] are not named", "[9] do not exist"):
+        assert words in str(caught.value)

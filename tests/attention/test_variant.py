@@ -66,6 +66,23 @@ def test_shared_tensors_are_the_same_memory():
         assert student.state_dict()[name].data_ptr() == tensor.data_ptr(), name
 
 
+def test_a_model_without_memory_is_converted():
+    with torch.device("meta"):
+        base = tiny_gpt2()
+    student = attention.convert(base, small_config("nsa"))
+    assert {p.device.type for p in student.parameters()} == {"meta"}
+    assert student.lm_head.weight is student.transformer.wte.weight
+    assert {n: p.shape for n, p in base.named_parameters()}.items() <= {
+        n: p.shape for n, p in student.named_parameters()
+    }.items()
+
+
+@pytest.mark.parametrize("base", [None, "gpt2", torch.nn.Linear(2, 2)], ids=str)
+def test_what_is_no_model_is_refused(base):
+    with pytest.raises(TypeError, match="a causal language model of transformers, and got"):
+        attention.convert(base, small_config("masks"))
+
+
 def test_head_stays_tied():
     student = attention.convert(tiny_gpt2(), attention.SoftmaxConfig())
     assert student.lm_head.weight is student.transformer.wte.weight
@@ -203,6 +220,49 @@ def test_half_precision_runs_and_generates(method, dtype):
     assert logits.dtype == dtype
     assert torch.isfinite(logits).all()
     assert student.generate(ids, max_new_tokens=4, min_new_tokens=4, pad_token_id=0).shape == (1, 24)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_a_model_that_upcasts_its_attention_writes_in_any_precision(method, dtype):
+    """Also in rows that complete a compressed block at different steps, and under autocast."""
+    student, ids = variant(method, dtype=dtype, reorder_and_upcast_attn=True), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 14, "min_new_tokens": 14, "pad_token_id": 0}
+    assert student.generate(ids, **options).shape == (2, 26)
+    assert attention.attention_maps(student, ids)[0].dtype.is_floating_point
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert student.float().generate(ids, **options).shape == (2, 26)
+
+
+@every_method
+def test_gradients_flow_through_a_cache_as_without(method):
+    student, ids = variant(method), tokens(2, 20)
+    student(ids).logits.square().mean().backward()
+    whole = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    cache, logits = None, []
+    for part in ids.split([9, 1, 1, 6, 1, 1, 1], 1):
+        output = student(part, use_cache=True, **{CACHE: cache})
+        cache = output.get(CACHE)
+        logits.append(output.logits)
+    torch.cat(logits, 1).square().mean().backward()
+    for name, parameter in student.named_parameters():
+        if name in whole:
+            torch.testing.assert_close(parameter.grad, whole[name], atol=2e-4, rtol=2e-4)
+
+
+@every_method
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(method):
+    student, ids = variant(method), tokens(2, 30)
+    with torch.inference_mode():
+        cache = student(ids[:, :12], use_cache=True).get(CACHE)
+        student(ids[:, 12:13], use_cache=True, **{CACHE: cache})
+    with torch.no_grad():
+        steps = [student(ids[:, i : i + 1], use_cache=True, **{CACHE: cache}).logits for i in range(13, 30)]
+        torch.testing.assert_close(torch.cat(steps, 1), student(ids).logits[:, 13:], **TOLERANCE)
 
 
 @every_method
