@@ -493,7 +493,7 @@ def mix(
     rows, tokens, maps = variant_call
     first = variant_state is None or variant_state.seen == 0
     lengths = None if rows is None else rows.lengths
-    if not (variant_state is None or torch.is_inference_mode_enabled() or traced()):
+    if not (variant_state is None or traced() or torch.is_inference_mode_enabled()):
         variant_state.leave_inference_mode()
     mixed = mechanism(query, key, value, variant_input, variant_state, lengths, tokens).to(dtype)
     weights = mechanism.attention_map(query, key, variant_input, tokens) if maps and first else None
