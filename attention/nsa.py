@@ -317,9 +317,7 @@ class NSAState(State):
         further = further.clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1)
         blocks = torch.cat([chosen[:, :, :-2], further, chosen[:, :, -2:]], 2)
         tokens = gather_blocks((self.keys, self.values), blocks, self.config.select_block, rows)
-        self.read_keys, self.read_values = (
-            writable(whole, part) for whole, part in zip((self.read_keys, self.read_values), tokens, strict=True)
-        )
+        self.read_keys, self.read_values = writable(self.read_keys, tokens[0]), writable(self.read_values, tokens[1])
         for whole, part in zip((self.read_keys, self.read_values), tokens, strict=True):
             whole[:, :, 1 : self._compressed_place].index_copy_(0, rows, part)
 

@@ -737,11 +737,12 @@ def load_weights(variant: Variant, weights: dict[str, Tensor]) -> None:
 
 def _clone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     clones: dict[Any, Tensor] = {}  # tied weights stay tied
-    # On the meta device nothing has an address; there `load_weights` ties what is tied.
-    keys = ((tensor.data_ptr(), tensor.shape) if tensor.data_ptr() else name for name, tensor in weights.items())
-    return {
-        name: clones.setdefault(key, tensor.clone()) for key, (name, tensor) in zip(keys, weights.items(), strict=True)
-    }
+
+    def place(name: str, tensor: Tensor) -> Any:
+        """What tied weights share; on the meta device nothing has an address, and `load_weights` ties them again."""
+        return (tensor.data_ptr(), tensor.shape) if tensor.data_ptr() else name
+
+    return {name: clones.setdefault(place(name, tensor), tensor.clone()) for name, tensor in weights.items()}
 
 
 def _copy_reach(base: nn.Module, variant: nn.Module) -> None:

@@ -331,19 +331,25 @@ def test_reach(tab: Page):
     expect(tab.locator("#attention-maps")).to_contain_text("reached by 10 of 10 tokens")
 
 
-def test_it_shows_that_it_works(tab: Page, monkeypatch: pytest.MonkeyPatch, gate: threading.Event):
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> threading.Event:
+    """Holds the maps until it is opened."""
     rows = Look.rows
 
-    def held(look: Look, layer: int) -> torch.Tensor:
+    def rows_in_time(look: Look, layer: int) -> torch.Tensor:
         gate.wait()
         return rows(look, layer)
 
-    monkeypatch.setattr(Look, "rows", held)
+    monkeypatch.setattr(Look, "rows", rows_in_time)
+    return gate
+
+
+def test_it_shows_that_it_works(tab: Page, held: threading.Event):
     tab.locator("#attention-text textarea").fill("Something new that takes its time.")
     tab.get_by_role("button", name="Show attention").click()
     expect(tab.locator("#attention-meter")).to_contain_text("masks: layer 0 of 2")
     expect(tab.locator("#attention-meter progress")).to_be_visible()
-    gate.set()
+    held.set()
     expect(text(tab)).to_contain_text("Something new")
     expect(tab.locator("#attention-meter")).to_have_text("")
 
@@ -366,23 +372,16 @@ def sized(browser: BrowserContext, checkpoints: Path, tmp_path: Path) -> Iterato
     app.blocks.close()
 
 
-def test_a_model_is_not_shown_with_the_sizes_of_another(sized: Page, monkeypatch: pytest.MonkeyPatch, gate):
-    rows = Look.rows
-
-    def held(look: Look, layer: int) -> torch.Tensor:
-        gate.wait()
-        return rows(look, layer)
-
-    monkeypatch.setattr(Look, "rows", held)
+def test_a_model_is_not_shown_with_the_sizes_of_another(sized: Page, held: threading.Event):
     for name, passage in (("base", "A text that takes its time."), ("nsa", "And one more that takes as long.")):
-        gate.clear()
+        held.clear()
         sized.locator("#attention-text textarea").fill(passage)
         sized.get_by_role("button", name="Show attention").click()
         expect(sized.locator("#attention-meter progress")).to_be_visible()
         sized.locator("#attention-model input").click()
         sized.get_by_role("option", name=name, exact=True).click()
         sized.wait_for_timeout(500)  # what the choice asks for has come to the server, and waits there
-        gate.set()
+        held.set()
         expect(text(sized)).to_contain_text(passage[:10])
         expect(title(sized)).to_have_text(f"{name} · layer 0 · head 0")
     expect(sized.locator("#attention-meter")).to_have_text("")
