@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 
 import attention
 from attention.files import CARD, HISTORY
+from trainer.card_words import BEFORE, FURTHER, MADE, POSITION_TABLE, RECALL_TABLE
 
 from .components.curves import Chart, Event, Series
 from .components.samples import SamplesView
@@ -31,9 +32,8 @@ HISTORY_BYTES = 50_000_000
 CURVE_POINTS = 400
 CARD_BYTES = 1_000_000
 MEASURES = {"kl": "KL", "perplexity": "Perplexity", "top1_agreement": "Same choice"}
-BEFORE = "Before it"  # begins what a card says of the runs that the last one goes on from
 LAUNCHERS = ("accelerate launch", "python", "torchrun")
-SLICES = ("tokens that are", "tokens at positions")  # what such tables of a card begin with
+SLICES = (RECALL_TABLE, POSITION_TABLE)
 NO_SLICES = "Its card has no such figures; trainer/evaluate.py --card writes them into it."
 SHARES = ("kl", "ce", "reverse_kl", "jsd")  # terms of a loss that are nats per token
 
@@ -111,7 +111,7 @@ def _is_hits(line: dict[str, str]) -> bool:
 
 def _lines_by_context(card: ModelCard) -> Iterator[tuple[str, str]]:
     """The lines of all tables of slices in a card, with the contexts that they were measured at."""
-    further = re.search(r"^## Measured further\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
+    further = re.search(rf"^## {FURTHER}\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
     for part in re.split(r"^### Context ", further[1] if further else "", flags=re.MULTILINE)[1:]:
         context, _, said = part.partition("\n")
         for block in re.split(r"\n\s*\n", said):
@@ -147,7 +147,7 @@ def recorded(rows: list[Row]) -> Spent:
 
 def own_and_before(card: ModelCard) -> tuple[Spent, Spent]:
     """What the last run took, and what those took that it went on from, as the card says it."""
-    made = section(card, "How it was made")
+    made = section(card, MADE)
     own, _, before = made.partition(BEFORE)
     return _spent(own), _spent(before)
 
@@ -189,7 +189,7 @@ def facts(entry: Entry, rows: list[Row], card: ModelCard) -> list[list[str]]:
         "On disk": f"{entry.size / 1e6:.1f} MB",
         **_measured(card, known=bool(evals)),
         "Options": " · ".join(f"{name} {option_text(value)}" for name, value in _own_options(entry).items()),
-        "How it was made": how_it_was_made(card),
+        MADE: how_it_was_made(card),
         "On a clone": "\n".join(commands(card)),
     }
     return [[label, value] for label, value in found.items() if value]
@@ -210,7 +210,7 @@ def _own_options(entry: Entry) -> dict[str, Any]:
 
 def how_it_was_made(card: ModelCard) -> str:
     """The card's words on it, without its options and command, and without a commit that nobody else has."""
-    made = section(card, "How it was made")
+    made = section(card, MADE)
     lines = [line for line in made.splitlines() if not line.startswith(LAUNCHERS)]
     text = re.sub(r"Method options: .*?\. Text: ", "Text: ", "\n".join(lines))
     return re.sub(r",? code at \w+-dirty", "", text).strip()
@@ -222,7 +222,7 @@ def commands(card: ModelCard) -> list[str]:
     Of the card's own, what names files outside the repository is left out: another text is named with --data.train,
     and without one the trainer samples it from the base.
     """
-    made = section(card, "How it was made")
+    made = section(card, MADE)
     own = next((line for line in made.splitlines() if line.startswith(LAUNCHERS)), "")
     if not own:
         return []

@@ -21,13 +21,11 @@ from attention.mechanism import MechanismConfig
 from attention.pushing import ANY_REPOSITORY
 from attention.registry import CONFIGS, LayersConfig
 
+from .card_words import BEFORE, FURTHER, MADE, PAIRS_SECTION, POSITION_TABLE, RECALL_TABLE, USE
 from .config import RunConfig
 from .fidelity import Fidelity
 from .recall import CANDIDATES, CHANCE
 
-FURTHER, USE, PAIRS_SECTION = "## Measured further", "## Use", "## Frequent pairs of tokens"
-MADE, BEFORE = "## How it was made", "Before it"
-RECALL_TABLE, POSITION_TABLE = "tokens that are", "tokens at positions"  # first words of these tables
 SLICE_COLUMNS = ["how many", "cross-entropy of the base", "above it", "KL"]
 TAGS = ["efficient-attention", "distillation"]
 
@@ -137,8 +135,8 @@ def _body(making: Making, measured: dict[str, Fidelity]) -> str:
             _what(making),
             f"## What it measures\n\n{_figures(making, measured)}",
             "![curves](curves.png)",
-            f"{USE}\n\n{_usage(making)}",
-            f"{MADE}\n\n{_how(making)}",
+            f"## {USE}\n\n{_usage(making)}",
+            f"## {MADE}\n\n{_how(making)}",
             f"## Limits\n\n{_limits(making)}",
             "",
         ]
@@ -232,7 +230,7 @@ def _how(making: Making) -> str:
 
 def _before(making: Making) -> str:
     """How the variant was made that the run went on from, in its own card's words; empty where that says nothing."""
-    found = re.search(rf"^{MADE}$(.*?)(?=^## |\Z)", making.earlier or "", re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^## {MADE}$(.*?)(?=^## |\Z)", making.earlier or "", re.MULTILINE | re.DOTALL)
     if not found:
         return ""
     where = ", on another base," if making.config.move else ""
@@ -286,14 +284,14 @@ def with_part(card: str, title: str, text: str) -> str:
     Raises:
         ValueError: if the card has no section on its use, before which the figures go.
     """
-    before, use, after = card.partition(f"\n{USE}\n")
+    before, use, after = card.partition(f"\n## {USE}\n")
     if not use:
-        raise ValueError(f"the card has no section {USE!r}, before which the figures go")
-    before, _, further = before.partition(f"\n{FURTHER}\n")
+        raise ValueError(f"the card has no section '## {USE}', before which the figures go")
+    before, _, further = before.partition(f"\n## {FURTHER}\n")
     found = (part.partition("\n") for part in re.split(r"^### ", further, flags=re.M)[1:])
     parts = {name.strip(): said.strip() for name, _, said in found} | {title: text}
     sections = "\n\n".join(f"### {name}\n\n{parts[name]}" for name in sorted(parts, key=_by_number))
-    return f"{before}\n{FURTHER}\n\nBy `trainer/evaluate.py`.\n\n{sections}\n{use}{after}"
+    return f"{before}\n## {FURTHER}\n\nBy `trainer/evaluate.py`.\n\n{sections}\n{use}{after}"
 
 
 def with_tasks(card: str, row: dict[str, Any]) -> str:
@@ -333,9 +331,9 @@ def _by_number(title: str) -> list[tuple[bool, int, str]]:
 
 def with_pairs(card: str, said: str) -> str:
     """A base's card with a section about its table of pairs at the end, in place of the one it had."""
-    rest = re.sub(rf"^{PAIRS_SECTION}$.*?(?=^## |\Z)", "", card, flags=re.M | re.S).rstrip()
+    rest = re.sub(rf"^## {PAIRS_SECTION}$.*?(?=^## |\Z)", "", card, flags=re.M | re.S).rstrip()
     return (
-        f"{rest}\n\n{PAIRS_SECTION}\n\n`{PAIRS}`, made by `python -m trainer.pairs`, holds {said}. For "
+        f"{rest}\n\n## {PAIRS_SECTION}\n\n`{PAIRS}`, made by `python -m trainer.pairs`, holds {said}. For "
         "`trainer/evaluate.py` a token that ends a rare pair which its block has had before is one that must be looked "
         "up.\n"
     )

@@ -45,7 +45,8 @@ from transformers.utils import logging as transformers_logging
 
 import attention
 from attention.files import CARD, expanded, write_file
-from trainer.card import USE, with_measurement
+from trainer.card import with_measurement
+from trainer.card_words import USE
 from trainer.data import DataError, check_vocabulary, read_files
 from trainer.drafting import DRAFT, measure_drafting
 from trainer.fidelity import Fidelity, Reader, measure_each, predicted, read_each
@@ -319,8 +320,8 @@ def find_cards(specs: list[str]) -> list[Path]:
     cards = [expanded(spec) / CARD for spec in specs]
     if missing := [str(card) for card in cards if not card.is_file()]:
         raise ValueError(f"--card writes into cards of folders here, but there is no {', '.join(missing)}")
-    if other := [str(card) for card in cards if f"\n{USE}\n" not in card.read_text(encoding="utf-8")]:
-        raise ValueError(f"--card writes before a card's section {USE!r}, which there is not in {', '.join(other)}")
+    if other := [str(card) for card in cards if f"\n## {USE}\n" not in card.read_text(encoding="utf-8")]:
+        raise ValueError(f"--card writes before a card's section '## {USE}', which there is not in {', '.join(other)}")
     return cards
 
 

@@ -9,7 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from attention import MasksConfig, config_from_dict
-from trainer.card import BEFORE, Making, hub_id, write_card
+from trainer.card import Making, hub_id, write_card
+from trainer.card_words import BEFORE
 from trainer.config import RunConfig
 from trainer.fidelity import Fidelity
 

@@ -105,8 +105,8 @@ def cell_config(cell: Cell, options: argparse.Namespace) -> RunConfig:
     stages = _stages(cell, whole, options)
     steps = sum(stage["steps"] for stage in stages)
     schedule = {
-        "eval.every": max(1, steps // 8),
-        "eval.tokens": 16_384,
+        "eval.every": max(1, steps // 5),
+        "eval.tokens": 8_192,
         "checkpoint.every": max(1, steps // 4),
         "log_every": max(1, steps // 40),
         "samples.length": 80,
