@@ -136,6 +136,11 @@ class NSAConfig(MechanismConfig):
         count = (position + 1 - self.compress_block) // self.compress_stride + 1
         return count.clamp(min=0) if isinstance(count, Tensor) else max(count, 0)
 
+    def reads_others(self, position: int) -> bool:
+        """Whether a token reads other blocks than the one before it: its group chooses, or finds one more to read."""
+        all_are_read = position // self.select_block < self.num_selected
+        return position % (self.select_block if all_are_read else self.select_every) == 0
+
     @property
     def further_blocks(self) -> int:
         """Blocks before a query's own and the one before that in which its window may begin."""
@@ -205,6 +210,10 @@ class NSAState(State):
             choices = (take(blocks.repeat_interleave(self.config.select_every, 2), shift, columns),)
         self.note(columns, lengths, *choices)
 
+    def lies_ready(self, position: int) -> bool:
+        """Whether a token at `position` reads what the one before it read, and its own key and value."""
+        return self.read_keys is not None and not self.config.reads_others(position)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new tokens (B, H_kv, T, D), not counting them yet; returns the buffers."""
         needed, step = self.seen + k.shape[2], self.config.select_block
@@ -217,8 +226,8 @@ class NSAState(State):
 
         A row's incomplete ones are stored too, where the rows differ: none sees them before they are stored again.
         """
-        if self.compressed_keys is None:
-            self.read_keys = None
+        if self.compressed_keys is None or (isinstance(start, int) and start == 0):
+            self.read_keys = None  # it has no place for any
         elif self.read_keys is not None:
             self.read_keys, self.read_values = torch.cat([self.read_keys, k], 2), torch.cat([self.read_values, v], 2)
         needed = self.config.visible(self.seen - 1) + k.shape[2]
@@ -231,7 +240,7 @@ class NSAState(State):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What a token (B, H_kv, 1, D) at `position`, stored already, reads: keys, values, and masks (3, R)."""
         size = self.config.select_block
-        if self.read_keys is None or position % self.config.select_every == 0:
+        if not self.lies_ready(position):
             self._collect(compressed, position)
         else:
             own = 1 + (sum(self.layout[:3]) - 1) * size + position % size
@@ -243,7 +252,7 @@ class NSAState(State):
         return self.read_keys, self.read_values, self.read_masks[position % size].narrow(1, 0, whole)
 
     def _collect(self, compressed: tuple[Tensor, Tensor], position: int) -> None:
-        """Lays out what the tokens of a group read, from the one at `position` on."""
+        """Lays out what tokens read from the one at `position` on."""
         size, current = self.config.select_block, position // self.config.select_block
         chosen = self.selected[:, :, -min(current + 1, self.config.num_selected) :]
         first, stop = (current * size + 1 - self.config.window) // size, max(current - 1, 0)
@@ -257,6 +266,11 @@ class NSAState(State):
             self.layout, self.read_masks = layout, ()
 
     # The same where rows differ in position: all in the layout of a long text, and what a row has not is hidden.
+
+    @property
+    def rows_lie_ready(self) -> bool:
+        """Whether tokens read what those before them read, but where `NSAConfig.reads_others`."""
+        return self.read_keys is not None and self.layout == OF_ROWS
 
     def append_compressed_of(self, rows: Tensor, numbers: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores the compressed blocks (R, H_kv, 1, D), whose numbers are (R,), that some rows complete."""
@@ -284,10 +298,10 @@ class NSAState(State):
         """What a token (B, H_kv, 1, D) at `positions` (B,), stored already, reads: keys, values, and masks (B, 3, R).
 
         Args:
-            begun: (R,) the rows in which it begins a group; None: there are none.
+            begun: (R,) the rows in which it reads other blocks than the one before it; None: there are none.
         """
         config, size = self.config, self.config.select_block
-        if self.read_keys is None or self.layout != OF_ROWS:
+        if not self.rows_lie_ready:
             begun = torch.arange(len(k), device=k.device)
             room = 0 if self.compressed_keys is None else self.compressed_keys.shape[2]
             shape = *k.shape[:2], self._compressed_place + room, k.shape[3]
@@ -311,7 +325,7 @@ class NSAState(State):
         return self.read_keys, self.read_values, masks
 
     def _collect_rows(self, rows: Tensor, current: Tensor) -> None:
-        """Lays out what the tokens of a group read, in the rows (R,) that begin one, in blocks `current` (R,)."""
+        """Lays out what tokens read from now on, in rows (R,) whose tokens stand in blocks `current` (R,)."""
         chosen = self.selected[rows]
         further = current[:, None] - 1 + torch.arange(-self.config.further_blocks, 0, device=rows.device)
         further = further.clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1)
@@ -612,8 +626,9 @@ class NativeSparseAttention(Mechanism):
             state.append_compressed_of(rows, blocks, *self.compression(*tokens))
 
     def _choose_in_rows(self, q: Tensor, state: NSAState, numbers: list[int]) -> Tensor | None:
-        """Renews `state.selected` in the rows, at these positions, where the new token begins a group; (R,) these."""
-        begun = [row for row, at in enumerate(numbers) if at % self.config.select_every == 0]
+        """Renews `state.selected` in the rows, at these positions, whose tokens read other blocks now; (R,) these."""
+        others = self.config.reads_others if state.rows_lie_ready else self._begins_group
+        begun = [row for row, at in enumerate(numbers) if others(at)]
         if not begun:
             return None
         rows = torch.tensor(begun, device=q.device)
@@ -667,14 +682,17 @@ class NativeSparseAttention(Mechanism):
         return torch.cat(chosen, dim=2)
 
     def _choose_for_token(self, q: Tensor, compressed_keys: Tensor, state: NSAState, position: int) -> None:
-        """Renews `state.selected` where the token at `position` begins a group."""
+        """Renews `state.selected` where the token at `position` begins a group and reads other blocks."""
         config = self.config
-        if position % config.select_every:
+        if not self._begins_group(position) or state.lies_ready(position):
             return
         if position // config.select_block >= config.num_selected - 1:
             state.selected = self._choose_of_many(q, compressed_keys, position)
         else:
             state.selected = self._choose(q, compressed_keys, position, state.keys.shape[2])[:, :, 0]
+
+    def _begins_group(self, position: int) -> bool:
+        return position % self.config.select_every == 0
 
     def _choose_of_many(self, q: Tensor, compressed_keys: Tensor, position: int) -> Tensor:
         """What `_choose` gives (B, H_kv, n) for one query that has at least n blocks to choose from."""
