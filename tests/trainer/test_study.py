@@ -9,7 +9,7 @@ import pytest
 
 import attention
 from trainer.study import grid as study
-from trainer.study.grid import grid, main, parse, plan
+from trainer.study.grid import grid, main, measure, parse, plan
 from trainer.study.report import UNANSWERED, compared, conclusions, most_dropped, table
 from trainer.study.results import MEASURED, Cell, Result
 
@@ -132,6 +132,24 @@ def test_a_study_goes_on_where_it_stopped(page: Path, workplace: Path, monkeypat
     assert ran == [str(runs / "nsa-kl-corpus-seed0")]
     assert read == [str(runs / "nsa-kl-corpus-seed0" / "variant")]
     assert re.sub(r"0\.\d \|$", "", page.read_text(), flags=re.M) == re.sub(r"0\.\d \|$", "", before, flags=re.M)
+
+
+def test_what_was_measured_of_a_seed_is_kept(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = parse(arguments(workplace, "--methods", "nsa", "--seeds", "2", "--runs", str(tmp_path)))
+    configs, read = plan(options), []
+    for config in configs.values():
+        Path(config.output).mkdir()
+
+    def first_alone(asked):
+        if read:
+            raise OSError("stopped")
+        read.extend(asked.variant)
+        return [{} for _ in read]
+
+    monkeypatch.setattr(study.evaluate, "evaluate", first_alone)
+    with pytest.raises(OSError, match="stopped"):
+        measure(configs, options)
+    assert [(Path(config.output) / MEASURED).is_file() for config in configs.values()] == 4 * [True] + 4 * [False]
 
 
 def test_a_run_with_other_options_is_not_taken_for_this_one(page: Path, workplace: Path, capsys: pytest.CaptureFixture):

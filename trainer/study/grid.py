@@ -179,18 +179,28 @@ def train(configs: dict[Cell, RunConfig]) -> None:
 
 
 def measure(configs: dict[Cell, RunConfig], options: argparse.Namespace) -> None:
-    """Measures what was not yet measured like this, all together, and leaves the figures with the runs."""
+    """Measures what was not yet measured like this, and leaves the figures with the runs.
+
+    The cells of a seed are measured together, so that the base reads the text once for all of them, and what was
+    measured is kept if the next ones are not reached.
+    """
     setting = {"text": options.text, "context": options.context, "samples": options.samples, "length": options.length}
-    places = {str(Path(config.output) / "variant"): cell for cell, config in configs.items()}
-    missing = [place for place in places if _measured(Path(place).parent).get("setting") != setting]
-    if not missing:
-        return
+    for seed in range(options.seeds):
+        missing = {
+            cell: str(Path(config.output) / "variant")
+            for cell, config in configs.items()
+            if cell.seed == seed and _measured(Path(config.output)).get("setting") != setting
+        }
+        if missing:
+            _measure_together(missing, configs, setting)
+
+
+def _measure_together(places: dict[Cell, str], configs: dict[Cell, RunConfig], setting: dict[str, Any]) -> None:
     flags = [word for name, value in setting.items() for word in (f"--{name}", str(value))]
-    rows = evaluate.evaluate(evaluate.parse(["--variant", *missing, *flags]))
-    for place, row in zip(missing, rows, strict=True):
-        cell = places[place]
+    rows = evaluate.evaluate(evaluate.parse(["--variant", *places.values(), *flags]))
+    for (cell, place), row in zip(places.items(), rows, strict=True):
         prunes = cell.method == "masks" and cell.objective in ("kl", "kl+l1")
-        pruning = prune_sweep(place, configs[cell], options.text) if prunes else []
+        pruning = prune_sweep(place, configs[cell], setting["text"]) if prunes else []
         write_json(Path(place).parent / MEASURED, {"setting": setting, "row": row, "pruning": pruning})
 
 
