@@ -18,6 +18,7 @@ from .results import Result
 COLOURS = {"kl": "tab:blue", "kl+ce": "tab:orange", "kl+l1": "tab:green"}
 LINES = {"corpus": "-", "sampled": "--"}
 LAYERS = 6  # shown at most
+ABREAST = 3  # panels of a row
 SHOWN = 96  # tokens of a mask that are drawn
 
 
@@ -39,15 +40,20 @@ def drawn(path: Path, rows: int, columns: int, size: tuple[float, float], **opti
 def draw_curves(results: Sequence[Result], path: Path) -> None:
     """KL on the validation text over tokens trained on, a panel a method, a line a seed; faint, the KL in training."""
     methods = list(dict.fromkeys(result.cell.method for result in results))
-    with drawn(path, 1, len(methods), (3.1 * len(methods) + 0.6, 3.2), sharex=True) as axes:
-        for panel, method in zip(axes[0], methods, strict=True):
+    columns = min(ABREAST, len(methods))
+    rows = -(-len(methods) // columns)
+    with drawn(path, rows, columns, (3.1 * columns + 0.6, 3.2 * rows)) as axes:
+        for panel in axes.flat[len(methods) :]:
+            panel.set_axis_off()
+        for panel, method in zip(axes.flat, methods, strict=False):
             for result in results:
                 if result.cell.method == method:
                     _draw_curve(panel, result)
             panel.set(title=method, xlabel="tokens", yscale="log")
             panel.grid(alpha=0.3, which="both")
             _label_thousands(panel)
-        axes[0, 0].set_ylabel("KL, nats per token")
+        for first in axes[:, 0]:
+            first.set_ylabel("KL, nats per token")
         axes[0, 0].legend(frameon=False, fontsize=7)
 
 
