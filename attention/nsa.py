@@ -281,7 +281,7 @@ class NSAState(State):
         self.compressed_values[rows, :, numbers] = v[:, :, 0]
         if self.compressed_keys is not before:
             self.read_keys = None  # it has no place for so many
-        if self.read_keys is not None and self.layout == OF_ROWS:
+        if self.rows_lie_ready:
             places = numbers + self._compressed_place
             self.read_keys, self.read_values = writable(self.read_keys, k), writable(self.read_values, v)
             self.read_keys[rows, :, places], self.read_values[rows, :, places] = k[:, :, 0], v[:, :, 0]

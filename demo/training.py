@@ -72,11 +72,14 @@ def read_card(folder: Path) -> ModelCard:
 
 def section(card: ModelCard, title: str) -> str:
     """The text under a second-level heading of a card, as plain text; empty where there is no such heading."""
-    found = re.search(rf"^## {re.escape(title)}\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
-    if not found:
-        return ""
-    plain = re.sub(r"^```.*$|\*\*|`", "", found[1], flags=re.MULTILINE)
+    plain = re.sub(r"^```.*$|\*\*|`", "", _section(card, title), flags=re.MULTILINE)
     return re.sub(r"\n\s*\n", "\n", plain).strip()
+
+
+def _section(card: ModelCard, title: str) -> str:
+    """The same, as it is written."""
+    found = re.search(rf"^## {re.escape(title)}\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
 
 
 def slices(card: ModelCard) -> dict[str, Any]:
@@ -111,8 +114,7 @@ def _is_hits(line: dict[str, str]) -> bool:
 
 def _lines_by_context(card: ModelCard) -> Iterator[tuple[str, str]]:
     """The lines of all tables of slices in a card, with the contexts that they were measured at."""
-    further = re.search(rf"^## {FURTHER}\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
-    for part in re.split(r"^### Context ", further[1] if further else "", flags=re.MULTILINE)[1:]:
+    for part in re.split(r"^### Context ", _section(card, FURTHER), flags=re.MULTILINE)[1:]:
         context, _, said = part.partition("\n")
         for block in re.split(r"\n\s*\n", said):
             if block.strip().startswith(tuple(f"| {start} |" for start in SLICES)):

@@ -43,9 +43,10 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
     columns = min(ABREAST, len(methods))
     rows = -(-len(methods) // columns)
     with drawn(path, rows, columns, (3.1 * columns + 0.6, 3.2 * rows)) as axes:
-        for panel in axes.flat[len(methods) :]:
+        panels, spare = axes.flat[: len(methods)], axes.flat[len(methods) :]
+        for panel in spare:
             panel.set_axis_off()
-        for panel, method in zip(axes.flat, methods, strict=False):
+        for panel, method in zip(panels, methods, strict=True):
             for result in results:
                 if result.cell.method == method:
                     _draw_curve(panel, result)
