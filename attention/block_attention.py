@@ -16,7 +16,15 @@ CPU_NUMBERS, NUMBERS = 3 << 19, 1 << 27  # numbers that are temporary at a time:
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, run: int = 1, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    run: int = 1,
+    dropout: float = 0.0,
+    joined: int = 1,
+    skip: int = 0,
 ) -> Tensor:
     """softmax(q kᵀ / √D + bias) v over the keys that `index` lists for each block of queries.
 
@@ -29,33 +37,45 @@ def block_attention(
         v: values (B, H, S, D).
         bias: (1 or B·H, N ≤ ⌈T/b⌉, b, K), added to the scores; block i reads row min(i, N − 1) of the second
             dimension. A query needs at least one key whose bias is finite.
-        index: (1 or B·H, ⌈T/b⌉, K / run), which runs of keys each block reads; one that is listed twice counts twice.
+        index: (1 or B·H, ⌈T/b⌉ + joined − 1, R), lists of runs of keys; one that is listed twice counts twice.
         run: consecutive keys that are listed together, a divisor of S: run r is the keys from r·run on.
         dropout: probability of dropping a weight.
+        joined: lists that a block reads: block i reads K keys of the lists i to i + joined − 1. Consecutive blocks
+            then share lists, whose keys are fetched once.
+        skip: keys at the start of its first list that a block does not read.
 
     Returns:
         (B, H, T, D).
     """
     if traced():
-        return _block_attention_at_once(q, k, v, bias, index, run, dropout)
+        return _block_attention_at_once(q, k, v, bias, index, run, dropout, joined, skip)
     batch, heads, length, _ = q.shape
     rows = torch.arange(batch * heads, device=q.device)[:, None, None] * (k.shape[2] // run)
     missing = -length % bias.shape[2]
     blocks = (F.pad(q, (0, 0, 0, missing)) if missing else q).flatten(0, 1).unflatten(1, (-1, bias.shape[2]))
     tables = (t.flatten(0, 1).unflatten(1, (-1, run)).flatten(2).flatten(0, 1) for t in (k, v))
-    out = _BlockAttention.apply(blocks, *tables, bias, index + rows, dropout)
+    out = _BlockAttention.apply(blocks, *tables, bias, Lists(index + rows, run, joined, skip), dropout)
     return out.flatten(1, 2)[:, :length].unflatten(0, (batch, heads))
 
 
 def _block_attention_at_once(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, index: Tensor, run: int, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    run: int,
+    dropout: float,
+    joined: int,
+    skip: int,
 ) -> Tensor:
     """`block_attention` in operations that a graph holds for any length, all blocks together."""
     batch, heads, length, width = q.shape
-    size, count = bias.shape[2], index.shape[1]
+    size, count = bias.shape[2], index.shape[1] - joined + 1
     q = F.pad(q, (0, 0, 0, count * size - length)).reshape(batch * heads, count, size, width)
-    listed = index[..., None] * run + torch.arange(run, device=q.device)
-    listed = listed.flatten(2).expand(batch * heads, -1, -1)
+    listed = (index[..., None] * run + torch.arange(run, device=q.device)).flatten(2)
+    listed = torch.cat([listed.narrow(1, i, count) for i in range(joined)], -1).narrow(2, skip, bias.shape[3])
+    listed = listed.expand(batch * heads, -1, -1)
     keys, values = (
         t.flatten(0, 1)[torch.arange(batch * heads, device=q.device)[:, None, None], listed] for t in (k, v)
     )
@@ -73,9 +93,9 @@ class Piece(NamedTuple):
     blocks: slice
 
     @classmethod
-    def cut(cls, heads: int, blocks: int, at_once: int) -> Iterator[Piece]:
-        """Cuts heads × blocks into pieces of about `at_once` blocks."""
-        many, parts = max(1, at_once // blocks), math.ceil(blocks / max(1, at_once))
+    def cut(cls, heads: int, blocks: int, at_once: int, alone: bool) -> Iterator[Piece]:
+        """Cuts heads × blocks into pieces of about `at_once` blocks, of one head each if they are to be `alone`."""
+        many, parts = 1 if alone else max(1, at_once // blocks), math.ceil(blocks / max(1, at_once))
         size = math.ceil(blocks / parts)
         for head in range(0, heads, many):
             for block in range(0, blocks, size):
@@ -115,20 +135,57 @@ class Workspace:
         out = self.take(name, *a.shape[:2], b.shape[2])
         return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
-    def gathered(self, name: str, table: Tensor, runs: Tensor, width: int) -> Tensor:
-        """The listed runs (n, R) of a table (·, run·D), as (n, R·run, D)."""
-        out = self.take(name, runs.numel(), table.shape[1])
-        return torch.index_select(table, 0, runs.flatten(), out=out).view(len(runs), -1, width)
+    def gathered(self, name: str, table: Tensor, rows: Tensor) -> Tensor:
+        """These rows of a table."""
+        return torch.index_select(table, 0, rows, out=self.take(name, rows.numel(), table.shape[1]))
+
+
+class Lists(NamedTuple):
+    """Which keys the blocks read: `joined` and `skip` as in `block_attention`.
+
+    Attributes:
+        runs: (G, N + joined − 1, R) rows of the tables (·, run·D) of keys and values.
+    """
+
+    runs: Tensor
+    run: int
+    joined: int
+    skip: int
+
+    def of(self, piece: Piece) -> Tensor:
+        """(lists, R) that a piece reads; only where each block has its own are there several heads."""
+        blocks = slice(piece.blocks.start, piece.blocks.stop + self.joined - 1)
+        return self.runs[piece.heads, blocks].flatten(0, 1)
+
+    def gathered(self, space: Workspace, piece: Piece, shape: tuple[int, int], **tables: Tensor) -> list[Tensor]:
+        """What each block of a piece reads of the tables, (n, *shape) with shape (K, D)."""
+        width = shape[1]
+        listed, size = self.of(piece).flatten(), self.runs.shape[2] * self.run * width
+        found = [space.gathered(name, table, listed) for name, table in tables.items()]
+        number = listed.numel() // self.runs.shape[2] - self.joined + 1
+        return [each.as_strided((number, *shape), (size, width, 1), self.skip * width) for each in found]
+
+    def add(self, total: Tensor, parts: Tensor, piece: Piece) -> None:
+        """Adds what each block of a piece has for the keys that it reads, (n, K, D), to a table."""
+        lists, size = self.of(piece), self.runs.shape[2] * self.run
+        if self.joined > 1:
+            parts = F.pad(parts, (0, 0, self.skip, self.joined * size - self.skip - parts.shape[1]))
+            whole = parts.new_zeros(len(lists), size, parts.shape[2])
+            for place, part in enumerate(parts.split(size, 1)):
+                whole[place : place + len(part)] += part
+            parts = whole
+        total.index_add_(0, lists.flatten(), parts.reshape(-1, total.shape[1]).to(total.dtype))
 
 
 class _BlockAttention(torch.autograd.Function):
-    """For q (G, N, b, D), tables of k and v (G·S / run, run·D), bias, and runs (G, N, R) as rows of the tables."""
+    """For q (G, N, b, D), tables of k and v (G·S / run, run·D), bias, and lists of the tables' rows."""
 
     @staticmethod
-    def pieces(q: Tensor, bias: Tensor) -> Iterator[Piece]:
+    def pieces(q: Tensor, bias: Tensor, lists: Lists) -> Iterator[Piece]:
         (heads, blocks, size, width), keys = q.shape, bias.shape[-1]
         numbers = CPU_NUMBERS if q.device.type == "cpu" else NUMBERS
-        return Piece.cut(heads, blocks, numbers // (keys * (size + 2 * width)))
+        fetched = lists.runs.shape[2] * lists.run
+        return Piece.cut(heads, blocks, numbers // (keys * size + 2 * fetched * width), alone=lists.joined > 1)
 
     @staticmethod
     def weights(space: Workspace, queries: Tensor, keys: Tensor, bias: Tensor, piece: Piece) -> Tensor:
@@ -141,53 +198,47 @@ class _BlockAttention(torch.autograd.Function):
         return torch.softmax(scores, -1, out=scores)
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, runs: Tensor, dropout: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, lists: Lists, dropout: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, space, kept = torch.empty_like(q), Workspace(q), []
-        for piece in _BlockAttention.pieces(q, bias):
-            listed, width = piece.of(runs), q.shape[-1]
-            keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
+        for piece in _BlockAttention.pieces(q, bias, lists):
+            keys, values = lists.gathered(space, piece, (bias.shape[-1], q.shape[-1]), keys=k, values=v)
             weights = _BlockAttention.weights(space, piece.of(q), keys, bias, piece)
             if dropout:
                 kept.append(torch.rand_like(weights) >= dropout)
                 weights = _drop(weights, kept[-1], dropout)
             torch.bmm(weights.to(v.dtype), values, out=piece.of(out))
-        ctx.save_for_backward(q, k, v, bias, runs, out)
-        ctx.dropout, ctx.kept = dropout, kept
+        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.lists, ctx.dropout, ctx.kept = lists, dropout, kept
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, runs, out = ctx.saved_tensors
-        grad, space, width = grad.contiguous(), Workspace(q), q.shape[-1]
-        scale = width**-0.5
+        (q, k, v, bias, out), lists = ctx.saved_tensors, ctx.lists
+        grad, space = grad.contiguous(), Workspace(q)
+        scale = q.shape[-1] ** -0.5
         precise = torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros_like(t, dtype=precise) for t in (k, v))
         grad_bias = torch.zeros_like(bias, dtype=precise) if ctx.needs_input_grad[3] else None
         means = (grad * out).sum(-1, keepdim=True, dtype=precise)  # Σ_j weight · its gradient, of every query
-        for number, piece in enumerate(_BlockAttention.pieces(q, bias)):
-            listed, queries, grads = piece.of(runs), piece.of(q), piece.of(grad)
-            keys, values = space.gathered("keys", k, listed, width), space.gathered("values", v, listed, width)
+        for number, piece in enumerate(_BlockAttention.pieces(q, bias, lists)):
+            queries, grads = piece.of(q), piece.of(grad)
+            keys, values = lists.gathered(space, piece, (bias.shape[-1], q.shape[-1]), keys=k, values=v)
             weights = used = _BlockAttention.weights(space, queries, keys, bias, piece)
             grad_scores = space.product("gradients", grads, values.mT).to(precise)
             if ctx.dropout:
                 used, grad_scores = (_drop(t, ctx.kept[number], ctx.dropout) for t in (weights, grad_scores))
-            _add(grad_v, space.product("parts", used.to(q.dtype).mT, grads), listed)
+            lists.add(grad_v, space.product("parts", used.to(q.dtype).mT, grads), piece)
             grad_scores.sub_(piece.of(means)).mul_(weights)
             if grad_bias is not None:
                 _add_bias(grad_bias, grad_scores, piece)
             grad_scores = grad_scores.to(q.dtype)
-            _add(grad_k, space.product("parts", grad_scores.mT, queries), listed)
+            lists.add(grad_k, space.product("parts", grad_scores.mT, queries), piece)
             torch.bmm(grad_scores, keys, out=piece.of(grad_q))
         grad_k = grad_k.mul_(scale).to(k.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_q.mul_(scale), grad_k, grad_v.to(v.dtype), grad_bias, None, None
-
-
-def _add(table: Tensor, parts: Tensor, runs: Tensor) -> None:
-    """Adds parts (n, R·run, D) to the rows of a table (·, run·D) that are listed in runs (n, R)."""
-    table.index_add_(0, runs.flatten(), parts.view(-1, table.shape[1]).to(table.dtype))
 
 
 def _add_bias(total: Tensor, parts: Tensor, piece: Piece) -> None:

@@ -389,7 +389,7 @@ class MasksAttention(Mechanism):
 
     def _from_start(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows that start here: only the first blocks can miss keys."""
-        layout = plan.layout(plan.block_for(q.shape[2]), q.device)
+        layout = plan.layout(q.device, *plan.cut(q.shape[2], q.device))
         hidden = layout.hidden_at_start
         if not traced():  # else the blocks that there are find theirs
             hidden = hidden[:, :, : layout.blocks(q.shape[2])]
@@ -400,7 +400,7 @@ class MasksAttention(Mechanism):
         self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState, lengths: Tensor | None
     ) -> Tensor:
         """Tokens after what the state has seen."""
-        layout = plan.layout(plan.block_for(q.shape[2]), q.device)
+        layout = plan.layout(q.device, *plan.cut(q.shape[2], q.device))
         hidden = layout.hidden_later
         if state.least < plan.depth:
             hidden = layout.hidden(state.positions(len(q), q.device), layout.blocks(q.shape[2]))
@@ -417,14 +417,18 @@ class MasksAttention(Mechanism):
         """
         batch, heads, length, _ = q.shape
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-        index = layout.index(layout.blocks(length), before, k.shape[2])[None]
         bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        mixed = block_attention(layout.by_block(q), k, v, bias, index, dropout=self._dropout)
+        where, shared = (layout.blocks(length), before, k.shape[2]), layout.shared
+        if shared is not None:
+            bias = F.pad(bias, (0, 1), value=-inf).index_select(-1, layout.order)
+            index, lists = shared.index(*where, q.device)[None], {"joined": shared.joined, "skip": shared.skip}
+            return block_attention(q, k, v, bias, index, dropout=self._dropout, **lists)
+        mixed = block_attention(layout.by_block(q), k, v, bias, layout.index(*where)[None], dropout=self._dropout)
         return layout.by_position(mixed, length)
 
     def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:
         """One token in every row, which is a sink in every row or in none."""
-        layout = plan.layout(1, q.device)
+        layout = plan.layout(q.device, 1)
         if state.bias is None:
             bias = layout.log_mask(self._weights().detach()) + layout.hidden_later
             state.bias = bias[:, :, 0].to(q.dtype).expand(len(q), -1, -1, -1)
@@ -455,7 +459,7 @@ class MasksAttention(Mechanism):
         start = torch.zeros(1, dtype=torch.long, device=q.device)
         if state is not None:
             start = state.positions(len(q), q.device)
-        layout = plan.layout(plan.block_for(length), q.device)
+        layout = plan.layout(q.device, *plan.cut(length, q.device))
         chosen = self._chosen(plan, layout.block, x, start, state, lengths, tokens)
         if state is not None:
             state.append(k, v, lengths)
@@ -546,7 +550,7 @@ class MasksAttention(Mechanism):
         self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: ContentState, tokens: Tensor | None
     ) -> Tensor:
         """One token in every row: what it reads is gathered by one index, and SDPA runs on that."""
-        layout, (batch, heads) = plan.layout(1, q.device), q.shape[:2]
+        layout, (batch, heads) = plan.layout(q.device, 1), q.shape[:2]
         position = state.position if state.lengths is None else state.position[:, None, None]
         if state.logs is None:
             state.logs = self._step_logs(plan, layout)
@@ -684,7 +688,7 @@ class MasksAttention(Mechanism):
         plan = self.plan()
         if plan.softmax:
             return self.softmax.operations(length)
-        width = length if plan.dense else plan.columns(plan.block_for(length))
+        width = length if plan.dense else plan.columns(*plan.cut(length, self.alpha.device))
         return 2 * 2 * self.layer.num_heads * self.layer.head_dim * length * width
 
     def penalty(self) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from math import inf
 from typing import Any
 
@@ -27,6 +28,8 @@ SMALLEST = {
 }
 SYNTAX = "last(i), window(w), first(k), dilated(w, s), causal, top(n) or induction(n)"
 CONTENT = ("top", "induction")  # kinds whose keys depend on the text
+BLOCKS = (8, 16, 32, 64, 128)  # sizes of blocks of queries
+LEAST_SHARED = 1024  # queries from which on it pays, on a CPU, that blocks share what they read: heads are done singly
 
 
 class once:  # noqa: N801 - used like `property`
@@ -139,6 +142,59 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """How blocks of b queries share what they read: lists of b keys in a row and the sinks, each fetched once.
+
+    A block reads its own list, but for the sinks, and the ones before it, of which the first has the sinks it counts.
+
+    Attributes:
+        block: b.
+        sinks: S.
+        lead: how many keys before its first query a block reads; products are fastest in multiples of 8.
+    """
+
+    block: int
+    sinks: int
+    lead: int
+
+    @classmethod
+    def of(cls, block: int, sinks: int, reach: int) -> Shared:
+        return cls(block, sinks, max(1, -(-(reach - 1) // 8)) * 8)
+
+    @property
+    def joined(self) -> int:
+        """How many lists a block reads, 2 or more."""
+        return 1 - (-self.lead // self.block)
+
+    @property
+    def skip(self) -> int:
+        """How many keys of its first list a block does not read."""
+        return (self.joined - 1) * self.block - self.lead
+
+    @property
+    def columns(self) -> int:
+        """K, the keys that a block reads, sinks among them that do not count."""
+        return self.lead + self.block + (self.joined - 1) * self.sinks
+
+    def index(self, blocks: int, before: int, length: int, device: torch.device) -> Tensor:
+        """(blocks + joined − 1, b + S) the lists of so many blocks; `before` and `length` as in `Layout.index`."""
+        number = torch.arange(blocks + self.joined - 1, device=device)[:, None] - (self.joined - 1)
+        near = before + number * self.block + torch.arange(self.block, device=device)
+        sinks = torch.arange(self.sinks, device=device).expand(len(number), -1)
+        return torch.cat([near, sinks], 1).clamp(0, length - 1)
+
+    def order(self, band: list[int]) -> list[int]:
+        """(K) the column, in the order of `Layout`, of each key that a block reads; the number after the last: none."""
+        nowhere = self.sinks + len(band)
+        columns = {place: self.sinks + i for i, place in enumerate(band)}
+        order = []
+        for number in range(1 - self.joined, 1):
+            order += [columns.get(number * self.block + row, nowhere) for row in range(self.block)]
+            order += range(self.sinks) if number == 1 - self.joined else [nowhere] * self.sinks
+        return order[self.skip : len(order) - self.sinks]
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a block of b queries reads: columns for the sinks first, then for the band of keys near it.
 
@@ -156,6 +212,8 @@ class Layout:
         candidates: (C, b·(S + U)) float: 1 where a candidate holds.
         active: (1 or H, C) float: 1 where a candidate counts.
         depth: the position from which on no query misses a key.
+        shared: how blocks share what they read; None: each has its own list, in the order of the columns.
+        order: (K) of `Shared.order`; None with it.
     """
 
     block: int
@@ -167,10 +225,14 @@ class Layout:
     active: Tensor
     reach: int
     depth: int
+    shared: Shared | None
+    order: Tensor | None
 
     @classmethod
-    def make(cls, plan: Plan, block: int, device: torch.device) -> Layout:
-        relative = torch.tensor(plan.band(block), device=device)
+    def make(cls, plan: Plan, block: int, shares: bool, device: torch.device) -> Layout:
+        band = plan.band(block)
+        relative = torch.tensor(band, device=device)
+        shared = Shared.of(block, plan.sinks, plan.reach) if shares else None
         key = torch.arange(plan.sinks, device=device).expand(block, -1)
         distance = plan.stride * torch.arange(block, device=device)[:, None] - relative
         holds = [torch.cat([c.at_key(key), c.at_distance(distance)], 1) for c in plan.candidates]
@@ -184,6 +246,8 @@ class Layout:
             active=torch.tensor(plan.active, device=device).float(),
             reach=plan.reach,
             depth=plan.depth,
+            shared=shared,
+            order=None if shared is None else torch.tensor(shared.order(band), device=device),
         )
 
     @property
@@ -301,12 +365,12 @@ class Plan:
     Attributes:
         candidates: all candidates of the config, in its order.
         active: for each head, or once for all that agree, whether each candidate counts.
-        layouts: those made so far, by block size and device.
+        layouts: those made so far, by block size, whether blocks share what they read, and device.
     """
 
     candidates: list[Candidate]
     active: list[list[bool]]
-    layouts: dict[tuple[int, torch.device], Layout] = field(default_factory=dict, repr=False, compare=False)
+    layouts: dict[tuple[int, bool, torch.device], Layout] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if all(row == self.active[0] for row in self.active):
@@ -397,37 +461,49 @@ class Plan:
         """The keys near a block that it reads, counted from its first query."""
         return sorted({row * self.stride - offset for row in range(block) for offset in self.offsets})
 
-    def columns(self, block: int) -> int:
+    def columns(self, block: int, shares: bool) -> int:
         """The keys that a block of queries reads: some for one of its queries only."""
+        if shares:
+            return Shared.of(block, self.sinks, self.reach).columns
         chosen = self.top + block if self.top else 0
         return self.sinks + len(self.band(block)) + chosen + block * self.induction
 
-    @once
-    def block(self) -> int:
-        """The block size that costs least for a query: its columns, its part of gathering them and of a small product.
+    def _cost(self, block: int, shares: bool) -> float:
+        """What a query costs in blocks of this size: its columns, its part of fetching them and of a small product.
 
-        The two constants are fitted to times of SDPA and index_select on a CPU with AVX2. Where the text decides, every
-        query has a bias of its own, which costs about as much again as two products.
+        The constants are fitted to times on CPUs with AVX2. Where the text decides, every query has a bias of its own,
+        which costs about as much again as two products.
         """
+        columns = self.columns(block, shares)
+        if shares:
+            return 1.3 * columns + 300 / block
+        return (3 if self.by_content else 1) * columns + (16 * columns + 448) / block
 
-        def cost(block: int) -> float:
-            columns = self.columns(block)
-            return (3 if self.by_content else 1) * columns + (16 * columns + 448) / block
+    def _cheapest(self, *shares: bool) -> tuple[int, bool]:
+        return min(product(BLOCKS, shares), key=lambda pair: self._cost(*pair))
 
-        return min((8, 16, 32, 64, 128), key=cost)
+    @once
+    def _best(self) -> tuple[int, bool]:
+        return self._cheapest(False)
 
-    def block_for(self, length: int) -> int:
-        """The block size for `length` new queries: no longer than they need, where that is known."""
+    @once
+    def _best_of_many(self) -> tuple[int, bool]:
+        return self._cheapest(*((False, True) if self.stride == 1 and not self.by_content else (False,)))
+
+    def cut(self, length: int, device: torch.device) -> tuple[int, bool]:
+        """For `length` new queries: in blocks of which size they cost least, and whether these share what they read."""
         if traced():
-            return self.block
+            return self._best
+        if length >= LEAST_SHARED and device.type == "cpu":
+            return self._best_of_many
         rows = -(-length // self.stride)
-        return min(self.block, max(8, 1 << (rows - 1).bit_length()))
+        return min(self._best[0], max(8, 1 << (rows - 1).bit_length())), False
 
-    def layout(self, block: int, device: torch.device) -> Layout:
+    def layout(self, device: torch.device, block: int, shares: bool = False) -> Layout:
         """The layout for blocks of `block` queries."""
         if traced():  # what is made now belongs to the graph
-            return Layout.make(self, block, device)
-        key = (block, device)
+            return Layout.make(self, block, shares, device)
+        key = (block, shares, device)
         if key not in self.layouts:
             with torch.inference_mode(False):
                 self.layouts[key] = Layout.make(self, *key)

@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import itertools
 import re
-from itertools import pairwise
+from itertools import pairwise, product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attention.block_attention import block_attention
+from attention.block_attention import _block_attention_at_once, block_attention
 from attention.masks import MasksAttention, MasksConfig
-from attention.masks_plan import Candidate, Plan
+from attention.masks_plan import BLOCKS, Candidate, Plan
 from attention.mechanism import ConfigError, LayerShape, repeat_heads
 from attention.reference import (
     candidate_mask,
@@ -440,18 +441,79 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("run", RUNS)
-def test_gradients_of_the_kernel_equal_finite_differences(run, dropout):
+JOINED = {
+    1: [[[0, 1, 2], [2, 5, 4], [3, 0, 1], [1, 2, 2], [5, 5, 0]]],
+    2: [[[0, 1], [1, 2], [2, 0], [0, 0], [1, 2]]] * 4,
+}
+
+
+def kernel_inputs() -> list[Tensor]:
+    """q, k, v and bias for three blocks of two queries, the last one short, that read four keys each."""
     torch.manual_seed(0)
     shapes = [(2, 2, 5, 3), (2, 2, 6, 3), (2, 2, 6, 3), (4, 2, 2, 4)]
-    q, k, v, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("numbers", [1, 1 << 18], ids=["small pieces", "large pieces"])
+@pytest.mark.parametrize(("run", "joined", "skip"), [(1, 1, 0), (2, 1, 0), (1, 3, 0), (1, 3, 2), (2, 3, 1)])
+def test_gradients_of_the_kernel_equal_finite_differences(run, joined, skip, numbers, dropout, monkeypatch):
+    monkeypatch.setattr("attention.block_attention.CPU_NUMBERS", numbers)
+    index = torch.tensor((RUNS if joined == 1 else JOINED)[run])
 
     def function(*tensors: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return block_attention(*tensors, torch.tensor(RUNS[run]), run, dropout)
+        return block_attention(*tensors, index, run, dropout, joined, skip)
 
-    assert torch.autograd.gradcheck(function, (q, k, v, bias))
+    assert torch.autograd.gradcheck(function, kernel_inputs())
+
+
+@pytest.mark.parametrize(("run", "joined", "skip"), [(1, 1, 0), (1, 3, 0), (1, 3, 2), (2, 3, 1)])
+def test_blocks_read_the_keys_of_the_lists_that_they_join(run, joined, skip):
+    (q, k, v, bias), lists = kernel_inputs(), (RUNS if joined == 1 else JOINED)[run]
+    actual = block_attention(q, k, v, bias, torch.tensor(lists), run, 0.0, joined, skip)
+    in_a_graph = _block_attention_at_once(q, k, v, bias, torch.tensor(lists), run, 0.0, joined, skip)
+    torch.testing.assert_close(in_a_graph, actual)
+    for head, query in product(range(4), range(5)):
+        block, own = query // 2, lists[head if len(lists) > 1 else 0]
+        listed = [each * run + i for part in own[block : block + joined] for each in part for i in range(run)]
+        keys, values = (t.flatten(0, 1)[head, listed[skip : skip + 4]] for t in (k, v))
+        scores = keys @ q.flatten(0, 1)[head, query] * 3**-0.5 + bias[head, min(block, 1), query % 2]
+        torch.testing.assert_close(actual.flatten(0, 1)[head, query], scores.softmax(-1) @ values)
+
+
+@given(data=st.data())
+def test_blocks_that_share_what_they_read_equal_the_reference(data):
+    """Also with holes between the places, in several pieces of a head, and after tokens that a state has seen."""
+    drawn = st.tuples(st.integers(2, 40), st.integers(0, 5), st.integers(0, 50))
+    window, sinks, back = data.draw(drawn)
+    candidates = (f"window({window})", f"last({back})", *([f"first({sinks})"] if sinks else []))
+    per_head, block = data.draw(st.booleans()), data.draw(st.sampled_from(BLOCKS))
+    shape = layer(heads=2, width=4)
+    mechanism = build(*candidates, shape=shape, per_head=per_head, init="random", scale=2.0)
+    length, batch, seed = data.draw(st.integers(2, 150)), data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99))
+    tensors, state, split = inputs(length, shape, batch, seed), mechanism.new_state(), data.draw(st.integers(1, length))
+    variables = [*(t.requires_grad_() for t in tensors[:3]), mechanism.alpha]
+    expected = reference(mechanism, *tensors[:3])
+    numbers = patch("attention.block_attention.CPU_NUMBERS", data.draw(st.sampled_from([1 << 11, 1 << 18])))
+    with numbers, patch.object(Plan, "cut", lambda *_: (block, True)):
+        actual = mechanism(*tensors)
+        parts = [t.split([split, length - split], dim) for t, dim in zip(tensors, (2, 2, 2, 1), strict=True)]
+        continued = [mechanism(*part, state) for part in zip(*parts, strict=True) if part[0].shape[2]]
+        torch.testing.assert_close(torch.cat(continued, 2), expected, **TOLERANCE)
+        torch.testing.assert_close(actual, expected, **TOLERANCE)
+        direction = torch.randn_like(actual)
+        grads = torch.autograd.grad((actual * direction).sum(), variables)
+    for grad, wanted in zip(grads, torch.autograd.grad((expected * direction).sum(), variables), strict=True):
+        torch.testing.assert_close(grad, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_long_texts_share_what_blocks_read_where_that_costs_less():
+    near, far = (build(*names).plan() for names in (("window(64)", "first(4)"), ("last(0)", "last(1000)")))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert near.cut(4096, cpu)[1]
+    assert not any(shares for _, shares in (near.cut(512, cpu), near.cut(4096, gpu), far.cut(4096, cpu)))
+    assert near.columns(*near.cut(4096, cpu)) < near.columns(*near.cut(512, cpu))
 
 
 def test_dropout_keeps_the_mean_and_stops_in_evaluation():
