@@ -50,11 +50,11 @@ def block_attention(
     if traced():
         return _block_attention_at_once(q, k, v, bias, index, run, dropout, joined, skip)
     batch, heads, length, _ = q.shape
-    rows = torch.arange(batch * heads, device=q.device)[:, None, None] * (k.shape[2] // run)
+    first = torch.arange(batch * heads, device=q.device)[:, None, None] * (k.shape[2] // run)
     missing = -length % bias.shape[2]
     blocks = (F.pad(q, (0, 0, 0, missing)) if missing else q).flatten(0, 1).unflatten(1, (-1, bias.shape[2]))
     tables = (t.flatten(0, 1).unflatten(1, (-1, run)).flatten(2).flatten(0, 1) for t in (k, v))
-    out = _BlockAttention.apply(blocks, *tables, bias, Lists(index + rows, run, joined, skip), dropout)
+    out = _BlockAttention.apply(blocks, *tables, bias, Lists(index, first, run, joined, skip), dropout)
     return out.flatten(1, 2)[:, :length].unflatten(0, (batch, heads))
 
 
@@ -141,33 +141,35 @@ class Workspace:
 
 
 class Lists(NamedTuple):
-    """Which keys the blocks read: `joined` and `skip` as in `block_attention`.
+    """Which keys the blocks read: `index` and the numbers as in `block_attention`.
 
     Attributes:
-        runs: (G, N + joined − 1, R) rows of the tables (·, run·D) of keys and values.
+        first: (G, 1, 1) where each head's runs begin in the tables (·, run·D) of keys and values.
     """
 
-    runs: Tensor
+    index: Tensor
+    first: Tensor
     run: int
     joined: int
     skip: int
 
     def of(self, piece: Piece) -> Tensor:
-        """(lists, R) that a piece reads; only where each block has its own are there several heads."""
+        """(lists, R) rows of the tables; only where each block has a list of its own are there several heads."""
         blocks = slice(piece.blocks.start, piece.blocks.stop + self.joined - 1)
-        return self.runs[piece.heads, blocks].flatten(0, 1)
+        index = self.index if len(self.index) == 1 else self.index[piece.heads]
+        return (index[:, blocks] + self.first[piece.heads]).flatten(0, 1)
 
     def gathered(self, space: Workspace, piece: Piece, shape: tuple[int, int], **tables: Tensor) -> list[Tensor]:
         """What each block of a piece reads of the tables, (n, *shape) with shape (K, D)."""
         width = shape[1]
-        listed, size = self.of(piece).flatten(), self.runs.shape[2] * self.run * width
+        listed, size = self.of(piece).flatten(), self.index.shape[2] * self.run * width
         found = [space.gathered(name, table, listed) for name, table in tables.items()]
-        number = listed.numel() // self.runs.shape[2] - self.joined + 1
+        number = listed.numel() // self.index.shape[2] - self.joined + 1
         return [each.as_strided((number, *shape), (size, width, 1), self.skip * width) for each in found]
 
     def add(self, total: Tensor, parts: Tensor, piece: Piece) -> None:
         """Adds what each block of a piece has for the keys that it reads, (n, K, D), to a table."""
-        lists, size = self.of(piece), self.runs.shape[2] * self.run
+        lists, size = self.of(piece), self.index.shape[2] * self.run
         if self.joined > 1:
             parts = F.pad(parts, (0, 0, self.skip, self.joined * size - self.skip - parts.shape[1]))
             whole = parts.new_zeros(len(lists), size, parts.shape[2])
@@ -184,7 +186,7 @@ class _BlockAttention(torch.autograd.Function):
     def pieces(q: Tensor, bias: Tensor, lists: Lists) -> Iterator[Piece]:
         (heads, blocks, size, width), keys = q.shape, bias.shape[-1]
         numbers = CPU_NUMBERS if q.device.type == "cpu" else NUMBERS
-        fetched = lists.runs.shape[2] * lists.run
+        fetched = lists.index.shape[2] * lists.run
         return Piece.cut(heads, blocks, numbers // (keys * size + 2 * fetched * width), alone=lists.joined > 1)
 
     @staticmethod

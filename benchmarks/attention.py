@@ -90,7 +90,7 @@ def _mechanism(name: str, x: Tensor, tokens: Tensor) -> Callable[[Tensor, Tensor
 
 def _layer(options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """A layer of a one-layer model with the sizes of `SHAPE`, from hidden states to hidden states."""
-    sizes = {"n_embd": SHAPE.hidden_size, "n_head": HEADS, "n_positions": SHAPE.max_length, "n_layer": 1}
+    sizes = {"n_embd": SHAPE.hidden_size, "n_head": HEADS, "n_positions": 1, "n_layer": 1}  # no position is looked up
     base = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=2, resid_pdrop=0.0))
     variant = attention.convert(base, config_from_dict(options)).eval()
     (layer,) = attention_modules(variant).values()

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 
 import attention
 from attention.files import CARD, HISTORY
-from trainer.card_words import BEFORE, FURTHER, MADE, POSITION_TABLE, RECALL_TABLE
+from trainer.card_words import BEFORE, FURTHER, MADE, POSITION_TABLE, RECALL_TABLE, section
 
 from .components.curves import Chart, Event, Series
 from .components.samples import SamplesView
@@ -70,16 +70,10 @@ def read_card(folder: Path) -> ModelCard:
     return ModelCard("---\n---\n")
 
 
-def section(card: ModelCard, title: str) -> str:
+def plain_section(card: ModelCard, title: str) -> str:
     """The text under a second-level heading of a card, as plain text; empty where there is no such heading."""
-    plain = re.sub(r"^```.*$|\*\*|`", "", _section(card, title), flags=re.MULTILINE)
+    plain = re.sub(r"^```.*$|\*\*|`", "", section(card.text, title), flags=re.MULTILINE)
     return re.sub(r"\n\s*\n", "\n", plain).strip()
-
-
-def _section(card: ModelCard, title: str) -> str:
-    """The same, as it is written."""
-    found = re.search(rf"^## {re.escape(title)}\s*$(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
-    return found[1] if found else ""
 
 
 def slices(card: ModelCard) -> dict[str, Any]:
@@ -114,7 +108,7 @@ def _is_hits(line: dict[str, str]) -> bool:
 
 def _lines_by_context(card: ModelCard) -> Iterator[tuple[str, str]]:
     """The lines of all tables of slices in a card, with the contexts that they were measured at."""
-    for part in re.split(r"^### Context ", _section(card, FURTHER), flags=re.MULTILINE)[1:]:
+    for part in re.split(r"^### Context ", section(card.text, FURTHER), flags=re.MULTILINE)[1:]:
         context, _, said = part.partition("\n")
         for block in re.split(r"\n\s*\n", said):
             if block.strip().startswith(tuple(f"| {start} |" for start in SLICES)):
@@ -149,7 +143,7 @@ def recorded(rows: list[Row]) -> Spent:
 
 def own_and_before(card: ModelCard) -> tuple[Spent, Spent]:
     """What the last run took, and what those took that it went on from, as the card says it."""
-    made = section(card, MADE)
+    made = plain_section(card, MADE)
     own, _, before = made.partition(BEFORE)
     return _spent(own), _spent(before)
 
@@ -212,7 +206,7 @@ def _own_options(entry: Entry) -> dict[str, Any]:
 
 def how_it_was_made(card: ModelCard) -> str:
     """The card's words on it, without its options and command, and without a commit that nobody else has."""
-    made = section(card, MADE)
+    made = plain_section(card, MADE)
     lines = [line for line in made.splitlines() if not line.startswith(LAUNCHERS)]
     text = re.sub(r"Method options: .*?\. Text: ", "Text: ", "\n".join(lines))
     return re.sub(r",? code at \w+-dirty", "", text).strip()
@@ -224,7 +218,7 @@ def commands(card: ModelCard) -> list[str]:
     Of the card's own, what names files outside the repository is left out: another text is named with --data.train,
     and without one the trainer samples it from the base.
     """
-    made = section(card, MADE)
+    made = plain_section(card, MADE)
     own = next((line for line in made.splitlines() if line.startswith(LAUNCHERS)), "")
     if not own:
         return []

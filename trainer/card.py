@@ -21,7 +21,17 @@ from attention.mechanism import MechanismConfig
 from attention.pushing import ANY_REPOSITORY
 from attention.registry import CONFIGS, LayersConfig
 
-from .card_words import BEFORE, FURTHER, MADE, PAIRS_SECTION, POSITION_TABLE, RECALL_TABLE, USE
+from .card_words import (
+    BEFORE,
+    FURTHER,
+    MADE,
+    PAIRS_SECTION,
+    POSITION_TABLE,
+    RECALL_TABLE,
+    USE,
+    heading_and_text,
+    section,
+)
 from .config import RunConfig
 from .fidelity import Fidelity
 from .recall import CANDIDATES, CHANCE
@@ -230,11 +240,11 @@ def _how(making: Making) -> str:
 
 def _before(making: Making) -> str:
     """How the variant was made that the run went on from, in its own card's words; empty where that says nothing."""
-    found = re.search(rf"^## {MADE}$(.*?)(?=^## |\Z)", making.earlier or "", re.MULTILINE | re.DOTALL)
-    if not found:
+    said = section(making.earlier or "", MADE).strip()
+    if not said:
         return ""
     where = ", on another base," if making.config.move else ""
-    return f"\n\n{BEFORE}, the variant that it goes on from was made{where} like this:\n\n{found[1].strip()}"
+    return f"\n\n{BEFORE}, the variant that it goes on from was made{where} like this:\n\n{said}"
 
 
 def _stage(stage: Any) -> str:
@@ -331,7 +341,7 @@ def _by_number(title: str) -> list[tuple[bool, int, str]]:
 
 def with_pairs(card: str, said: str) -> str:
     """A base's card with a section about its table of pairs at the end, in place of the one it had."""
-    rest = re.sub(rf"^## {PAIRS_SECTION}$.*?(?=^## |\Z)", "", card, flags=re.M | re.S).rstrip()
+    rest = heading_and_text(PAIRS_SECTION).sub("", card).rstrip()
     return (
         f"{rest}\n\n## {PAIRS_SECTION}\n\n`{PAIRS}`, made by `python -m trainer.pairs`, holds {said}. For "
         "`trainer/evaluate.py` a token that ends a rare pair which its block has had before is one that must be looked "

@@ -49,7 +49,7 @@ from trainer.card import with_measurement
 from trainer.card_words import USE
 from trainer.data import DataError, check_vocabulary, read_files
 from trainer.drafting import DRAFT, measure_drafting
-from trainer.fidelity import Fidelity, Reader, measure_each, predicted, read_each
+from trainer.fidelity import Fidelity, Reader, Reading, measure_each, predicted, read_each
 from trainer.hits import distances_in
 from trainer.recall import measure_recall
 from trainer.samples import Writing, draw_prompts, measure_writing
@@ -195,9 +195,11 @@ def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
         raise ValueError(f"the base {family.base.name_or_path} has no tokenizer, which is needed to read text")
     check_vocabulary(family.tokenizer, family.base)
     tokens = read_files(options.text, family.tokenizer)
-    rows = _fidelity(family, tokens, options)
+    readers = [Reader(subject.model) for subject in family.subjects]
+    readings = read_each(readers, family.base, tokens, options.context, options.batch_size, description="reading")
+    rows = _fidelity(family, tokens, readings, options)
     if options.ablate:
-        for row, figures in zip(rows, _ablations(family, tokens, options), strict=True):
+        for row, figures in zip(rows, _ablations(family, tokens, readings, options), strict=True):
             row |= figures
     if options.recall:
         for row, figures in zip(rows, _recall(family, tokens, options), strict=True):
@@ -208,11 +210,9 @@ def _measure(family: Family, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
-    """A row for each subject."""
-    readers = [Reader(subject.model) for subject in family.subjects]
+def _fidelity(family: Family, tokens: np.ndarray, readings: list[Reading], options: argparse.Namespace) -> list[Row]:
+    """A row for each subject, from what it made of the tokens."""
     distances, rare = distances_in(tokens, family.spec, family.tokenizer, options.context, options.pairs)
-    readings = read_each(readers, family.base, tokens, options.context, options.batch_size, description="reading")
     places = predicted(len(tokens), options.context)
     blocks = places // options.context
     recall = by_recall(distances[places], options.context)
@@ -233,17 +233,14 @@ def _fidelity(family: Family, tokens: np.ndarray, options: argparse.Namespace) -
     ]
 
 
-def _ablations(family: Family, tokens: np.ndarray, options: argparse.Namespace) -> list[Row]:
-    """For each subject, what is measured without each of its parts, beside the whole on the same tokens."""
-    off = [((), *((name,) for name in subject.parts)) for subject in family.subjects]
-    readers = [
-        Reader(subject.model, without) for subject, names in zip(family.subjects, off, strict=True) for without in names
-    ]
-    size = (options.context, options.batch_size)
-    means = iter(measure_each(readers, family.base, tokens[: options.ablate_tokens], *size, description="ablating"))
+def _ablations(family: Family, tokens: np.ndarray, readings: list[Reading], options: argparse.Namespace) -> list[Row]:
+    """For each subject, what is measured without each of its parts, beside what the whole made of the same tokens."""
+    tokens, size = tokens[: options.ablate_tokens], (options.context, options.batch_size)
+    readers = [Reader(subject.model, (name,)) for subject in family.subjects for name in subject.parts]
+    means = iter(measure_each(readers, family.base, tokens, *size, description="ablating") if readers else [])
     found = []
-    for subject in family.subjects:
-        whole = next(means)
+    for subject, reading in zip(family.subjects, readings, strict=True):
+        whole = reading.first(len(predicted(len(tokens), options.context))).means
         parts = {name: _ablation(next(means), whole.kl, options.tolerance) for name in subject.parts}
         found.append({"tolerance": options.tolerance, "ablated_tokens": whole.tokens, "ablations": parts})
     return found

@@ -55,6 +55,10 @@ class Reading:
     base_loss: np.ndarray
     agreement: np.ndarray
 
+    def first(self, count: int) -> Reading:
+        """What it made of so many tokens, the first ones; what it made of them does not depend on later ones."""
+        return Reading(self.kl[:count], self.loss[:count], self.base_loss[:count], self.agreement[:count])
+
     @property
     def means(self) -> Fidelity:
         """The means over all tokens."""
