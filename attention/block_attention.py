@@ -1,4 +1,4 @@
-"""Softmax attention in which every block of consecutive queries reads its own short list of keys."""
+"""Softmax attention in which every block of consecutive queries reads a short list of keys, or several that follow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .mechanism import traced
 
-CPU_NUMBERS, NUMBERS = 3 << 19, 1 << 27  # numbers that are temporary at a time: on a CPU they must fit its cache
+CPU_NUMBERS, NUMBERS = 3 << 19, 1 << 27  # that are temporary at a time in a forward pass: a CPU's must fit its cache
 
 
 def block_attention(
@@ -40,13 +40,18 @@ def block_attention(
         index: (1 or B·H, ⌈T/b⌉ + joined − 1, R), lists of runs of keys; one that is listed twice counts twice.
         run: consecutive keys that are listed together, a divisor of S: run r is the keys from r·run on.
         dropout: probability of dropping a weight.
-        joined: lists that a block reads: block i reads K keys of the lists i to i + joined − 1. Consecutive blocks
-            then share lists, whose keys are fetched once.
+        joined: lists that a block reads: block i reads K keys in a row of the lists i to i + joined − 1. Consecutive
+            blocks then share lists, whose keys are fetched together.
         skip: keys at the start of its first list that a block does not read.
 
     Returns:
         (B, H, T, D).
+
+    Raises:
+        ValueError: if the lists of a block have fewer than skip + K keys.
     """
+    if skip + bias.shape[3] > (listed := joined * index.shape[2] * run):
+        raise ValueError(f"a block reads {bias.shape[3]} keys from key {skip} on, and its lists have {listed}")
     if traced():
         return _block_attention_at_once(q, k, v, bias, index, run, dropout, joined, skip)
     batch, heads, length, _ = q.shape
@@ -170,13 +175,14 @@ class Lists(NamedTuple):
     def add(self, total: Tensor, parts: Tensor, piece: Piece) -> None:
         """Adds what each block of a piece has for the keys that it reads, (n, K, D), to a table."""
         lists, size = self.of(piece), self.index.shape[2] * self.run
-        if self.joined > 1:
-            parts = F.pad(parts, (0, 0, self.skip, self.joined * size - self.skip - parts.shape[1]))
-            whole = parts.new_zeros(len(lists), size, parts.shape[2])
-            for place, part in enumerate(parts.split(size, 1)):
-                whole[place : place + len(part)] += part
+        if self.joined > 1 or parts.shape[1] < size:
+            whole = parts.new_zeros(len(lists), size, parts.shape[2], dtype=total.dtype)
+            for place in range(self.joined):
+                begin, end = place * size - self.skip, (place + 1) * size - self.skip
+                part = parts[:, max(0, begin) : end]
+                whole[place : place + len(part), max(0, -begin) :][:, : part.shape[1]] += part
             parts = whole
-        total.index_add_(0, lists.flatten(), parts.reshape(-1, total.shape[1]).to(total.dtype))
+        total.index_add_(0, lists.flatten(), parts.view(-1, total.shape[1]).to(total.dtype))
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -210,13 +216,14 @@ class _BlockAttention(torch.autograd.Function):
                 kept.append(torch.rand_like(weights) >= dropout)
                 weights = _drop(weights, kept[-1], dropout)
             torch.bmm(weights.to(v.dtype), values, out=piece.of(out))
-        ctx.save_for_backward(q, k, v, bias, out)
-        ctx.lists, ctx.dropout, ctx.kept = lists, dropout, kept
+        ctx.save_for_backward(q, k, v, bias, out, lists.index, lists.first)
+        ctx.numbers, ctx.dropout, ctx.kept = lists[2:], dropout, kept
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, bias, out), lists = ctx.saved_tensors, ctx.lists
+        q, k, v, bias, out, *lists = ctx.saved_tensors
+        lists = Lists(*lists, *ctx.numbers)
         grad, space = grad.contiguous(), Workspace(q)
         scale = q.shape[-1] ** -0.5
         precise = torch.promote_types(q.dtype, torch.float32)

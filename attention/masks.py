@@ -416,13 +416,14 @@ class MasksAttention(Mechanism):
         `bias` (1 or B, 1 or H, N, b, S + U) is added to the scores; N as in `block_attention`.
         """
         batch, heads, length, _ = q.shape
-        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-        bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        where, shared = (layout.blocks(length), before, k.shape[2]), layout.shared
+        k, v, shared = repeat_heads(k, heads), repeat_heads(v, heads), layout.shared
         if shared is not None:
             bias = F.pad(bias, (0, 1), value=-inf).index_select(-1, layout.order)
-            index, lists = shared.index(*where, q.device)[None], {"joined": shared.joined, "skip": shared.skip}
-            return block_attention(q, k, v, bias, index, dropout=self._dropout, **lists)
+        bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
+        where = layout.blocks(length), before, k.shape[2]
+        if shared is not None:
+            index, joined, skip = shared.index(*where, q.device)[None], shared.joined, shared.skip
+            return block_attention(q, k, v, bias, index, dropout=self._dropout, joined=joined, skip=skip)
         mixed = block_attention(layout.by_block(q), k, v, bias, layout.index(*where)[None], dropout=self._dropout)
         return layout.by_position(mixed, length)
 
@@ -684,11 +685,11 @@ class MasksAttention(Mechanism):
         return position + 1 if plan.induction else min(position + 1, plan.top + 1) * bool(plan.top)
 
     def operations(self, length: int) -> int:
-        """Counts the whole products of a block's queries and keys, with what the masks then hide."""
+        """Counts the whole products of a block's queries and keys on a CPU, with what the masks then hide."""
         plan = self.plan()
         if plan.softmax:
             return self.softmax.operations(length)
-        width = length if plan.dense else plan.columns(*plan.cut(length, self.alpha.device))
+        width = length if plan.dense else plan.columns(*plan.cut(length, torch.device("cpu")))
         return 2 * 2 * self.layer.num_heads * self.layer.head_dim * length * width
 
     def penalty(self) -> Tensor:

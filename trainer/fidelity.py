@@ -56,7 +56,7 @@ class Reading:
     agreement: np.ndarray
 
     def first(self, count: int) -> Reading:
-        """What it made of so many tokens, the first ones; what it made of them does not depend on later ones."""
+        """What it made of so many tokens, the first ones; up to rounding it does not depend on later ones."""
         return Reading(self.kl[:count], self.loss[:count], self.base_loss[:count], self.agreement[:count])
 
     @property

@@ -196,17 +196,19 @@ def test_equals_the_reference_in_outputs_and_gradients(data):
         torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("length", [701, 1100])
 @pytest.mark.parametrize("numbers", [1 << 16, 1 << 18], ids=["parts of a head", "heads"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_equals_the_reference_over_many_pieces(per_head, numbers, monkeypatch):
-    """Long enough that the kernel takes several pieces, the last of them one short block."""
+def test_equals_the_reference_over_many_pieces(per_head, numbers, length, monkeypatch):
+    """Long enough that the kernel takes several pieces, the last of them one short block; or that blocks share keys."""
     monkeypatch.setattr("attention.block_attention.CPU_NUMBERS", numbers)
     shape = layer(heads=8, width=8)
     mechanism = build(
         *("window(64)", "last(0)", "last(7)", "first(4)", "dilated(5, 20)"),
         **{"shape": shape, "per_head": per_head, "init": "random"},
     )
-    tensors = inputs(701, shape, batch=2)
+    assert mechanism.plan().cut(length, torch.device("cpu"))[1] == (length > 1000)
+    tensors = inputs(length, shape, batch=2)
     variables = [*(t.requires_grad_() for t in tensors[:3]), mechanism.alpha]
     actual, expected = mechanism(*tensors), reference(mechanism, *tensors[:3])
     torch.testing.assert_close(actual, expected, **TOLERANCE)
@@ -482,15 +484,36 @@ def test_blocks_read_the_keys_of_the_lists_that_they_join(run, joined, skip):
         torch.testing.assert_close(actual.flatten(0, 1)[head, query], scores.softmax(-1) @ values)
 
 
+def test_shared_lists_add_up_gradients_in_float32():
+    """In half precision as well, as lists of each block's own do."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 96, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    lists = torch.arange(-24, 96).clamp(min=0).view(1, 15, 8)
+    own = lists.unfold(1, 4, 1).transpose(2, 3).flatten(2)
+    bias = torch.zeros(1, 1, 8, 32)
+    shared = block_attention(q, k, v, bias, lists, joined=4)
+    alone = block_attention(q, k, v, bias, own)
+    grads, expected = (torch.autograd.grad(out.float().sum(), (q, k, v)) for out in (shared, alone))
+    assert torch.equal(shared, alone)
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_a_block_reads_no_more_than_its_lists_have():
+    q, k, v, bias = kernel_inputs()
+    with pytest.raises(ValueError, match="reads 4 keys from key 3 on, and its lists have 6"):
+        block_attention(q, k, v, bias, torch.tensor([[[0, 1], [1, 2], [2, 0], [0, 0], [1, 2]]]), 1, 0.0, 3, 3)
+
+
 @given(data=st.data())
 def test_blocks_that_share_what_they_read_equal_the_reference(data):
     """Also with holes between the places, in several pieces of a head, and after tokens that a state has seen."""
-    drawn = st.tuples(st.integers(2, 40), st.integers(0, 5), st.integers(0, 50))
+    drawn = st.tuples(st.integers(1, 40), st.integers(0, 12), st.integers(0, 50))
     window, sinks, back = data.draw(drawn)
     candidates = (f"window({window})", f"last({back})", *([f"first({sinks})"] if sinks else []))
     per_head, block = data.draw(st.booleans()), data.draw(st.sampled_from(BLOCKS))
     shape = layer(heads=2, width=4)
     mechanism = build(*candidates, shape=shape, per_head=per_head, init="random", scale=2.0)
+    assume(mechanism.plan().stride == 1)
     length, batch, seed = data.draw(st.integers(2, 150)), data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99))
     tensors, state, split = inputs(length, shape, batch, seed), mechanism.new_state(), data.draw(st.integers(1, length))
     variables = [*(t.requires_grad_() for t in tensors[:3]), mechanism.alpha]
@@ -514,6 +537,13 @@ def test_long_texts_share_what_blocks_read_where_that_costs_less():
     assert near.cut(4096, cpu)[1]
     assert not any(shares for _, shares in (near.cut(512, cpu), near.cut(4096, gpu), far.cut(4096, cpu)))
     assert near.columns(*near.cut(4096, cpu)) < near.columns(*near.cut(512, cpu))
+    assert not build("window(8)", "first(256)").plan().cut(4096, cpu)[1]  # each list would hold all of the first
+
+
+def test_long_texts_in_wide_strides_have_no_larger_blocks_than_they_need():
+    plan = build("dilated(16, 256)").plan()
+    sizes = [plan.cut(length, torch.device("cpu"))[0] for length in (1024, 4096, 16384)]
+    assert sizes == [8, 16, 32]
 
 
 def test_dropout_keeps_the_mean_and_stops_in_evaluation():
