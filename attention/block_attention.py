@@ -164,17 +164,16 @@ class Lists(NamedTuple):
         index = self.index if len(self.index) == 1 else self.index[piece.heads]
         return (index[:, blocks] + self.first[piece.heads]).flatten(0, 1)
 
-    def gathered(self, space: Workspace, piece: Piece, shape: tuple[int, int], **tables: Tensor) -> list[Tensor]:
-        """What each block of a piece reads of the tables, (n, *shape) with shape (K, D)."""
-        width = shape[1]
-        listed, size = self.of(piece).flatten(), self.index.shape[2] * self.run * width
-        found = [space.gathered(name, table, listed) for name, table in tables.items()]
-        number = listed.numel() // self.index.shape[2] - self.joined + 1
+    def gathered(self, space: Workspace, lists: Tensor, shape: tuple[int, int], **tables: Tensor) -> list[Tensor]:
+        """What each block of a piece with these lists reads of the tables, (n, *shape) with shape (K, D)."""
+        number, width = len(lists) - self.joined + 1, shape[1]
+        rows, size = lists.flatten(), lists.shape[1] * self.run * width
+        found = [space.gathered(name, table, rows) for name, table in tables.items()]
         return [each.as_strided((number, *shape), (size, width, 1), self.skip * width) for each in found]
 
-    def add(self, total: Tensor, parts: Tensor, piece: Piece) -> None:
-        """Adds what each block of a piece has for the keys that it reads, (n, K, D), to a table."""
-        lists, size = self.of(piece), self.index.shape[2] * self.run
+    def add(self, total: Tensor, parts: Tensor, lists: Tensor) -> None:
+        """Adds to a table what each block of a piece with these lists has for the keys that it reads, (n, K, D)."""
+        size = lists.shape[1] * self.run
         if self.joined > 1 or parts.shape[1] < size:
             whole = parts.new_zeros(len(lists), size, parts.shape[2], dtype=total.dtype)
             for place in range(self.joined):
@@ -208,9 +207,9 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, lists: Lists, dropout: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, space, kept = torch.empty_like(q), Workspace(q), []
+        out, space, kept, shape = torch.empty_like(q), Workspace(q), [], (bias.shape[-1], q.shape[-1])
         for piece in _BlockAttention.pieces(q, bias, lists):
-            keys, values = lists.gathered(space, piece, (bias.shape[-1], q.shape[-1]), keys=k, values=v)
+            keys, values = lists.gathered(space, lists.of(piece), shape, keys=k, values=v)
             weights = _BlockAttention.weights(space, piece.of(q), keys, bias, piece)
             if dropout:
                 kept.append(torch.rand_like(weights) >= dropout)
@@ -232,18 +231,18 @@ class _BlockAttention(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=precise) if ctx.needs_input_grad[3] else None
         means = (grad * out).sum(-1, keepdim=True, dtype=precise)  # Σ_j weight · its gradient, of every query
         for number, piece in enumerate(_BlockAttention.pieces(q, bias, lists)):
-            queries, grads = piece.of(q), piece.of(grad)
-            keys, values = lists.gathered(space, piece, (bias.shape[-1], q.shape[-1]), keys=k, values=v)
+            own, queries, grads = lists.of(piece), piece.of(q), piece.of(grad)
+            keys, values = lists.gathered(space, own, (bias.shape[-1], q.shape[-1]), keys=k, values=v)
             weights = used = _BlockAttention.weights(space, queries, keys, bias, piece)
             grad_scores = space.product("gradients", grads, values.mT).to(precise)
             if ctx.dropout:
                 used, grad_scores = (_drop(t, ctx.kept[number], ctx.dropout) for t in (weights, grad_scores))
-            lists.add(grad_v, space.product("parts", used.to(q.dtype).mT, grads), piece)
+            lists.add(grad_v, space.product("parts", used.to(q.dtype).mT, grads), own)
             grad_scores.sub_(piece.of(means)).mul_(weights)
             if grad_bias is not None:
                 _add_bias(grad_bias, grad_scores, piece)
             grad_scores = grad_scores.to(q.dtype)
-            lists.add(grad_k, space.product("parts", grad_scores.mT, queries), piece)
+            lists.add(grad_k, space.product("parts", grad_scores.mT, queries), own)
             torch.bmm(grad_scores, keys, out=piece.of(grad_q))
         grad_k = grad_k.mul_(scale).to(k.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)

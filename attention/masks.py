@@ -416,15 +416,11 @@ class MasksAttention(Mechanism):
         `bias` (1 or B, 1 or H, N, b, S + U) is added to the scores; N as in `block_attention`.
         """
         batch, heads, length, _ = q.shape
-        k, v, shared = repeat_heads(k, heads), repeat_heads(v, heads), layout.shared
-        if shared is not None:
-            bias = F.pad(bias, (0, 1), value=-inf).index_select(-1, layout.order)
+        k, v, bias = repeat_heads(k, heads), repeat_heads(v, heads), layout.in_lists(bias)
         bias = bias[0] if bias.shape[:2] == (1, 1) else bias.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        where = layout.blocks(length), before, k.shape[2]
-        if shared is not None:
-            index, joined, skip = shared.index(*where, q.device)[None], shared.joined, shared.skip
-            return block_attention(q, k, v, bias, index, dropout=self._dropout, joined=joined, skip=skip)
-        mixed = block_attention(layout.by_block(q), k, v, bias, layout.index(*where)[None], dropout=self._dropout)
+        index, joined, skip = layout.lists(layout.blocks(length), before, k.shape[2])
+        options = {"dropout": self._dropout, "joined": joined, "skip": skip}
+        mixed = block_attention(layout.by_block(q), k, v, bias, index[None], **options)
         return layout.by_position(mixed, length)
 
     def _step(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: MasksState) -> Tensor:

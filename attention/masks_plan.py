@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product
 from math import inf
 from typing import Any
 
@@ -290,6 +289,16 @@ class Layout:
         sinks = torch.arange(self.sinks, device=start.device).expand(*start.shape, -1)
         return torch.cat([sinks, start[..., None] + self.relative], -1).clamp(0, length - 1)
 
+    def lists(self, blocks: int, before: int, length: int) -> tuple[Tensor, int, int]:
+        """The lists of keys of `block_attention`, how many each block reads, and how many keys it skips in them."""
+        if self.shared is None:
+            return self.index(blocks, before, length), 1, 0
+        return self.shared.index(blocks, before, length, self.relative.device), self.shared.joined, self.shared.skip
+
+    def in_lists(self, bias: Tensor) -> Tensor:
+        """A bias (..., S + U) by column as one (..., K) by the keys of a block's lists, −∞ for those of no column."""
+        return bias if self.order is None else F.pad(bias, (0, 1), value=-inf).index_select(-1, self.order)
+
     def read_at(self, position: int | Tensor) -> Tensor:
         """For b = 1: where the keys of a query stand, (S + U) or, for positions (B, 1, 1), (B, 1, S + U).
 
@@ -491,28 +500,6 @@ class Plan:
             return None
         block = min(BLOCKS, key=lambda block: self._cost(block, True))
         return block if self._cost(block, True) < self._cost(self._block, False) else None
-
-    def _cost(self, block: int, shares: bool) -> float:
-        """What a query costs in blocks of this size: its columns, its part of fetching them and of a small product.
-
-        The constants are fitted to times on CPUs with AVX2. Where the text decides, every query has a bias of its own,
-        which costs about as much again as two products.
-        """
-        columns = self.columns(block, shares)
-        if shares:
-            return 1.3 * columns + (3 * (block + self.sinks) + 240) / block
-        return (3 if self.by_content else 1) * columns + (16 * columns + 448) / block
-
-    def _cheapest(self, *shares: bool) -> tuple[int, bool]:
-        return min(product(BLOCKS, shares), key=lambda pair: self._cost(*pair))
-
-    @once
-    def _best(self) -> tuple[int, bool]:
-        return self._cheapest(False)
-
-    @once
-    def _best_of_many(self) -> tuple[int, bool]:
-        return self._cheapest(*((False, True) if self.stride == 1 and not self.by_content else (False,)))
 
     def cut(self, length: int, device: torch.device) -> tuple[int, bool]:
         """For `length` new queries: in blocks of which size they cost least, and whether these share what they read.
