@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 from playwright.sync_api import Page, expect
 
@@ -14,6 +15,12 @@ def score(page: Page, text: str) -> None:
     page.get_by_label("Passage").fill(text)
     expect(page.locator("#score-chosen")).to_have_count(0)  # no frame without models in it
     page.get_by_role("button", name="Score", exact=True).click()
+    expect_scored(page)
+
+
+def expect_scored(page: Page) -> None:
+    """Waits until every model has scored every token; the full stop is said only then."""
+    expect(page.locator("#score-said")).to_have_text(re.compile(r"Scored ([\d,]+) of \1 tokens\."))
     expect(page.locator("#score-columns .token.scored").first).to_be_attached()
 
 
@@ -56,6 +63,5 @@ def test_a_link_scores_the_same_text_again(page: Page):
     means = page.locator("#score-means").inner_text()
     page.reload()
     expect(page.get_by_label("Passage")).to_have_value("A & b = c? The old house.")
-    expect(page.locator("#score-said")).to_contain_text("Scored")
-    expect(page.locator("#score-columns .token.scored").first).to_be_attached()
-    assert page.locator("#score-means").inner_text() == means
+    expect_scored(page)
+    expect(page.locator("#score-means")).to_have_text(means, use_inner_text=True)
