@@ -305,8 +305,11 @@ def test_heads_in_another_order(tab: Page):
     shares = [int(re.search(r"(\d+) %", text)[1]) for text in heads.locator(".head .axis").all_inner_texts()]
     assert len(shares) == 4
     assert shares == sorted(shares, reverse=True)
-    heads.get_by_role("radio").nth(2).click()
-    expect(heads.get_by_role("radio").nth(2)).to_be_checked()
+    third = heads.get_by_role("radio").nth(2)
+    third.click()
+    expect(third).to_be_checked()
+    layer, head = re.match(r"Layer (\d+), head (\d+)", third.get_attribute("aria-label")).groups()
+    expect(title(tab)).to_have_text(f"masks · layer {layer} · head {head}")
     heads.get_by_label("Heads in order of").select_option("place")
 
 
