@@ -103,6 +103,8 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
 
         lane = app.lane(VIEW)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # What is asked for while the same is under way is done after it; Gradio would drop it.
+        last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
         # The model whose parts stand among the controls of what is switched off. No state: that is the server's, and a
         # request on its way would come with the sizes of one model and the name of the next.
         offered = gr.Textbox("", visible=False)
@@ -115,17 +117,17 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
         def offering(after: Any, **when: Any) -> Any:
             """Has the controls offer the model's parts; what is shown waits for that, as a model's sizes bound them."""
             asked = [model, offered, is_open]
-            begun = after(handlers.begin_to_offer, asked, meter, queue=False, **when, **quiet)
-            return begun.then(handlers.offer_parts, asked, [*controls, meter], queue=False, **when, **quiet)
+            begun = after(handlers.begin_to_offer, asked, meter, queue=False, **when, **last)
+            return begun.then(handlers.offer_parts, asked, [*controls, meter], queue=False, **when, **last)
 
         def following(after: Any) -> None:
-            after(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **quiet, **lane)
+            after(handlers.follow, [*inputs, is_open], outputs, js=IS_OPEN, **last, **lane)
 
         # A model is loaded for its parts and maps only once they can be seen.
         following(offering(tab.select).then)
         following(offering(model.change, js=IS_OPEN).then)
         asked = offering(partial(gr.on, [show.click, text.submit]))
-        asked.then(handlers.show, inputs, outputs, **quiet, **lane)
+        asked.then(handlers.show, inputs, outputs, **last, **lane)
         gr.on(
             [
                 beside.input,
@@ -140,12 +142,11 @@ def build_attention_tab(app: App, session: Session) -> gr.Tab:
             handlers.show_if_any,
             inputs,
             outputs,
-            trigger_mode="always_last",
-            **quiet,
+            **last,
             **lane,
         )
-        took_back = reset.click(handlers.offer_parts, model, [*controls, meter], queue=False, **quiet)
-        took_back.then(handlers.show_if_any, inputs, outputs, **quiet, **lane)
+        took_back = reset.click(handlers.offer_parts, model, [*controls, meter], queue=False, **last)
+        took_back.then(handlers.show_if_any, inputs, outputs, **last, **lane)
         # Not "always_last": Gradio would repeat the data of the first click in place of the last one's.
         opened = [maps, chosen, session.address]
         grid.select(handlers.open, [session.runs, chosen], opened, trigger_mode="multiple", **quiet, **lane)

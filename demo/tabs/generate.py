@@ -150,7 +150,9 @@ def build_generate_tab(app: App, session: Session) -> gr.Tab:
         api_visibility="private",
         **app.lane(GENERATE),
     )
-    run.failure(idle, None, switches, **private)
+    # Not with the last frame: a run that is asked for before this one has ended for Gradio would be dropped.
+    for ended in (run.success, run.failure):
+        ended(idle, None, switches, **private)
     buttons.stop.click(handlers.stop, [current, session.runs], page, cancels=[run], **queued)
     buttons.link.click(None, None, said, js=COPY_ADDRESS, **private)
     buttons.save.click(handlers.dump, session.runs, file, **private).then(None, file, js=SAVE_FILE, **private)
@@ -279,21 +281,21 @@ class Handlers:
         for run in frames(generation):
             yield *self._show(run), in_address(settings), kept, *told
             kept = gr.skip()
-        yield self._finished(generation, runs)
+        yield *self._finished(generation, runs), *told[1:]
 
     def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
         """Ends a run where it is and compares what there is; a request that still waits is taken back."""
         if generation is None:
             return *[gr.skip()] * 7, *idle(), gr.skip()
         generation.finish()
-        return self._finished(generation, runs)
+        return *self._finished(generation, runs), *idle(), gr.Button(interactive=True)
 
     def _finished(self, generation: Generation, runs: list[Run]) -> tuple[Any, ...]:
         run = generation.run
         runs = [run, *(each for each in runs if each is not run)]
         limits = self.store.limits
         kept = newest(runs, limits.runs, limits.history_tokens)
-        return *self._show(run), in_address(run.settings), None, kept, *idle(), gr.Button(interactive=True)
+        return *self._show(run), in_address(run.settings), None, kept
 
     def _show(self, run: Run) -> tuple[Any, str, Any, Any]:
         return prompt_notices(run), settings_line(run.settings), columns_view(run, self.store), cost_table(run)

@@ -96,6 +96,8 @@ def build_speed_tab(app: App, session: Session) -> gr.Tab:
         outcome = [verdict, measured, session.costs, session.address, start, stop]
         accepted = start.click(handlers.accept, None, [meter, start, stop], queue=False, **quiet)
         running = accepted.then(handlers.measure, asked, [meter, *outcome], **quiet, **app.lane(MEASURE))
+        # Not with the last frame: a measurement asked for before this one has ended for Gradio would be dropped.
+        running.success(lambda: idle()[1:], None, [start, stop], queue=False, **quiet)
         running.failure(idle, None, [meter, start, stop], queue=False, **quiet)
         # Through the queue, like the measurement: so the browser gets its answer after all that was on the way.
         stop.click(handlers.stop, asked, [meter, *outcome], cancels=[running], concurrency_limit=None, **quiet)
@@ -154,9 +156,8 @@ class Handlers:
             return {"share": 0.0, "text": "Nothing is being measured."}, *(gr.skip(),) * 4, *idle()[1:]
         run.stop()
         run.ended.wait(STOP_SECONDS)
-        return {"share": run.share, "text": "Stopped; what was measured stays."}, *_ended(
-            run, models, level, layer, longest
-        )
+        meter = {"share": run.share, "text": "Stopped; what was measured stays."}
+        return meter, *_ended(run, models, level, layer, longest), *idle()[1:]
 
     def count(
         self, models: list[str], level: Level, layer: str, results: Measured | None, shown: Any
@@ -193,7 +194,7 @@ class Handlers:
         try:
             yield from _frames(run)
             meter = {"share": run.share, "text": run.doing}
-            yield meter, *_ended(run, models, level, layer, longest)
+            yield meter, *_ended(run, models, level, layer, longest), *busy()
         finally:
             self._running.pop(request.session_hash, None)
 
@@ -275,11 +276,11 @@ def _frames(run: SpeedRun) -> Iterator[tuple[Any, ...]]:
 
 
 def _ended(run: SpeedRun, *settings: Any) -> tuple[Any, ...]:
-    """What stays of a run: (words, curves, what was measured, address, Measure, Stop)."""
+    """What stays of a run: (words, curves, what was measured, address)."""
     found = run.measured
     address = in_address(push=True, **settings_as_parameters(*settings), speed_results=[packed(found)])
     kept = (found, address) if found.samples else (gr.skip(), gr.skip())
-    return _said(found), charts(found), *kept, *idle()[1:]
+    return _said(found), charts(found), *kept
 
 
 def _said(found: Measured) -> list[dict[str, str]]:

@@ -1,13 +1,16 @@
 """A real browser on the real app; every page is watched for errors and for requests that leave the machine."""
 
+import asyncio
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gradio.blocks import BlockFunction, Blocks
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from demo.context import App
@@ -130,3 +133,30 @@ def gate() -> Iterator[threading.Event]:
     gate = threading.Event()
     yield gate
     gate.set()
+
+
+@pytest.fixture
+def hold_end(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> Callable[[Any, str, str], None]:
+    """Has an event end only once the gate is open, though its last values are on the page.
+
+    Takes what makes these values, as a class or module and a name in it, and the name of the event's function.
+    """
+    process = Blocks.process_api
+    made: set[str] = set()
+
+    async def process_in_time(blocks: Blocks, block_fn: BlockFunction, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if block_fn.name in made:
+            await asyncio.to_thread(gate.wait)
+        return await process(blocks, block_fn, *args, **kwargs)
+
+    def hold(place: Any, name: str, event: str) -> None:
+        make = getattr(place, name)
+
+        def make_last(*args: Any) -> Any:
+            made.add(event)
+            return make(*args)
+
+        monkeypatch.setattr(place, name, make_last)
+
+    monkeypatch.setattr(Blocks, "process_api", process_in_time)
+    return hold

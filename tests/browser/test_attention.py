@@ -390,6 +390,18 @@ def test_a_model_is_not_shown_with_the_sizes_of_another(sized: Page, held: threa
     expect(sized.locator("#attention-meter")).to_have_text("")
 
 
+def test_the_last_of_quick_choices_of_a_model_is_shown(sized: Page, held: threading.Event):
+    sized.locator("#attention-text textarea").fill("A text that none of them has seen.")
+    for name in ("base", "nsa"):
+        sized.locator("#attention-model input").click()
+        sized.get_by_role("option", name=name, exact=True).click()
+        sized.wait_for_timeout(500)  # the maps of the first are on their way
+    held.set()
+    expect(text(sized)).to_contain_text("A text that none")
+    expect(title(sized)).to_have_text("nsa · layer 0 · head 0")
+    expect(sized.locator("#attention-meter")).to_have_text("")
+
+
 def test_what_is_shown_survives_a_reload(browser: BrowserContext, url: str):
     watched = Watched(browser.new_page())
     query = {"attention_model": "masks", "attention_text": TEXT, "attention_layer": 1, "attention_head": 1}

@@ -11,6 +11,7 @@ from playwright.sync_api import Page, expect
 from demo import engine
 from demo.engine import Decoder, Generation
 from demo.runs import Run
+from demo.tabs.generate import Handlers
 
 from .conftest import Watched
 
@@ -243,6 +244,20 @@ def test_buttons_tell_what_can_be_done(page: Page, monkeypatch: pytest.MonkeyPat
     expect(stop).to_be_disabled()
     expect(link).to_be_enabled()
     expect(page.locator("#generate-columns .unseen")).to_contain_text("The run has ended. base: 60 tokens")
+
+
+def test_a_run_asked_for_just_after_one_is_not_lost(page: Page, hold_end, gate: threading.Event):
+    hold_end(Handlers, "_finished", "stream")
+    set_length(page, 5)
+    page.get_by_label("Prompt").fill("The first")
+    generate(page)
+    expect(column(page, "masks")).to_contain_text("The first")
+    expect_written(page, "masks", 5, scored=True)
+    expect(page.locator("#generate-start")).to_be_disabled()
+    gate.set()
+    page.get_by_label("Prompt").fill("The second")
+    generate(page)  # as soon as it can be pressed
+    expect(column(page, "masks")).to_contain_text("The second")
 
 
 def test_a_run_that_is_refused_changes_neither_address_nor_buttons(watched: Watched):

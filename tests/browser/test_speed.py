@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import threading
 import time
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from demo.speed import SpeedRun, Subject
+from demo.tabs import speed
 
 
 def open_tab(page: Page, longest: str) -> None:
@@ -40,6 +42,19 @@ def test_curves_and_words(page: Page):
     rows = list(csv.reader(io.StringIO(download.value.path().read_text(encoding="utf-8-sig"))))
     assert rows[0][0] == "Model"
     assert [row[0] for row in rows[1:]] == ["base", "masks"]
+
+
+def test_a_measurement_asked_for_just_after_one_is_not_lost(page: Page, hold_end, gate: threading.Event):
+    hold_end(speed, "_ended", "measure")
+    open_tab(page, "512")
+    measure = page.get_by_role("button", name="Measure", exact=True)
+    measure.click()
+    expect(page.locator("#speed-meter")).to_contain_text("Done")
+    expect(measure).to_be_disabled()
+    gate.set()
+    measure.click()
+    expect(page.locator("#speed-meter")).not_to_contain_text("Done")
+    expect(page.locator("#speed-meter")).to_contain_text("Done")
 
 
 def test_counted_needs_no_measurement_and_reaches_a_million_tokens(page: Page, store):
