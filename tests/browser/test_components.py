@@ -66,8 +66,8 @@ def page(browser: BrowserContext):
     watched = Watched(browser.new_page())
     watched.page.goto(url)
     yield watched.page
-    blocks.close()
     watched.close()
+    blocks.close()
 
 
 def tokens_of(page: Page, column: int):

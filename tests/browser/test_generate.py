@@ -354,6 +354,7 @@ def test_another_token_is_taken_and_the_text_goes_on_from_there(page: Page):
     generate(page)
     masks = column(page, "masks")
     expect_written(page, "masks", 8, scored=True)
+    expect(page.locator("#generate-start")).to_be_enabled()
     kept = masks.locator(".token").nth(0).inner_text() + masks.locator(".token").nth(1).inner_text()
     masks.locator(".token").nth(2).click()
     choice = page.locator("#generate-columns .card button").nth(3)
