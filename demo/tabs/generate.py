@@ -277,11 +277,11 @@ class Handlers:
             raise gr.Error(str(error), print_exception=False) from None
         generation = self.generation(settings)
         # The page shows only the last of frames that come at once, so each says all; what stays here is said once.
-        kept, told = generation, [gr.skip(), *busy("Writing …"), gr.Button(interactive=True)]
+        kept, buttons = generation, [*busy("Writing …"), gr.Button(interactive=True)]
         for run in frames(generation):
-            yield *self._show(run), in_address(settings), kept, *told
+            yield *self._show(run), in_address(settings), kept, gr.skip(), *buttons
             kept = gr.skip()
-        yield *self._finished(generation, runs), *told[1:]
+        yield *self._finished(generation, runs), *buttons
 
     def stop(self, generation: Generation | None, runs: list[Run]) -> tuple[Any, ...]:
         """Ends a run where it is and compares what there is; a request that still waits is taken back."""

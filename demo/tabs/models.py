@@ -49,10 +49,10 @@ def build_models_tab(app: App, session: Session) -> gr.Tab:
         "show_progress": "hidden",
         "concurrency_id": LANE,
         "concurrency_limit": 2,
+        "trigger_mode": "always_last",  # what is asked for meanwhile is done after it; Gradio would drop it
     }
-    # What is asked for meanwhile is done after it; Gradio would drop it.
-    gr.on([look.click, source.submit], handlers.look_up, source, news, trigger_mode="always_last", **work)
-    add.click(handlers.add, source, [news, table, session.names], trigger_mode="always_last", **work)
+    gr.on([look.click, source.submit], handlers.look_up, source, news, **work)
+    add.click(handlers.add, source, [news, table, session.names], **work)
     for event in (tab.select, session.names.change):
         event(handlers.table, None, table, queue=False, show_progress="hidden", api_visibility="private")
     return tab
